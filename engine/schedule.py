@@ -1,0 +1,182 @@
+"""Noise schedules: the betas of DDPM (Ho et al. 2020) as float64 tables.
+
+Index i = 0 .. T-1 stands for the paper's step t = i + 1; abar_i = alphas_cumprod[i].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete noise schedule. Frozen; every table is a float64 CPU tensor [T].
+
+    Build it with one of the named constructors. ``betas`` are checked there: 0 <= beta <= 1, and
+    beta = 1 only at the end (zero terminal signal-to-noise ratio).
+    """
+
+    betas: Tensor
+    name: str = field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu").clone()
+        if betas.dim() != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be a vector of at least one; got {tuple(betas.shape)}")
+        if not bool(torch.isfinite(betas).all()):
+            raise ValueError("betas must be finite; got NaN or infinity")
+        if not bool(((betas >= 0) & (betas <= 1)).all()) or not bool((betas[:-1] < 1).all()):
+            low, high = float(betas.min()), float(betas.max())
+            raise ValueError(
+                f"betas must be in [0, 1), the last may be 1; got values in [{low:g}, {high:g}]"
+            )
+        object.__setattr__(self, "betas", betas)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar_i = prod_{j <= i} (1 - beta_j), float64 [T]."""
+        return torch.cumprod(1 - self.betas, dim=0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.betas.tolist()))
+
+    def __repr__(self) -> str:
+        abar = self.alphas_cumprod
+        return (
+            f"Schedule({self.name}, num_train_timesteps={self.num_train_timesteps}, "
+            f"alphas_cumprod={float(abar[0]):.6g} .. {float(abar[-1]):.6g})"
+        )
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float], name: str = "custom") -> Schedule:
+        """The schedule of the given betas, [T]."""
+        return cls(torch.as_tensor(betas, dtype=torch.float64), name)
+
+    @classmethod
+    def from_alphas_cumprod(
+        cls, alphas_cumprod: Tensor | Sequence[float], name: str = "custom"
+    ) -> Schedule:
+        """The schedule whose ``alphas_cumprod`` are given, [T], non-increasing in [0, 1]."""
+        abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        return cls(1 - abar / previous, name)
+
+    @classmethod
+    def linear(
+        cls,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        rescale: bool = True,
+    ) -> Schedule:
+        """beta_i from ``beta_start`` to ``beta_end`` in equal steps (DDPM, section 4).
+
+        The ends are for T = 1000; for another T they are scaled by 1000 / T, as improved DDPM does,
+        so that abar_T stays comparable. ``rescale=False`` takes them as they are.
+        """
+        _check_steps(num_train_timesteps)
+        ratio = 1000 / num_train_timesteps if rescale else 1.0
+        return cls(_line(beta_start * ratio, beta_end * ratio, num_train_timesteps), "linear")
+
+    @classmethod
+    def scaled_linear(
+        cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> Schedule:
+        """sqrt(beta) in equal steps (latent diffusion, Rombach et al. 2022; Stable Diffusion)."""
+        _check_steps(num_train_timesteps)
+        return cls(
+            _line(beta_start**0.5, beta_end**0.5, num_train_timesteps).square(), "scaled_linear"
+        )
+
+    @classmethod
+    def cosine(cls, num_train_timesteps: int = 1000, offset: float = 0.008) -> Schedule:
+        """abar(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999 (Nichol & Dhariwal, eq. 17)."""
+        return _from_curve(
+            lambda u: math.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2,
+            num_train_timesteps,
+            "cosine",
+        )
+
+    @classmethod
+    def sigmoid_beta(
+        cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> Schedule:
+        """beta = sigmoid(r) (beta_end - beta_start) + beta_start, r from -6 to 6 (GeoDiff)."""
+        _check_steps(num_train_timesteps)
+        ramp = torch.sigmoid(_line(-6, 6, num_train_timesteps))
+        return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_beta")
+
+    @classmethod
+    def sigmoid_alpha(
+        cls, num_train_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0
+    ) -> Schedule:
+        """abar a scaled sigmoid of time, beta <= 0.999 (Jabri et al. 2022; Chen 2023)."""
+
+        def sigmoid(value: float) -> float:
+            return 1 / (1 + math.exp(-value))
+
+        first, last = sigmoid(start / tau), sigmoid(end / tau)
+        return _from_curve(
+            lambda u: (last - sigmoid((u * (end - start) + start) / tau)) / (last - first),
+            num_train_timesteps,
+            "sigmoid_alpha",
+        )
+
+    @classmethod
+    def keras(
+        cls,
+        num_train_timesteps: int = 1000,
+        max_signal_rate: float = 0.95,
+        min_signal_rate: float = 0.02,
+    ) -> Schedule:
+        """Angles theta in equal steps, signal = cos theta, noise = sin theta (Keras DDIM example).
+
+        Index i is the diffusion time u = (i + 1) / T, theta = a0 + u (a1 - a0).
+        """
+        _check_steps(num_train_timesteps)
+        first, last = math.acos(max_signal_rate), math.acos(min_signal_rate)
+        u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        return cls.from_alphas_cumprod((first + u * (last - first)).cos().square(), "keras")
+
+    def zero_terminal_snr(self) -> Schedule:
+        """Shift and scale sqrt(abar) so that the last is 0 and the first unchanged.
+
+        Lin et al. 2024, algorithm 1. An epsilon-predicting model cannot start there: x_T holds no
+        signal, so that the sampler takes "v_prediction" or "sample" only.
+        """
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        return Schedule.from_alphas_cumprod(root.square(), f"{self.name}, zero terminal SNR")
+
+
+def _line(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+def _check_steps(num_train_timesteps: int) -> None:
+    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int):
+        kind = type(num_train_timesteps).__name__
+        raise TypeError(f"num_train_timesteps must be an int; got {kind}")
+    if not 1 <= num_train_timesteps < 2**24:
+        raise ValueError(f"num_train_timesteps must be in 1 .. 2^24-1; got {num_train_timesteps}")
+
+
+def _from_curve(abar: Callable[[float], float], steps: int, name: str) -> Schedule:
+    """beta_i = min(1 - abar((i+1)/T) / abar(i/T), 0.999)."""
+    _check_steps(steps)
+    betas = [min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]
+    return Schedule.from_betas(betas, name)

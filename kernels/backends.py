@@ -1,0 +1,99 @@
+"""Which backend runs an op, and the reason where one cannot.
+
+Every op has up to three implementations with one contract, each in its own folder:
+
+    kernels/reference/<op>.py   plain PyTorch, any device, float64 too; the truth
+    kernels/cpp/<op>.py         C++ on raw pointers, CPU tensors
+    kernels/triton/<op>.py      Triton, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
+
+``resolve("auto", tensor)`` takes C++ for CPU tensors and Triton for CUDA tensors, and falls back to
+the reference where those are not installed; asking for a backend by name never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "cpp", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here; the message says why and what to install."""
+
+
+def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str:
+    """The reason ``backend`` cannot run tensors of ``device`` and ``dtype``; empty where it can.
+
+    Raises ValueError for a backend that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    kind = torch.device(device).type
+    if backend in ("auto", "reference"):
+        return ""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        return f"the {backend} backend takes float32, bfloat16 and float16, got {dtype}"
+    if backend == "cpp":
+        if kind != "cpu":
+            return f"the cpp backend runs CPU tensors, got a tensor on {kind}"
+        return _cpp_problem()
+    problem = _triton_problem()
+    if problem:
+        return problem
+    if kind != "cuda" and not interpreting():
+        return (
+            f"the triton backend runs CUDA tensors, got a tensor on {kind}; "
+            "set TRITON_INTERPRET=1 to run its kernels on the CPU, slowly"
+        )
+    return ""
+
+
+def resolve(backend: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """The backend that will run: ``backend`` itself, or the fastest that can for "auto".
+
+    Raises BackendUnavailable with the reason where a backend asked for by name cannot run.
+    """
+    if backend == "auto":
+        preferred = "cpp" if torch.device(device).type == "cpu" else "triton"
+        return "reference" if why_not(preferred, device, dtype) else preferred
+    reason = why_not(backend, device, dtype)
+    if reason:
+        raise BackendUnavailable(reason)
+    return backend
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module ``stepfuse.kernels.<backend>.<op>``."""
+    return importlib.import_module(f"stepfuse.kernels.{backend}.{op}")
+
+
+def interpreting() -> bool:
+    """True where Triton kernels are run by its interpreter instead of being compiled."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _cpp_problem() -> str:
+    try:
+        importlib.import_module("stepfuse.kernels.cpp.module")
+    except ImportError as error:
+        return f"the C++ module is not there ({error}); install a compiler and `pip install .` again"
+    return ""
+
+
+@functools.cache
+def _triton_problem() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not there ({error}); `pip install 'stepfuse[triton]'`"
+    return ""

@@ -1,0 +1,40 @@
+"""x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, as written (DDPM eq. 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepfuse.kernels.reference import philox
+
+
+def run(
+    x0: Tensor,
+    noise: Tensor | None,
+    t: Tensor,
+    alphas_cumprod: Tensor,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    out: Tensor,
+    target: Tensor | None,
+    velocity: bool,
+) -> None:
+    """Write x_t into ``out`` and, where ``target`` is given, eps or v into it.
+
+    x0, noise, out, target: [N, ...] of one dtype; t: int64 [N]; alphas_cumprod: float64 [T];
+    seed, sample: int64 [N], used where ``noise`` is None.
+    """
+    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    abar = alphas_cumprod[t].view(-1, *[1] * (x0.dim() - 1))
+    signal, sigma = abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    if noise is None:
+        assert seed is not None
+        assert sample is not None
+        eps = philox.normal(seed, sample, t, x0[0].numel()).view(x0.shape).to(dtype)
+    else:
+        eps = noise.to(dtype)
+    x = x0.to(dtype)
+    v = signal * eps - sigma * x  # before ``out`` is written, which may be x0 itself
+    out.copy_(signal * x + sigma * eps)
+    if target is not None:
+        target.copy_(v if velocity else eps)

@@ -1,0 +1,41 @@
+"""One row of the step table: everything one sampler update needs to know, as 16 numbers.
+
+With ``o`` the model output (after guidance), ``w`` its variance half and ``z`` normal noise,
+
+    o   = o_uncond + GUIDANCE (o_cond - o_uncond)
+    x0  = clamp(P_X x + P_O o, -CLIP, CLIP)
+    std = SIGMA exp((L_0 + L_1 w) / 2)              SIGMA alone where the variance is not learned
+    x_s = C_X x + C_O o + C_0 x0 + std z
+
+The rows are computed in float64 by `stepfuse.engine.table` and rounded once. A re-derived epsilon is
+already folded into C_X and C_0, the model's own epsilon into C_X and C_O, so that neither costs an
+instruction in a kernel. 16 float32 numbers are one cache line. Timesteps are exact below 2^24.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Column(IntEnum):
+    """Where each number stands in a row."""
+
+    P_X = 0
+    P_O = 1
+    C_X = 2
+    C_O = 3
+    C_0 = 4
+    SIGMA = 5
+    CLIP = 6
+    L_0 = 7
+    L_1 = 8
+    GUIDANCE = 9
+    TIMESTEP = 10  # index on the training schedule: model input and noise counter
+    SIGNAL = 11  # sqrt(abar) and sqrt(1 - abar) where the step starts ...
+    NOISE = 12
+    SIGNAL_NEXT = 13  # ... and where it ends
+    NOISE_NEXT = 14
+    RESERVED = 15
+
+
+COLUMNS = len(Column)
