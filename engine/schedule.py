@@ -122,7 +122,11 @@ class Schedule:
 
     @classmethod
     def sigmoid_alpha(
-        cls, num_train_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0
+        cls,
+        num_train_timesteps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
     ) -> Schedule:
         """abar a scaled sigmoid of time, beta <= 0.999 (Jabri et al. 2022; Chen 2023)."""
 

@@ -1,0 +1,201 @@
+"""Turn one sampler step into something that can be replayed without running its Python.
+
+On CUDA that is a CUDA graph. On the CPU it is a `Recording`: the operations of one step, taken down
+below the modules and autograd, called again on the same buffers. Both freeze whatever the step
+decided in Python, so that a mistake in a captured step shows on a machine without a GPU too.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_QUIET = (str(Path(torch.__file__).parent), __file__)  # frames no reader wants to see
+_HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+Step = Callable[[], None]
+
+
+class CaptureRefused(RuntimeError):
+    """The step cannot be captured; the message names the operation and the line that stand in the way."""
+
+
+class Captured(Protocol):
+    """A step that can be done again on the buffers it was captured on."""
+
+    def replay(self) -> None:
+        """Do it once."""
+
+
+class Recording(TorchDispatchMode):
+    """The operations of one run of ``step``, written out as one Python function and compiled.
+
+    Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
+    to them takes effect; views of those are taken once. Values made on the way are local variables,
+    dropped after their last use. Recording runs the step once.
+
+    Raises `CaptureRefused` for an operation whose result Python could branch on.
+    """
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
+        self._alive: list[Tensor] = []  # so that no such id is used twice
+        self._bound: dict[str, Any] = {}  # what the compiled function reads by name
+        self._lines: list[tuple[str, list[str], list[str]]] = []  # call, reads, writes
+        with self:
+            step()
+        self.replay = self._compile()
+        self.operations = len(self._lines)
+        del self._names, self._alive, self._lines
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_host_reads(func)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        reads = [self._names[id(leaf)] for leaf in read if id(leaf) in self._names]
+        call = self._written(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if read and not reads and func.is_view:
+            return result  # a view of a buffer or a weight stays what it is
+        before = {id(leaf) for leaf in read}
+        made = [
+            out for out in tree_leaves(result) if isinstance(out, Tensor) and id(out) not in before
+        ]
+        writes = [self._name(out) for out in made]
+        if writes and isinstance(result, (tuple, list)):
+            pattern = [self._names.get(id(out), "_") for out in result]
+            call = f"{', '.join(pattern)}, = {call}"
+        elif writes:
+            call = f"{writes[0]} = {call}"
+        self._lines.append((call, reads, writes))
+        return result
+
+    def _name(self, out: Tensor) -> str:
+        name = f"v{len(self._alive)}"
+        self._names[id(out)] = name
+        self._alive.append(out)
+        return name
+
+    def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+        parts = [self._expression(a) for a in args]
+        parts += [f"{k}={self._expression(v)}" for k, v in kwargs.items()]
+        return f"{self._bind(func)}({', '.join(parts)})"
+
+    def _expression(self, value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{self._expression(v)}, " for v in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if id(value) in self._names:
+            return self._names[id(value)]
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        return self._bind(value)
+
+    def _bind(self, value: Any) -> str:
+        name = f"k{len(self._bound)}"
+        self._bound[name] = value
+        return name
+
+    def _compile(self) -> Callable[[], None]:
+        last_use = {name: i for i, (_, reads, _) in enumerate(self._lines) for name in reads}
+        body = []
+        for i, (call, reads, writes) in enumerate(self._lines):
+            body.append(call)
+            dead = {n for n in reads if last_use[n] == i} | {n for n in writes if n not in last_use}
+            if dead:
+                body.append(f"del {', '.join(sorted(dead))}")
+        source = "def replay():\n" + "".join(f"    {line}\n" for line in body or ["pass"])
+        exec(compile(source, "<recorded step>", "exec"), self._bound)
+        replay: Callable[[], None] = self._bound["replay"]
+        return replay
+
+
+class CudaGraph:
+    """``step``, done ``repeat`` times in one CUDA graph; warmed up on a side stream first.
+
+    The graphs of one sampler share a memory pool. Capturing does not run the step's kernels, the
+    warm-up does.
+    """
+
+    def __init__(self, step: Step, repeat: int = 1, pool: Any = None) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool):
+                for _ in range(repeat):
+                    step()
+        except RuntimeError as error:
+            raise CaptureRefused(f"the CUDA graph could not be captured: {error}") from error
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        self.graph.replay()
+
+
+def refuse_host_reads(func: Any) -> None:
+    """Raise `CaptureRefused` where ``func`` gives Python something to branch on."""
+    if any(tag in func.tags for tag in _HOST_READS):
+        raise CaptureRefused(f"{func} reads a tensor's values on the host, {calling_line()}")
+
+
+def calling_line() -> str:
+    """Where the running operation was asked for: the last line outside PyTorch and this file."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(_QUIET):
+            return f"at {frame.filename}:{frame.lineno}: {frame.line}"
+    return "at an unknown line"
+
+
+def check_replay(
+    captured: Captured, step: Step, state: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> None:
+    """Do the same step eagerly and by replay from one state, and compare ``outputs`` bitwise.
+
+    Finds what the dispatcher does not show: values copied to NumPy or lists, branches on Python
+    state, operations that are not repeatable. ``state`` is put back before each of the two.
+
+    Raises `CaptureRefused` where they differ.
+    """
+    results = []
+    with untouched(state):
+        saved = [s.clone() for s in state]
+        for run in (step, captured.replay):
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                run()
+            results.append([out.clone() for out in outputs])
+    for eager, replayed in zip(*results, strict=True):
+        if not torch.equal(eager.nan_to_num(), replayed.nan_to_num()):
+            raise CaptureRefused(
+                "a replay differs from the eager step: the model depends on something that is "
+                "decided in Python (a branch, a NumPy value, a counter), or is not repeatable"
+            )
+
+
+@contextmanager
+def untouched(state: Sequence[Tensor]) -> Iterator[None]:
+    """Put the tensors back as they were on leaving."""
+    saved = [s.clone() for s in state]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)

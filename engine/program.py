@@ -1,0 +1,206 @@
+"""One sampler step on static buffers: what a captured graph replays.
+
+A `Program` is built for a shape; its table, counter, seeds, condition and images live in buffers
+that never move. `Program.advance` reads the row its counter points at, so that the same recorded
+operations serve every timestep, every schedule and every seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepfuse.engine.denoiser import Condition, Denoiser, static_copy
+from stepfuse.engine.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.kernels.denoise_step import denoise_step
+from stepfuse.kernels.step_row import COLUMNS, Column
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What fixes the recorded operations of a step; two runs of one layout share a program."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    given_noise: bool
+    masked: bool
+    condition: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def describe(condition: Condition) -> tuple[tuple[str, Any], ...]:
+        """A hashable description of a condition: shapes and dtypes of tensors, the rest by repr."""
+        return tuple(
+            (k, (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v))
+            for k, v in sorted(condition.items())
+        )
+
+
+class Program:
+    """Static buffers for one layout, and one step over them.
+
+    Args:
+        layout: shapes and dtypes.
+        condition: an example condition; its tensors are copied.
+        capacity: most rows a table can have.
+        learned_variance: the update uses the second half of the model's channels.
+        mean_guidance: classifier guidance shifts the mean (DDPM) instead of epsilon (DDIM).
+        backend: of `denoise_step`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guidance: Guidance | None,
+        layout: Layout,
+        condition: Condition,
+        capacity: int,
+        learned_variance: bool,
+        mean_guidance: bool,
+        backend: str,
+    ) -> None:
+        self.denoiser, self.guidance, self.layout = denoiser, guidance, layout
+        self.learned_variance, self.backend = learned_variance, backend
+        self.mean_guidance = mean_guidance
+        shape, device = layout.shape, layout.device
+        self.x = torch.zeros(shape, dtype=layout.dtype, device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self.noise = torch.zeros_like(self.x) if layout.given_noise else None
+        self.image = torch.zeros_like(self.x) if layout.masked else None
+        self.image_noise = torch.zeros_like(self.x) if layout.masked else None
+        self.mask = torch.zeros_like(self.x) if layout.masked else None
+        precise = layout.dtype == torch.float64
+        self.table = torch.zeros(
+            (capacity, COLUMNS), dtype=torch.float64 if precise else torch.float32, device=device
+        )
+        self.timesteps = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.seeds = torch.zeros_like(self.t)
+        self.samples = torch.zeros_like(self.t)
+        self.condition = static_copy(condition)
+        self.unconditional = self._unconditional()
+
+    def load(
+        self,
+        table: Tensor,
+        x: Tensor,
+        seeds: Tensor,
+        samples: Tensor,
+        condition: Condition,
+        first_row: int = 0,
+    ) -> None:
+        """Set everything a run needs; copies into the buffers, keeps none of the arguments."""
+        rows = len(table)
+        self.table[:rows].copy_(table)
+        self.timesteps[:rows].copy_(table[:, Column.TIMESTEP].to(torch.int64))
+        self.step.fill_(first_row)
+        self.x.copy_(x)
+        self.seeds.copy_(seeds)
+        self.samples.copy_(samples)
+        for name, value in condition.items():
+            if isinstance(value, Tensor):
+                self.condition[name].copy_(value)
+
+    def advance(self, guided: bool) -> None:
+        """Denoise, update, count; nothing here reads a tensor on the host.
+
+        ``guided=False`` leaves out the second evaluation where the guidance scale is 1.
+        """
+        torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
+        guidance = self.guidance if guided else None
+        if isinstance(guidance, CFG):
+            output, uncond = self._guided_outputs(guidance)
+        else:
+            output, uncond = self.denoiser(self.x, self.t, self.condition), None
+        gradient = None
+        if isinstance(guidance, ClassifierGuidance):
+            gradient = guidance.gradient(self.x, self.t, self.condition) * guidance.scale
+            if not self.mean_guidance:
+                output = self._shift_epsilon(output, gradient)
+        denoise_step(
+            self.x,
+            output,
+            self.table,
+            self.step,
+            uncond_output=uncond,
+            noise=self.noise,
+            seed=None if self.noise is not None else self.seeds,
+            sample=self.samples,
+            learned_variance=self.learned_variance,
+            out=self.x,
+            x0_out=self.x0,
+            backend=self.backend,
+        )
+        if gradient is not None and self.mean_guidance:
+            self.x.add_(gradient * self._variance(output))
+        if self.mask is not None:
+            self._replace_known()
+        self.step.add_(1)
+
+    def nbytes(self) -> int:
+        """Bytes of the static buffers."""
+        tensors = [v for v in vars(self).values() if isinstance(v, Tensor)]
+        tensors += [v for v in self.condition.values() if isinstance(v, Tensor)]
+        return sum(v.nbytes for v in tensors)
+
+    def _guided_outputs(self, guidance: CFG) -> tuple[Tensor, Tensor | None]:
+        if guidance.batched:
+            both = {
+                k: torch.cat([self.unconditional[k], v]) if isinstance(v, Tensor) else v
+                for k, v in self.condition.items()
+            }
+            halves = self.denoiser(torch.cat([self.x, self.x]), torch.cat([self.t, self.t]), both)
+            uncond, cond = halves.chunk(2)
+        else:
+            cond = self.denoiser(self.x, self.t, self.condition)
+            uncond = self.denoiser(self.x, self.t, self.unconditional)
+        if not guidance.rescale:
+            return cond, uncond
+        channels = self.x.shape[1]
+        scale = self._row()[Column.GUIDANCE].to(cond.dtype)
+        mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
+        return torch.cat([mixed, cond[:, channels:]], dim=1), None
+
+    def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """eps - sqrt(1-abar) g, said in the model's own terms.
+
+        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o.
+        """
+        row = self._row()
+        by = row[Column.NOISE].square() / row[Column.SIGNAL] / row[Column.P_O]
+        shifted = output[:, : self.x.shape[1]] + (by * gradient).to(output.dtype)
+        return torch.cat([shifted, output[:, self.x.shape[1] :]], dim=1)
+
+    def _variance(self, output: Tensor) -> Tensor:
+        row = self._row()
+        if not self.learned_variance:
+            return row[Column.VARIANCE]
+        half = output[:, self.x.shape[1] :].to(row.dtype)
+        return torch.exp(row[Column.L_0] + row[Column.L_1] * half)
+
+    def _replace_known(self) -> None:
+        """Where the mask is 0, x_s becomes the given image noised to s (RePaint, eq. 8a)."""
+        assert self.image is not None
+        assert self.image_noise is not None
+        assert self.mask is not None
+        row = self._row()
+        known = row[Column.SIGNAL_NEXT] * self.image + row[Column.NOISE_NEXT] * self.image_noise
+        self.x.copy_(torch.where(self.mask > 0.5, self.x, known.to(self.x.dtype)))
+
+    def _row(self) -> Tensor:
+        return torch.index_select(self.table, 0, self.step)[0]
+
+    def _unconditional(self) -> dict[str, Any]:
+        """The condition with the guidance's replacements, spread over the batch."""
+        if not isinstance(self.guidance, CFG):
+            return {}
+        replaced = {**self.condition, **self.guidance.unconditional}
+        for name, value in self.guidance.unconditional.items():
+            like = self.condition.get(name)
+            if isinstance(value, Tensor) and isinstance(like, Tensor):
+                replaced[name] = value.to(like).expand_as(like).clone()
+        return replaced
