@@ -6,8 +6,12 @@ Every op has up to three implementations with one contract, each in its own fold
     kernels/cpp/<op>.py         C++ on raw pointers, CPU tensors
     kernels/triton/<op>.py      Triton, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
 
-``resolve("auto", tensor)`` takes C++ for CPU tensors and Triton for CUDA tensors, and falls back to
+``resolve("auto", device)`` takes C++ for CPU tensors and Triton for CUDA tensors, and falls back to
 the reference where those are not installed; asking for a backend by name never falls back.
+
+What a backend's ``run`` may rely on, and need not check: shapes agree, everything is on one
+device, int64 tensors and tables are contiguous, tensors with the spatial dimensions of x (the
+result included) have its dtype and are all contiguous or all channels-last.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,7 +34,9 @@ class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run here; the message says why and what to install."""
 
 
-def why_not(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str:
+def why_not(
+    backend: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> str:
     """The reason ``backend`` cannot run tensors of ``device`` and ``dtype``; empty where it can.
 
     Raises ValueError for a backend that does not exist.
@@ -70,6 +77,21 @@ def resolve(backend: str, device: torch.device | str, dtype: torch.dtype | None 
     return backend
 
 
+def function(op: str, name: str, backend: str, x: torch.Tensor) -> Callable[..., Any]:
+    """``name`` of the module of ``op`` in the backend that will run for ``x``."""
+    if backend == "auto":
+        found: Callable[..., Any] = _preferred(op, name, x.device, x.dtype)
+        return found
+    module = implementation(op, resolve(backend, x.device, x.dtype))
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _preferred(op: str, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    # "auto" depends on what is installed, never on a setting, so that one look is enough
+    return getattr(implementation(op, resolve("auto", device, dtype)), name)
+
+
 @functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module ``stepfuse.kernels.<backend>.<op>``."""
@@ -86,7 +108,9 @@ def _cpp_problem() -> str:
     try:
         importlib.import_module("stepfuse.kernels.cpp.module")
     except ImportError as error:
-        return f"the C++ module is not there ({error}); install a compiler and `pip install .` again"
+        return (
+            f"the C++ module is not there ({error}); install a compiler and `pip install .` again"
+        )
     return ""
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.backends import implementation, resolve
-from stepfuse.kernels.checks import check_float, check_like, per_sample, sample_indices
-from stepfuse.kernels.step_row import COLUMNS
+from stepfuse.kernels import philox
+from stepfuse.kernels.backends import function
+from stepfuse.kernels.checks import (
+    check_float,
+    check_like,
+    check_out,
+    per_sample,
+    sample_indices,
+)
+from stepfuse.kernels.layout import buffer_for, laid_out, layout_of
+from stepfuse.kernels.reference.denoise_step import gradients
+from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
+from stepfuse.kernels.step_row import COLUMNS, Column
 
 
 def denoise_step(
@@ -23,6 +35,8 @@ def denoise_step(
     learned_variance: bool = False,
     return_x0: bool = False,
     inplace: bool = False,
+    out: Tensor | None = None,
+    x0_out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Go from x_t to x_s by row ``step`` of a step table.
@@ -36,10 +50,10 @@ def denoise_step(
     are those of `stepfuse.kernels.step_row`; `stepfuse.engine.table` computes them.
 
     Args:
-        x: x_t, [N, C, ...].
+        x: x_t, [N, C, ...], float32, bfloat16, float16 or float64.
         model_output: [N, C, ...], or [N, 2C, ...] with the variance in the second half, or a batch
             of 2N (unconditional half first) for classifier-free guidance.
-        table: [S, 16]. float32 for the fast backends; float64 is kept for float64 x.
+        table: [S, 16], a constant. float32 costs no conversion; float64 is kept for float64 x.
         step: which row: an int, or int64 [1] on the device of x, which is not read on the host.
         uncond_output: the unconditional model output where it is a tensor of its own.
         noise: z, of the shape of x. With neither ``noise`` nor ``seed`` no noise is added.
@@ -47,50 +61,212 @@ def denoise_step(
         learned_variance: use the second half of the model output's channels.
         return_x0: also return the clipped x0.
         inplace: write x_s over x.
+        out, x0_out: where to write x_s and x0, of the shape and dtype of x; ``out`` may be x.
+            Nothing is allocated where they are laid out like x. ``x0_out`` implies ``return_x0``.
         backend: "auto", "reference", "cpp" or "triton".
 
-    Returns x_s, or (x_s, x0), of the dtype of x.
+    Returns x_s, or (x_s, x0), of the dtype of x. Differentiable in x, the model outputs and the
+    noise, twice too, unless it writes into ``out``, ``x0_out`` or in place. Raises ValueError or
+    TypeError for arguments that do not fit together, IndexError for an int step outside the table,
+    `BackendUnavailable` where ``backend`` cannot run.
     """
     check_float("x", x)
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(f"x must have shape [N, C, ...] and hold something; got {tuple(x.shape)}")
-    count, channels = x.shape[:2]
-    if uncond_output is None and model_output.shape[0] == 2 * count:
-        uncond_output, model_output = model_output[:count], model_output[count:]
-    outputs = (channels, 2 * channels)[model_output.dim() > 1 and model_output.shape[1] != channels]
-    check_like("model_output", model_output, (count, outputs, *x.shape[2:]), x)
-    if uncond_output is not None:
-        check_like("uncond_output", uncond_output, model_output.shape, x)
-    if learned_variance and outputs == channels:
-        raise ValueError(f"a learned variance needs {2 * channels} output channels; got {outputs}")
+    shape, device = x.shape, x.device
+    if len(shape) < 2 or x.numel() == 0:
+        raise ValueError(f"x must have shape [N, C, ...] and hold something; got {tuple(shape)}")
+    _check_outputs(x, model_output, uncond_output, learned_variance)
     if table.dim() != 2 or table.shape[1] != COLUMNS:
         raise ValueError(f"table must have shape [S, {COLUMNS}]; got {tuple(table.shape)}")
-    if noise is not None and seed is not None:
-        raise ValueError("give noise or seed, not both")
     if isinstance(step, int):
         if not 0 <= step < table.shape[0]:
             raise IndexError(f"step must be in 0 .. {table.shape[0] - 1}; got {step}")
-        step = torch.full((1,), step, dtype=torch.int64, device=x.device)
+        step = torch.full((1,), step, dtype=torch.int64, device=device)
+    elif step.dtype is not torch.int64 or step.numel() != 1:
+        raise ValueError(f"step must be an int or int64 [1]; got {step.dtype} {tuple(step.shape)}")
     seeds = samples = None
     if noise is not None:
-        check_like("noise", noise, x.shape, x)
+        if seed is not None:
+            raise ValueError("give noise or seed, not both")
+        check_like("noise", noise, shape, x)
     elif seed is not None:
-        seeds = per_sample("seed", seed, count, x.device)
-        samples = sample_indices(sample, count, x.device)
-    out = x if inplace else torch.empty_like(x)
-    x0_out = torch.empty_like(x) if return_x0 else None
-    run = implementation("denoise_step", resolve(backend, x.device, x.dtype)).run
-    run(
-        x,
-        model_output,
-        uncond_output,
-        table,
-        step,
-        noise,
-        seeds,
-        samples,
-        learned_variance,
-        out,
-        x0_out,
-    )
+        seeds = per_sample("seed", seed, shape[0], device)
+        samples = sample_indices(sample, shape[0], device)
+    if inplace:
+        if out is not None:
+            raise ValueError("give inplace=True or out, not both")
+        out = x
+    return_x0 = return_x0 or x0_out is not None
+    inputs = (x, model_output, uncond_output, table, step, noise, seeds, samples)
+
+    if out is None and x0_out is None:
+        call = _functional if eager(*inputs) else _OP
+        x_s, x0 = call(*inputs, learned_variance, return_x0, backend)
+        return (x_s, x0) if return_x0 else x_s
+
+    if records_gradient(inputs):
+        raise ValueError("out= and inplace=True record no gradient; call under torch.no_grad()")
+    out = torch.empty_like(x) if out is None else out
+    check_out("out", out, x)
+    if return_x0:
+        x0_out = torch.empty_like(x) if x0_out is None else x0_out
+        check_out("x0_out", x0_out, x)
+    if eager(*inputs, out, x0_out):
+        _write(out, x0_out, *inputs, learned_variance, backend)
+        raise_versions(out, x0_out)
+    elif out is x:
+        _OP_INPLACE(*inputs, learned_variance, backend, x0_out)
+    else:
+        _OP_OUT(*inputs, learned_variance, backend, out=out, x0_out=x0_out)
     return out if x0_out is None else (out, x0_out)
+
+
+def _check_outputs(x: Tensor, output: Tensor, uncond: Tensor | None, learned: bool) -> None:
+    """ValueError unless the model output is [N, C or 2C, ...], or twice that for guidance."""
+    shape = x.shape
+    count, channels = shape[0], shape[1]
+    given = output.shape
+    if given == shape and uncond is None and not learned:
+        check_like("model_output", output, shape, x)
+        return
+    if uncond is None and given[0] == 2 * count:
+        count *= 2
+    wide = len(given) > 1 and given[1] != channels
+    outputs = channels * 2 if wide else channels
+    check_like("model_output", output, (count, outputs, *shape[2:]), x)
+    if uncond is not None:
+        check_like("uncond_output", uncond, given, x)
+    if learned and not wide:
+        raise ValueError(f"a learned variance needs {2 * channels} output channels; got {outputs}")
+
+
+def _halves(x: Tensor, output: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(conditional, unconditional): a batch of 2N holds the unconditional half first."""
+    count = x.shape[0]
+    if uncond is None and output.shape[0] != count:
+        return output[count:], output[:count]
+    return output, uncond
+
+
+def _write(
+    out: Tensor,
+    x0_out: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    learned_variance: bool,
+    backend: str,
+) -> None:
+    """Run a backend, on tensors of one layout and one dtype."""
+    layout, dtype = layout_of(x), x.dtype
+    cond, uncond = _halves(x, model_output, uncond_output)
+    others = [cond, uncond, noise]
+    for i, tensor in enumerate(others):
+        if tensor is not None:
+            tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
+            others[i] = laid_out(tensor, layout)
+    if table.dtype is not torch.float32 and dtype is not torch.float64:
+        table = table.to(torch.float32)
+    x_s = buffer_for(out, layout)
+    x0 = None if x0_out is None else buffer_for(x0_out, layout)
+    function("denoise_step", "run", backend, x)(
+        laid_out(x, layout),
+        others[0],
+        others[1],
+        table.contiguous(),
+        step,
+        others[2],
+        seed,
+        sample,
+        learned_variance,
+        x_s,
+        x0,
+    )
+    if x_s is not out:
+        out.copy_(x_s)
+    if x0_out is not None and x0 is not None and x0 is not x0_out:
+        x0_out.copy_(x0)
+
+
+def _write_out(*args: Any, out: Tensor, x0_out: Tensor | None) -> None:
+    _write(out, x0_out, *args)
+
+
+def _write_over(x: Tensor, *args: Any) -> None:
+    *rest, x0_out = args
+    _write(x, x0_out, x, *rest)
+
+
+def _functional(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, return_x0, backend = args
+    inputs += [backend]
+    out, x0 = _fake(x, *args)
+    _write(out, x0 if return_x0 else None, x, *inputs)
+    return out, x0
+
+
+def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The results, unfilled; an operator has a fixed number of them, so that no x0 is [0]."""
+    return_x0 = args[-2]
+    return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:8])
+    ctx.learned_variance, ctx.return_x0, ctx.backend = inputs[8:]
+
+
+def _backward(ctx: Any, d_out: Tensor | None, d_x0: Tensor | None) -> tuple[Any, ...]:
+    x, model_output, uncond_output, table, step, noise, seed, sample = ctx.saved_tensors
+    if ctx.needs_input_grad[3]:
+        raise ValueError("denoise_step has no gradient for its table; detach it")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row = table.index_select(0, step.view(1))[0].to(dtype)
+    if noise is None and seed is not None and ctx.learned_variance:
+        timestep = row[Column.TIMESTEP].to(torch.int64).expand(x.shape[0])
+        noise = philox.normal(
+            seed, sample, timestep, x.shape[1:], ctx.backend, dtype=dtype, device=x.device
+        )
+    cond, uncond = _halves(x, model_output, uncond_output)
+    d_x, d_cond, d_uncond, d_noise = gradients(
+        d_out, d_x0 if ctx.return_x0 else None, x, cond, uncond, row, noise, ctx.learned_variance
+    )
+    if d_uncond is not None and uncond_output is None:
+        d_cond, d_uncond = torch.cat((d_uncond, d_cond)), None
+    given = (x, model_output, uncond_output, None, None, noise)
+    grads = (d_x, d_cond, d_uncond, None, None, d_noise)
+    wanted = [
+        grad.to(tensor.dtype) if want and grad is not None and tensor is not None else None
+        for grad, tensor, want in zip(grads, given, ctx.needs_input_grad[:6], strict=True)
+    ]
+    return (*wanted, *(None,) * 5)
+
+
+_INPUTS = (
+    "Tensor model_output, Tensor? uncond_output, Tensor table, Tensor step, "
+    "Tensor? noise, Tensor? seed, Tensor? sample, bool learned_variance"
+)
+
+_OP = define(
+    f"denoise_step(Tensor x, {_INPUTS}, bool return_x0, str backend) -> (Tensor, Tensor)",
+    _functional,
+    _fake,
+    setup=_setup,
+    backward=_backward,
+)
+_OP_OUT = define(
+    f"denoise_step_out(Tensor x, {_INPUTS}, str backend, *, "
+    "Tensor(a!) out, Tensor(b!)? x0_out) -> ()",
+    _write_out,
+    lambda *args, **kwargs: None,
+)
+_OP_INPLACE = define(
+    f"denoise_step_(Tensor(a!) x, {_INPUTS}, str backend, Tensor(b!)? x0_out) -> ()",
+    _write_over,
+    lambda *args: None,
+)

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.backends import implementation, resolve
-from stepfuse.kernels.checks import per_sample
+from stepfuse.kernels.backends import function
+from stepfuse.kernels.checks import check_float, check_like, per_sample
+from stepfuse.kernels.layout import buffer_for
 from stepfuse.kernels.reference import philox as reference
+from stepfuse.kernels.registration import define, eager, raise_versions
 
 INITIAL = 2**32 - 1
 
@@ -32,6 +35,7 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Standard normal noise of one sample, or of many.
 
@@ -43,16 +47,29 @@ def normal(
         backend: "auto", "reference", "cpp" or "triton".
         dtype: of the result; values are computed in float32 (float64 in the reference).
         device: where the result goes; taken from ``sample`` where that is a tensor.
+        out: where to write the result instead, of its shape, dtype and device.
 
-    Returns ``shape`` for an int ``sample``, [N, *shape] for a tensor of N.
+    Returns ``shape`` for an int ``sample``, [N, *shape] for a tensor of N. Raises ValueError or
+    TypeError for values out of range, `BackendUnavailable` where ``backend`` cannot run.
     """
+    many = isinstance(sample, Tensor)
     device = sample.device if isinstance(sample, Tensor) else torch.device(device)
     count = len(sample) if isinstance(sample, Tensor) else 1
-    out = torch.empty((count, *shape), dtype=dtype, device=device)
-    if out.numel():
-        run = implementation("philox", resolve(backend, device, dtype)).fill
-        run(out, *_counters(seed, sample, step, count, device))
-    return out if isinstance(sample, Tensor) else out[0]
+    counters = _counters(seed, sample, step, count, device)
+    if out is None:
+        if eager(*counters):
+            drawn = _functional(*counters, shape, dtype, backend)
+        else:
+            drawn = _OP(*counters, shape, dtype, backend)
+        return drawn if many else drawn[0]
+    check_like("out", out, (count, *shape) if many else shape, counters[1])
+    target = out if many else out[None]
+    if eager(*counters, target):
+        _write(*counters, backend, target)
+        raise_versions(target)
+    else:
+        _OP_OUT(*counters, backend, out=target)
+    return out
 
 
 def integers(
@@ -76,3 +93,45 @@ def _counters(
         per_sample("sample", sample, count, device),
         per_sample("step", step, count, device),
     )
+
+
+def _write(seed: Tensor, sample: Tensor, step: Tensor, backend: str, out: Tensor) -> None:
+    if not out.numel():
+        return
+    target = buffer_for(out, torch.contiguous_format)  # elements are numbered in C order
+    function("philox", "fill", backend, out)(target, seed, sample, step)
+    if target is not out:
+        out.copy_(target)
+
+
+def _write_out(seed: Tensor, sample: Tensor, step: Tensor, backend: str, *, out: Tensor) -> None:
+    _write(seed, sample, step, backend, out)
+
+
+def _functional(
+    seed: Tensor, sample: Tensor, step: Tensor, shape: Sequence[int], dtype: Any, backend: str
+) -> Tensor:
+    out = _fake(seed, sample, step, shape, dtype, backend)
+    check_float("dtype", out)
+    _write(seed, sample, step, backend, out)
+    return out
+
+
+def _fake(
+    seed: Tensor, sample: Tensor, step: Tensor, shape: Sequence[int], dtype: Any, backend: str
+) -> Tensor:
+    return torch.empty((sample.shape[0], *shape), dtype=dtype, device=sample.device)
+
+
+_COUNTERS = "Tensor seed, Tensor sample, Tensor step"
+
+_OP = define(
+    f"philox_normal({_COUNTERS}, SymInt[] shape, ScalarType dtype, str backend) -> Tensor",
+    _functional,
+    _fake,
+)
+_OP_OUT = define(
+    f"philox_normal_out({_COUNTERS}, str backend, *, Tensor(a!) out) -> ()",
+    _write_out,
+    lambda *args, **kwargs: None,
+)

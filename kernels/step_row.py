@@ -7,9 +7,11 @@ With ``o`` the model output (after guidance), ``w`` its variance half and ``z`` 
     std = SIGMA exp((L_0 + L_1 w) / 2)              SIGMA alone where the variance is not learned
     x_s = C_X x + C_O o + C_0 x0 + std z
 
-The rows are computed in float64 by `stepfuse.engine.table` and rounded once. A re-derived epsilon is
-already folded into C_X and C_0, the model's own epsilon into C_X and C_O, so that neither costs an
-instruction in a kernel. 16 float32 numbers are one cache line. Timesteps are exact below 2^24.
+The rows are computed in float64 by `stepfuse.engine.table` and rounded once. A re-derived epsilon
+is already folded into C_X and C_0, the model's own epsilon into C_X and C_O, so that neither costs
+an instruction in a kernel. Where SIGMA is 0 no noise is added, and a fast backend draws none, so
+that one captured step serves eta = 0 too. 16 float32 numbers are one cache line. Timesteps are
+exact below 2^24.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Column(IntEnum):
     NOISE = 12
     SIGNAL_NEXT = 13  # ... and where it ends
     NOISE_NEXT = 14
-    RESERVED = 15
+    VARIANCE = 15  # of the reverse step, for a guided mean
 
 
 COLUMNS = len(Column)

@@ -55,7 +55,7 @@ def run(
     ``out`` may be ``x``.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row = table[step[0]].to(dtype)
+    row = table.index_select(0, step.view(1))[0].to(dtype)
     if noise is None and seed is not None:
         assert sample is not None
         timestep = row[Column.TIMESTEP].to(torch.int64).expand(x.shape[0])
@@ -64,3 +64,54 @@ def run(
     out.copy_(x_s)
     if x0_out is not None:
         x0_out.copy_(x0)
+
+
+def gradients(
+    d_out: Tensor | None,
+    d_x0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    row: Tensor,
+    noise: Tensor | None,
+    learned_variance: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `update` with respect to x, both outputs and the noise, as formulas.
+
+    With g = d_out, and g0 = c_0 g + d_x0 where x0 is not clipped, 0 where it is,
+
+        dx = c_x g + p_x g0     do = c_o g + p_o g0     dz = std g     dw = L_1 std z g / 2
+        do_cond = guidance do   do_uncond = (1 - guidance) do
+
+    in the dtype of ``row``; made of differentiable operations, so that they have gradients too.
+    """
+    dtype, channels = row.dtype, x.shape[1]
+    x, out = x.to(dtype), model_output[:, :channels].to(dtype)
+    guidance = row[Column.GUIDANCE]
+    if uncond_output is not None:
+        uncond = uncond_output[:, :channels].to(dtype)
+        out = uncond + guidance * (out - uncond)
+    g = torch.zeros_like(x) if d_out is None else d_out.to(dtype)
+    g0 = row[Column.C_0] * g
+    if d_x0 is not None:
+        g0 = g0 + d_x0.to(dtype)
+    clipped = (row[Column.P_X] * x + row[Column.P_O] * out).abs() > row[Column.CLIP]
+    g0 = g0.masked_fill(clipped, 0)
+    d_x = row[Column.C_X] * g + row[Column.P_X] * g0
+    d_cond = row[Column.C_O] * g + row[Column.P_O] * g0
+    d_uncond = None
+    if uncond_output is not None:
+        d_cond, d_uncond = guidance * d_cond, (1 - guidance) * d_cond
+    d_variance, d_noise = torch.zeros_like(x), None
+    if noise is not None:
+        std = row[Column.SIGMA]
+        if learned_variance:
+            log_variance = row[Column.L_0] + row[Column.L_1] * model_output[:, channels:].to(dtype)
+            std = std * torch.exp(0.5 * log_variance)
+            d_variance = 0.5 * row[Column.L_1] * std * noise.to(dtype) * g
+        d_noise = std * g
+    if model_output.shape[1] > channels:
+        d_cond = torch.cat((d_cond, d_variance), dim=1)
+        if d_uncond is not None:
+            d_uncond = torch.cat((d_uncond, torch.zeros_like(d_uncond)), dim=1)
+    return d_x, d_cond, d_uncond, d_noise

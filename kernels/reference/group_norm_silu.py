@@ -56,3 +56,71 @@ def run(
 ) -> None:
     """Write the result into ``out``, of the shape, strides and dtype of x; may be x itself."""
     out.copy_(formula(x, weight, bias, groups, eps, scale, shift, add, silu))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    silu: bool,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dscale: Tensor | None,
+    dshift: Tensor | None,
+    dadd: Tensor | None,
+) -> None:
+    """Write the gradients into the tensors given; None skips one. Statistics are recomputed.
+
+    With h = x + add, n = (h - mean) rstd, a = weight n + bias and m = (1 + scale) a + shift,
+
+        dm     = grad silu'(m)            silu'(m) = s (1 + m (1 - s)), s = sigmoid(m); 1 without
+        dshift = sum_hw dm                dscale   = sum_hw dm a
+        da     = (1 + scale) dm
+        dbias  = sum_n,hw da              dweight  = sum_n,hw da n
+        dn     = weight da
+        dh     = rstd (dn - <dn> - n <dn n>)         <.> the mean over a group
+        dx     = dh                       dadd     = sum_hw dh
+
+    dh is what is left of rstd dn once its components along 1 and n are gone: mean and variance
+    take out the shift and the scale of h, so that neither can move the result (eps aside, which
+    rstd contains). dx: like x; dweight, dbias: [C]; dscale, dshift, dadd: [N, C].
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    count, channels = x.shape[:2]
+
+    def column(v: Tensor | None) -> Tensor | float:
+        return 0.0 if v is None else v.to(dtype).reshape(-1, channels, 1)
+
+    h = x.to(dtype).reshape(count, channels, -1) + column(add)
+    grouped = h.view(count, groups, -1)
+    centred = grouped - grouped.mean(dim=-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
+    n = centred * rstd
+    gain = 1.0 if weight is None else column(weight)
+    a = n.view(h.shape) * gain + column(bias)
+    m = a * (1 + column(scale)) + column(shift)
+    dm = grad.to(dtype).reshape(h.shape)
+    if silu:
+        s = torch.sigmoid(m)
+        dm = dm * s * (1 + m * (1 - s))
+    da = dm * (1 + column(scale))
+    dn = (da * gain).view(grouped.shape)
+    projected = dn.mean(dim=-1, keepdim=True) + n * (dn * n).mean(dim=-1, keepdim=True)
+    dh = (rstd * (dn - projected)).view(h.shape)
+    for target, value in (
+        (dx, dh),
+        (dweight, (da * n.view(h.shape)).sum(dim=(0, 2))),
+        (dbias, da.sum(dim=(0, 2))),
+        (dscale, (dm * a).sum(dim=2)),
+        (dshift, dm.sum(dim=2)),
+        (dadd, dh.sum(dim=2)),
+    ):
+        if target is not None:
+            target.copy_(value.view(target.shape))

@@ -26,7 +26,7 @@ def rounds(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
             p0 & _MASK,
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)  # type: ignore[no-untyped-call]
 
 
 def integers(seed: Tensor, sample: Tensor, timestep: Tensor, elements: int) -> Tensor:
@@ -56,7 +56,7 @@ def normal(seed: Tensor, sample: Tensor, timestep: Tensor, elements: int) -> Ten
     roundings are part of the definition; everything after them is exact here and within 1e-6 in
     the fast backends.
     """
-    words = integers(seed, sample, timestep, -(-elements // 4) * 4).unflatten(1, (-1, 2))
+    words = integers(seed, sample, timestep, -(-elements // 4) * 4).view(len(seed), -1, 2)
     a, b = words[..., 0], words[..., 1]
     u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
     v = (b - (b >> 31 << 32)).to(torch.float32) * 2.0**-31
