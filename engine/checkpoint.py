@@ -1,0 +1,173 @@
+"""Checkpoints: one safetensors file with weights, network, schedule and labels. No pickle.
+
+The embedded ones are in ``checkpoints/`` beside this file and are loaded by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.unet import UNet, UNetConfig
+
+FOLDER = Path(__file__).resolve().parent / "checkpoints"
+FORMAT = "stepfuse-unet-1"
+SUFFIX = ".safetensors"
+BETAS = "schedule.betas"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained denoiser and what is needed to sample from it.
+
+    Attributes:
+        model: the network, float32, in evaluation mode, without gradients.
+        schedule: the forward process it was trained on.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        sample_shape: (C, H, W) of the training images.
+        labels: names of the classes; empty for an unconditional network.
+        training: steps, images, loss and the like, as recorded by the trainer.
+        card: the model card, markdown.
+    """
+
+    model: UNet
+    schedule: Schedule
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    training: dict[str, Any]
+    card: str
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, which is the index of the null class; None if unconditional."""
+        return self.model.config.num_classes
+
+
+def embedded() -> list[str]:
+    """Names of the checkpoints inside the package."""
+    return sorted(file.stem for file in FOLDER.glob(f"*{SUFFIX}"))
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
+    """Load an embedded checkpoint by its name or any other by its path. Never uses a network.
+
+    The model card of a file is the .md file of the same name beside it.
+
+    Raises:
+        ValueError: unknown name, missing, truncated or foreign file.
+    """
+    path = _locate(name_or_path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is no stepfuse checkpoint: its format is "
+                    f"{metadata.get('format')!r}; accepted: {FORMAT!r}"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    try:
+        info = json.loads(metadata["info"])
+        schedule = Schedule.from_betas(tensors.pop(BETAS), info["schedule"])
+        model = _build(UNetConfig.from_dict(info["unet"]), tensors)
+        channels, height, width = info["sample_shape"]
+        return Checkpoint(
+            model=model,
+            schedule=schedule,
+            prediction_type=info["prediction_type"],
+            sample_shape=(channels, height, width),
+            labels=tuple(info["labels"]),
+            training=info["training"],
+            card=_card(path),
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not describe a network: {reason}") from None
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: UNet,
+    schedule: Schedule,
+    *,
+    prediction_type: str = "epsilon",
+    sample_shape: tuple[int, int, int],
+    labels: Sequence[str] = (),
+    training: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a checkpoint that ``load`` reads, with its weights in ``dtype``.
+
+    The file is written to a temporary name, flushed and renamed: it is whole or it is not there.
+
+    Raises:
+        ValueError: weights that are not finite in ``dtype``, or labels that do not fit the network.
+    """
+    path = Path(path)
+    if len(labels) != (model.config.num_classes or 0):
+        raise ValueError(
+            f"{len(labels)} labels given; the network has {model.config.num_classes or 0} classes"
+        )
+    tensors = {BETAS: schedule.betas.contiguous()}
+    for key, weight in model.state_dict().items():
+        tensors[key] = weight.detach().to("cpu", dtype).contiguous()
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise ValueError(f"{key} is not finite in {dtype}")
+    info = {
+        "unet": asdict(model.config),
+        "schedule": schedule.name,
+        "prediction_type": prediction_type,
+        "sample_shape": list(sample_shape),
+        "labels": list(labels),
+        "training": training or {},
+    }
+    content = serialise(tensors, {"format": FORMAT, "info": json.dumps(info, sort_keys=True)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _locate(name_or_path: str | os.PathLike[str]) -> Path:
+    name = os.fspath(name_or_path)
+    inside = FOLDER / f"{name}{SUFFIX}"
+    if Path(name).name == name and inside.is_file():
+        return inside
+    path = Path(name)
+    if path.is_file():
+        return path
+    raise ValueError(
+        f"unknown checkpoint {name!r}; accepted: {', '.join(map(repr, embedded()))} "
+        f"or the path of a {SUFFIX} file"
+    )
+
+
+def _build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
+    with torch.device("meta"):
+        model = UNet(config)
+    weights = {key: weight.to(torch.float32) for key, weight in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _card(path: Path) -> str:
+    beside = path.with_suffix(".md")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else ""

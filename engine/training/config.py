@@ -1,0 +1,95 @@
+"""What a training run consists of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.unet import UNetConfig
+
+FREE_ON_RESUME = ("data", "out", "steps", "save_every", "sample_every", "resume", "device")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; raises ValueError for values that cannot be used.
+
+    Attributes:
+        data: folder of images or .npz file, see ``load_images``.
+        out: folder for ``state.pt``, ``samples_*.png`` and the finished ``model.safetensors``.
+        unet: the network. Image channels and number of classes are taken from the data.
+        schedule: the forward process.
+        prediction_type: "epsilon" or "v_prediction"; "epsilon" with a learned variance.
+        steps: optimiser steps in all; the learning rate's decay is laid over them.
+        batch_size: images per step.
+        learning_rate: AdamW's, after the warm-up.
+        warmup_steps: the learning rate rises linearly over these.
+        decay: the learning rate falls to zero over the remaining steps, or stays ("none").
+        weight_decay: AdamW's.
+        grad_clip: largest gradient norm.
+        ema_decay: see ``EMA``.
+        label_dropout: probability of the null class, for classifier-free guidance.
+        autocast: bfloat16 autocast; None where the device has bfloat16 arithmetic.
+        save_every: steps between saved states.
+        sample_every: steps between sample grids, 0 for none.
+        seed: of the initial weights, the data order, noise, timesteps and dropout.
+        device: "cpu" or "cuda".
+        resume: continue from ``out/state.pt``.
+    """
+
+    data: Path
+    out: Path
+    unet: UNetConfig = field(default_factory=UNetConfig.digits)
+    schedule: Schedule = field(default_factory=Schedule.linear)
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    decay: Literal["none", "linear", "cosine"] = "cosine"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    label_dropout: float = 0.1
+    autocast: bool | None = None
+    save_every: int = 500
+    sample_every: int = 1000
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[str, bool, str]] = [
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("decay", self.decay in ("none", "linear", "cosine"), "'none', 'linear' or 'cosine'"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("grad_clip", self.grad_clip > 0, "above 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+            ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
+            ("save_every", self.save_every >= 1, "at least 1"),
+            ("sample_every", self.sample_every >= 0, "at least 0"),
+            (
+                "prediction_type",
+                self.prediction_type in self.possible_prediction_types(),
+                " or ".join(map(repr, self.possible_prediction_types())),
+            ),
+        ]
+        for name, good, accepted in checks:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
+
+    def possible_prediction_types(self) -> tuple[str, ...]:
+        """The hybrid loss is written for epsilon."""
+        return ("epsilon",) if self.unet.learned_variance else ("epsilon", "v_prediction")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as plain values."""
+        values = asdict(self)
+        values["schedule"] = self.schedule.betas.tolist()
+        values["unet"] = asdict(self.unet)
+        return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}

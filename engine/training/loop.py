@@ -1,0 +1,254 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepfuse.engine import checkpoint
+from stepfuse.engine.training.config import TrainConfig
+from stepfuse.engine.training.data import ImageData, load_images
+from stepfuse.engine.training.ema import EMA
+from stepfuse.engine.training.loss import HybridLoss, simple_loss
+from stepfuse.engine.training.preview import save_preview
+from stepfuse.engine.training.state import load_state, save_state
+from stepfuse.engine.unet import UNet
+from stepfuse.kernels.add_noise import add_noise
+
+LOSS_SMOOTHING = 0.99
+
+
+def train(config: TrainConfig, progress: bool = False) -> Path:
+    """Train a U-Net and write its averaged weights to ``config.out/model.safetensors``.
+
+    Each step draws t uniformly, noises the batch by x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    (``add_noise``), replaces labels by the null class with ``label_dropout``, takes a gradient step
+    on L_simple (or L_hybrid with a learned variance) and updates the moving average.
+
+    The state is saved every ``save_every`` steps and on Ctrl-C or SIGTERM, which end the run after
+    the step at hand with KeyboardInterrupt. A resumed run continues bit for bit.
+
+    Args:
+        config: the run.
+        progress: show a bar with the smoothed loss and images per second.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: data, state or folder that cannot be used.
+    """
+    data = load_images(config.data)
+    run = Run(config, data)
+    state_file = config.out / "state.pt"
+    if config.resume:
+        run.restore(load_state(state_file, config.identity()))
+    elif state_file.exists():
+        raise FileExistsError(f"{config.out} holds a run already; resume it or take another folder")
+    config.out.mkdir(parents=True, exist_ok=True)
+
+    bar = tqdm(
+        total=config.steps * config.batch_size,
+        initial=run.step * config.batch_size,
+        unit=" images",
+        unit_scale=True,
+        smoothing=0.05,
+        disable=not progress,
+    )
+    with bar, stop_requested() as stop:
+        while run.step < config.steps:
+            run.advance()
+            bar.update(config.batch_size)
+            bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, refresh=False)
+            if config.sample_every and run.step % config.sample_every == 0:
+                path = config.out / f"samples_{run.step:07d}.png"
+                save_preview(path, run.averaged(), config, data.sample_shape)
+            if run.step % config.save_every == 0 or stop.is_set() or run.step == config.steps:
+                save_state(state_file, run.state())
+            if stop.is_set():
+                raise KeyboardInterrupt
+    return run.export()
+
+
+class Run:
+    """A training run between two steps: network, average, optimiser, randomness, counters."""
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        classes = None if data.labels is None else len(data.class_names)
+        unet = replace(config.unet, in_channels=data.sample_shape[0], num_classes=classes)
+        divisor = unet.size_divisor
+        if data.sample_shape[1] % divisor or data.sample_shape[2] % divisor:
+            raise ValueError(
+                f"images are {data.sample_shape[1]} by {data.sample_shape[2]}; accepted by this "
+                f"network: height and width divisible by {divisor}"
+            )
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.data = data
+        self.model = UNet(unet).to(config.device)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.hybrid = HybridLoss(config.schedule) if unet.learned_variance else None
+        self.abar = config.schedule.alphas_cumprod.to(config.device)
+        self.autocast = has_bfloat16(config.device) if config.autocast is None else config.autocast
+        self.step = 0
+        self.loss = math.nan
+
+    def advance(self) -> None:
+        """One optimiser step."""
+        config = self.config
+        indices = batch_indices(self.step, len(self.data), config.batch_size, config.seed)
+        x0, labels = self.data.batch(indices)
+        t = torch.randint(config.schedule.num_train_timesteps, (len(x0),), generator=self.generator)
+        noise = torch.randn(x0.shape, generator=self.generator)
+        if labels is not None:
+            null = len(self.data.class_names)
+            labels = drop_labels(labels, null, config.label_dropout, self.generator)
+            labels = labels.to(config.device)
+        x0, noise, t = x0.to(config.device), noise.to(config.device), t.to(config.device)
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(self.step, config)
+        self.optimizer.zero_grad()
+        loss = self.losses(x0, noise, t, labels).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.ema.update(self.model)
+
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss became {value} at step {self.step}")
+        smoothed = LOSS_SMOOTHING * self.loss + (1 - LOSS_SMOOTHING) * value
+        self.loss = value if math.isnan(self.loss) else smoothed
+        self.step += 1
+
+    def losses(self, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The objective per sample, [N]."""
+        kind = self.config.prediction_type
+        x_t, target = add_noise(x0, noise, t, self.abar, target=kind)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model(x_t, t, labels)
+        if self.hybrid is None:
+            return simple_loss(output, target)
+        return self.hybrid(output, noise, x0, x_t, t)
+
+    def averaged(self) -> UNet:
+        """A copy of the network with the averaged weights, for evaluation."""
+        model = UNet(self.model.config).to(self.config.device)
+        self.ema.copy_to(model)
+        return model.eval().requires_grad_(False)
+
+    def state(self) -> dict[str, object]:
+        """Everything that ``restore`` needs to continue bit for bit."""
+        return {
+            "identity": self.config.identity(),
+            "step": self.step,
+            "loss": self.loss,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Take over a state that ``load_state`` read."""
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.generator.set_state(state["generator"])  # type: ignore[arg-type]
+        torch.set_rng_state(state["rng"])  # type: ignore[arg-type]
+        self.step = int(state["step"])  # type: ignore[call-overload]
+        self.loss = float(state["loss"])  # type: ignore[arg-type]
+
+    def export(self) -> Path:
+        """Write the averaged weights as a checkpoint that ``stepfuse.load`` reads."""
+        path = self.config.out / "model.safetensors"
+        checkpoint.save(
+            path,
+            self.averaged(),
+            self.config.schedule,
+            prediction_type=self.config.prediction_type,
+            sample_shape=self.data.sample_shape,
+            labels=self.data.class_names,
+            training={
+                "steps": self.step,
+                "images": self.step * self.config.batch_size,
+                "loss": round(self.loss, 6),
+            },
+        )
+        return path
+
+
+def batch_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:
+    """The images of one step, int64 [batch_size]: consecutive entries of one shuffle per epoch."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return torch.stack([_shuffle(p // count, count, seed)[p % count] for p in positions])
+
+
+@lru_cache(maxsize=2)
+def _shuffle(epoch: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 0x9E3779B9 * (epoch + 1))
+    return torch.randperm(count, generator=generator)
+
+
+def drop_labels(
+    labels: Tensor, null: int, probability: float, generator: torch.Generator
+) -> Tensor:
+    """Each label replaced by the null class with the given probability (Ho and Salimans 2021)."""
+    dropped = torch.rand(labels.shape, generator=generator) < probability
+    return torch.where(dropped, torch.full_like(labels, null), labels)
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then constant or falling to zero at ``config.steps``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return max(0.0, 1 - done) if config.decay == "linear" else 1.0
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, instead of interrupting a step half done."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    previous = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
