@@ -15,7 +15,7 @@ from stepfuse.kernels.checks import (
     per_sample,
     sample_indices,
 )
-from stepfuse.kernels.layout import buffer_for, laid_out, layout_of
+from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 
 Target = Literal["epsilon", "v_prediction"]
@@ -129,13 +129,13 @@ def _write(
         if low < 0 or high >= len(abar):
             raise IndexError(f"t must be in 0 .. {len(abar) - 1}; got {int(low)} .. {int(high)}")
     layout = layout_of(x0)
-    if noise is not None and noise.dtype != x0.dtype:
-        noise = noise.to(x0.dtype)
+    if noise is not None:
+        noise = laid_out(cast(noise, x0.dtype), layout)
     x_t = buffer_for(out, layout)
     goal = None if target_out is None else buffer_for(target_out, layout)
     function("add_noise", "run", backend, x0)(
         laid_out(x0, layout),
-        laid_out(noise, layout),
+        noise,
         t,
         abar.contiguous(),
         seed,

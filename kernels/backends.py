@@ -9,17 +9,20 @@ Every op has up to three implementations with one contract, each in its own fold
 ``resolve("auto", device)`` takes C++ for CPU tensors and Triton for CUDA tensors, and falls back to
 the reference where those are not installed; asking for a backend by name never falls back.
 
-What a backend's ``run`` may rely on, and need not check: shapes agree, everything is on one
-device, int64 tensors and tables are contiguous, tensors with the spatial dimensions of x (the
-result included) have its dtype and are all contiguous or all channels-last.
+What a backend's ``run`` may rely on, and need not check: shapes agree and everything is on one
+device; int64 tensors and tables are contiguous; x, grad, noise and the results have one dtype, and
+are all contiguous or all channels-last. Model outputs share a dtype and a layout, which may be
+others than those of x; parameters ([C] or [N, C]) have any of `FLOAT_DTYPES` and their channels side
+by side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -99,8 +102,22 @@ def implementation(op: str, backend: str) -> ModuleType:
 
 
 def interpreting() -> bool:
-    """True where Triton kernels are run by its interpreter instead of being compiled."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """True where Triton kernels run on CPU tensors instead of being launched on a GPU."""
+    return _on_cpu > 0 or os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_on_cpu = 0
+
+
+@contextlib.contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Inside, backend="triton" accepts CPU tensors: for code that exchanges Triton's launcher."""
+    global _on_cpu
+    _on_cpu += 1
+    try:
+        yield
+    finally:
+        _on_cpu -= 1
 
 
 @functools.cache

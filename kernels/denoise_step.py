@@ -16,7 +16,7 @@ from stepfuse.kernels.checks import (
     per_sample,
     sample_indices,
 )
-from stepfuse.kernels.layout import buffer_for, laid_out, layout_of
+from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of
 from stepfuse.kernels.reference.denoise_step import gradients
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -164,22 +164,24 @@ def _write(
     """Run a backend, on tensors of one layout and one dtype."""
     layout, dtype = layout_of(x), x.dtype
     cond, uncond = _halves(x, model_output, uncond_output)
-    others = [cond, uncond, noise]
-    for i, tensor in enumerate(others):
-        if tensor is not None:
-            tensor = tensor if tensor.dtype is dtype else tensor.to(dtype)
-            others[i] = laid_out(tensor, layout)
-    if table.dtype is not torch.float32 and dtype is not torch.float64:
-        table = table.to(torch.float32)
+    if cond.dtype is torch.float64:
+        cond = cast(cond, dtype)
+    cond = laid_out(cond, layout_of(cond))
+    if uncond is not None:
+        uncond = laid_out(cast(uncond, cond.dtype), layout_of(cond))
+    if noise is not None:
+        noise = laid_out(cast(noise, dtype), layout)
+    if dtype is not torch.float64:
+        table = cast(table, torch.float32)
     x_s = buffer_for(out, layout)
     x0 = None if x0_out is None else buffer_for(x0_out, layout)
     function("denoise_step", "run", backend, x)(
         laid_out(x, layout),
-        others[0],
-        others[1],
+        cond,
+        uncond,
         table.contiguous(),
         step,
-        others[2],
+        noise,
         seed,
         sample,
         learned_variance,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepfuse.kernels.backends import function
 from stepfuse.kernels.checks import check_float, check_like, check_out
-from stepfuse.kernels.layout import as_images, buffer_for, laid_out, layout_of
+from stepfuse.kernels.layout import as_images, buffer_for, cast, laid_out, layout_of
 from stepfuse.kernels.reference.group_norm_silu import formula
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 
@@ -131,18 +131,27 @@ def _write(
     target = buffer_for(y, layout)
     function("group_norm_silu", "run", backend, x)(
         laid_out(x, layout),
-        weight,
-        bias,
+        _parameter(weight, x),
+        _parameter(bias, x),
         groups,
         eps,
-        scale,
-        shift,
-        add,
+        _parameter(scale, x),
+        _parameter(shift, x),
+        _parameter(add, x),
         silu,
         target,
     )
     if target is not y:
         y.copy_(target)
+
+
+def _parameter(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """[C] or [N, C] with neighbouring channels side by side; halves of a projection are that."""
+    if v is None:
+        return None
+    if v.dtype is torch.float64:
+        v = cast(v, x.dtype)
+    return v if v.stride(-1) == 1 else v.contiguous()
 
 
 def _functional(x: Tensor, *args: Any) -> Tensor:
@@ -217,13 +226,13 @@ def _run_backward(
     function("group_norm_silu", "backward", backend, x)(
         laid_out(grad, layout),
         laid_out(image, layout),
-        weight,
-        bias,
+        _parameter(weight, x),
+        _parameter(bias, x),
         groups,
         eps,
-        scale,
-        shift,
-        add,
+        _parameter(scale, x),
+        _parameter(shift, x),
+        _parameter(add, x),
         silu,
         *targets,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
@@ -18,15 +16,16 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
-@overload
-def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor: ...
-@overload
-def laid_out(x: Tensor | None, layout: torch.memory_format) -> Tensor | None: ...
-def laid_out(x: Tensor | None, layout: torch.memory_format) -> Tensor | None:
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     """x in that layout: itself, or a copy where it is strided otherwise."""
-    if x is None or x.is_contiguous(memory_format=layout):
+    if x.is_contiguous(memory_format=layout):
         return x
     return x.contiguous(memory_format=layout)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself where it has that dtype."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def buffer_for(out: Tensor, layout: torch.memory_format) -> Tensor:
