@@ -1,0 +1,119 @@
+"""One sampler update by a row of the step table, in one pass; same contract as the reference.
+
+Nothing that changes from step to step is an argument by value: the row is read at ``step[0]`` in
+device memory, seeds and sample numbers from tensors, so a captured launch serves every step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepfuse.kernels.triton import flat, philox
+
+
+@triton.jit
+def _block(
+    x, model_output, uncond, noise, out, x0_out, row, z, variance,
+    first, output_first, limit, output_offset,
+    DRAWN: tl.constexpr, LEARNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offset = tl.arange(0, BLOCK)
+    mask = (offset < limit) if MASKED else None
+    x_t = tl.load(x + first + offset, mask=mask).to(tl.float32)
+    o = tl.load(model_output + output_first + output_offset, mask=mask).to(tl.float32)
+    if uncond is not None:
+        base = tl.load(uncond + output_first + output_offset, mask=mask).to(tl.float32)
+        o = base + tl.load(row + 9) * (o - base)
+    clip = tl.load(row + 6)
+    x0 = tl.load(row + 0) * x_t + tl.load(row + 1) * o
+    # torch's clamp lets NaN through, and so does this
+    x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+    x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
+    x_s = tl.load(row + 2) * x_t + tl.load(row + 3) * o + tl.load(row + 4) * x0
+    if noise is not None:
+        z = tl.load(noise + first + offset, mask=mask).to(tl.float32)
+    if DRAWN or noise is not None:
+        std = tl.load(row + 5)
+        if LEARNED:
+            w = tl.load(model_output + output_first + variance + output_offset, mask=mask)
+            log_variance = tl.load(row + 7) + tl.load(row + 8) * w.to(tl.float32)
+            std = std * tl.exp(0.5 * log_variance)
+        x_s += std * z
+    tl.store(out + first + offset, x_s.to(out.dtype.element_ty), mask=mask)
+    if x0_out is not None:
+        tl.store(x0_out + first + offset, x0.to(x0_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kernel(
+    x, model_output, uncond, table, step, noise, seed, sample, out, x0_out,
+    length, total, blocks, pixels, channels,
+    DRAWN: tl.constexpr, LEARNED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    number, first, start, limit, element = flat.place(length, total, blocks, BLOCK, ROWS)
+    row = table + tl.load(step) * 16
+    z = None
+    if DRAWN:
+        z = tl.zeros((BLOCK,), tl.float32)
+        if tl.load(row + 5) != 0:  # the one captured launch serves steps without noise too
+            z = philox.draw(
+                tl.load(seed + number), tl.load(sample + number), tl.load(row + 10).to(tl.int64),
+                start, element, pixels, channels, BLOCK, ROWS, LAST,
+            )  # fmt: skip
+    # where the model output of an element stands: beside x or, with twice the channels (WIDE), in
+    # rows or pixels twice as long; the variance of an element follows ``variance`` elements later
+    variance = channels if LAST else length
+    offset = tl.arange(0, BLOCK)
+    output_first = first
+    if WIDE:
+        if LAST:
+            offset += (element // channels + number * pixels) * channels
+        elif ROWS:
+            output_first += number * length
+        else:
+            offset += number * length
+    if limit >= BLOCK:
+        _block(
+            x, model_output, uncond, noise, out, x0_out, row, z, variance,
+            first, output_first, limit, offset, DRAWN, LEARNED, False, BLOCK,
+        )  # fmt: skip
+    else:
+        _block(
+            x, model_output, uncond, noise, out, x0_out, row, z, variance,
+            first, output_first, limit, offset, DRAWN, LEARNED, True, BLOCK,
+        )  # fmt: skip
+
+
+def run(
+    x: Tensor,
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    learned_variance: bool,
+    out: Tensor,
+    x0_out: Tensor | None,
+) -> None:
+    """Write x_s into ``out`` and, where given, the clipped x0 into ``x0_out``.
+
+    x, noise, out, x0_out: [N, C, ...]; model_output, uncond_output: [N, C or 2C, ...];
+    table: [S, 16]; step: int64 [1]; seed, sample: int64 [N], or None for no drawn noise. ``out``
+    may be ``x``.
+    """
+    drawn = noise is None and seed is not None
+    wide = model_output.shape != x.shape
+    grid = flat.Grid.of(x, per_sample=drawn or wide)
+    with flat.on_device(x):
+        _kernel[(grid.programs,)](
+            x, model_output, uncond_output, table, step, noise,
+            seed if drawn else None, sample if drawn else None, out, x0_out,
+            grid.length, grid.total, grid.blocks, x[0, 0].numel(), x.shape[1],
+            DRAWN=drawn, LEARNED=learned_variance, WIDE=wide,
+            BLOCK=flat.BLOCK, ROWS=grid.rows, LAST=flat.is_channels_last(x), **flat.OPTIONS,
+        )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Run the Triton backend on CPU tensors: in its interpreter, or as the PTX it compiles to.
+
+    with interpreted():                    # numerics of the kernel source, nothing compiled
+        group_norm_silu(x, ..., backend="triton")
+    with simulated(90) as launches:        # executes the PTX for sm_90; skips without PTXSIM
+        add_noise(x, ..., backend="triton")
+
+Both work in one process with ahead-of-time compilation: the decorated kernels stay as they are, and
+only what happens at a launch is exchanged for the length of the ``with`` block.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from stepfuse.kernels import backends
+
+PTXSIM = os.environ.get("PTXSIM", "")
+needs_ptxsim = pytest.mark.skipif(
+    not PTXSIM, reason="PTXSIM does not name the folder that contains the package ptxsim"
+)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, Triton kernels run in its interpreter and backend="triton" takes CPU tensors."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1 made every kernel an interpreted one
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    functions: dict[Any, Any] = {}
+
+    def function(kernel: Any) -> Any:
+        if kernel not in functions:
+            functions[kernel] = InterpretedFunction(kernel.fn)
+        return functions[kernel]
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        function(self).run(*args, grid=grid, warmup=warmup, **options)
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        return function(self)(*args, **options)
+
+    real = JITFunction.run, JITFunction.__call__
+    JITFunction.run, JITFunction.__call__ = run, call
+    try:
+        with backends.triton_on_cpu():
+            yield
+    finally:
+        JITFunction.run, JITFunction.__call__ = real
+
+
+@contextmanager
+def simulated(arch: int, **settings: Any) -> Iterator[list[Any]]:
+    """Inside, launches are compiled for sm_<arch> and their PTX is executed on CPU tensors.
+
+    Yields the list of launches, each with ``stats`` (bytes, sectors), ``ptx`` and ``resources()``.
+    """
+    if not PTXSIM:
+        pytest.skip("PTXSIM does not name the folder that contains the package ptxsim")
+    if PTXSIM not in sys.path:
+        sys.path.append(PTXSIM)
+    from ptxsim import simulated as launches
+
+    with backends.triton_on_cpu(), launches(arch=arch, **settings) as log:
+        yield log
