@@ -12,7 +12,7 @@ the reference where those are not installed; asking for a backend by name never 
 What a backend's ``run`` may rely on, and need not check: shapes agree and everything is on one
 device; int64 tensors and tables are contiguous; x, grad, noise and the results have one dtype, and
 are all contiguous or all channels-last. Model outputs share a dtype and a layout, which may be
-others than those of x; parameters ([C] or [N, C]) have any of `FLOAT_DTYPES` and their channels side
+others than those of x; parameters ([C] or [N, C]) have any of `FLOAT_DTYPES`, channels side
 by side.
 """
 
