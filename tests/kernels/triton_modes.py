@@ -33,21 +33,27 @@ def interpreted() -> Iterator[None]:
     if triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1 made every kernel an interpreted one
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
     from triton.runtime.jit import JITFunction
 
     functions: dict[Any, Any] = {}
 
     def function(kernel: Any) -> Any:
-        if kernel not in functions:
-            functions[kernel] = InterpretedFunction(kernel.fn)
-        return functions[kernel]
+        # keyed by the raw function: the hash of a JITFunction walks all that it refers to
+        if kernel.fn not in functions:
+            functions[kernel.fn] = InterpretedFunction(kernel.fn)
+        return functions[kernel.fn]
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         function(self).run(*args, grid=grid, warmup=warmup, **options)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        return function(self)(*args, **options)
+        # InterpretedFunction.__call__ leaves triton.language patched, which breaks the compiler
+        patches = _patch_lang(self.fn)
+        try:
+            return function(self).rewrite()(*args, **options)
+        finally:
+            patches.restore()
 
     real = JITFunction.run, JITFunction.__call__
     JITFunction.run, JITFunction.__call__ = run, call
