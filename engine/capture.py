@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_QUIET = (str(Path(torch.__file__).parent), __file__)  # frames no reader wants to see
+# frames that are not the reader's
+_QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 Step = Callable[[], None]
 
 
 class CaptureRefused(RuntimeError):
-    """The step cannot be captured; the message names the operation and the line that stand in the way."""
+    """The step cannot be captured; the message names the operation and its line."""
 
 
 class Captured(Protocol):
@@ -35,7 +36,7 @@ class Captured(Protocol):
         """Do it once."""
 
 
-class Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operations of one run of ``step``, written out as one Python function and compiled.
 
     Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
@@ -46,7 +47,7 @@ class Recording(TorchDispatchMode):
     """
 
     def __init__(self, step: Step) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
         self._alive: list[Tensor] = []  # so that no such id is used twice
         self._bound: dict[str, Any] = {}  # what the compiled function reads by name
@@ -61,7 +62,7 @@ class Recording(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        refuse_host_reads(func)
+        refuse_host_reads(func, args)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         reads = [self._names[id(leaf)] for leaf in read if id(leaf) in self._names]
         call = self._written(func, args, kwargs)
@@ -129,7 +130,7 @@ class CudaGraph:
     """
 
     def __init__(self, step: Step, repeat: int = 1, pool: Any = None) -> None:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -148,9 +149,14 @@ class CudaGraph:
         self.graph.replay()
 
 
-def refuse_host_reads(func: Any) -> None:
+def refuse_host_reads(func: Any, args: Sequence[Any]) -> None:
     """Raise `CaptureRefused` where ``func`` gives Python something to branch on."""
-    if any(tag in func.tags for tag in _HOST_READS):
+    if func is torch.ops.aten.index.Tensor:
+        # the shape of x[i] depends on the values of i only where i is a mask
+        reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    else:
+        reads = any(tag in func.tags for tag in _HOST_READS)
+    if reads:
         raise CaptureRefused(f"{func} reads a tensor's values on the host, {calling_line()}")
 
 

@@ -44,6 +44,10 @@ class CFG:
         inside = self.interval is None or self.interval[0] <= t <= self.interval[1]
         return self.scale if inside else 1.0
 
+    def is_active(self, t: int) -> bool:
+        """Whether a second evaluation is needed at timestep t."""
+        return self.scale_at(t) != 1
+
     def combine(self, cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
         """The rescaled mixture, [N, C, ...]; a learned variance stays that of ``cond``."""
         mixed = uncond + scale * (cond - uncond)
@@ -74,6 +78,14 @@ class ClassifierGuidance:
             raise ValueError(
                 f"returns must be 'log_probability' or 'gradient'; got {self.returns!r}"
             )
+
+    def scale_at(self, t: int) -> float:
+        """The scale in force at timestep t."""
+        return self.scale
+
+    def is_active(self, t: int) -> bool:
+        """Whether the classifier is evaluated at timestep t."""
+        return self.scale != 0
 
     def gradient(self, x: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """grad log p(y | x_t) with respect to x, [N, C, ...]."""

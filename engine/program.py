@@ -7,14 +7,17 @@ operations serve every timestep, every schedule and every seed.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepfuse.engine.capture import untouched
 from stepfuse.engine.denoiser import Condition, Denoiser, static_copy
 from stepfuse.engine.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.engine.request import Part
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -28,14 +31,25 @@ class Layout:
     device: torch.device
     given_noise: bool
     masked: bool
+    training: bool
     condition: tuple[tuple[str, Any], ...]
 
-    @staticmethod
-    def describe(condition: Condition) -> tuple[tuple[str, Any], ...]:
-        """A hashable description of a condition: shapes and dtypes of tensors, the rest by repr."""
-        return tuple(
+    @classmethod
+    def of(cls, part: Part, denoiser: Denoiser) -> Layout:
+        """The layout of a batch; conditions count by shape and dtype, or by repr."""
+        condition = tuple(
             (k, (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v))
-            for k, v in sorted(condition.items())
+            for k, v in sorted(part.condition.items())
+        )
+        x = part.x
+        return cls(
+            tuple(x.shape),
+            x.dtype,
+            x.device,
+            part.noise is not None,
+            part.mask is not None,
+            denoiser.module is not None and denoiser.module.training,
+            condition,
         )
 
 
@@ -77,6 +91,7 @@ class Program:
             (capacity, COLUMNS), dtype=torch.float64 if precise else torch.float32, device=device
         )
         self.timesteps = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.rows = 0
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.t)
@@ -84,26 +99,30 @@ class Program:
         self.condition = static_copy(condition)
         self.unconditional = self._unconditional()
 
-    def load(
-        self,
-        table: Tensor,
-        x: Tensor,
-        seeds: Tensor,
-        samples: Tensor,
-        condition: Condition,
-        first_row: int = 0,
-    ) -> None:
+    def load(self, part: Part, table: Tensor) -> None:
         """Set everything a run needs; copies into the buffers, keeps none of the arguments."""
-        rows = len(table)
-        self.table[:rows].copy_(table)
-        self.timesteps[:rows].copy_(table[:, Column.TIMESTEP].to(torch.int64))
-        self.step.fill_(first_row)
-        self.x.copy_(x)
-        self.seeds.copy_(seeds)
-        self.samples.copy_(samples)
-        for name, value in condition.items():
+        self.rows = len(table)
+        self.table[: self.rows].copy_(table)
+        self.timesteps[: self.rows].copy_(table[:, Column.TIMESTEP].to(torch.int64))
+        self.step.fill_(part.first_row)
+        for buffer, value in (
+            (self.x, part.x),
+            (self.seeds, part.seeds),
+            (self.samples, part.samples),
+            (self.image, part.image),
+            (self.image_noise, part.image_noise),
+            (self.mask, part.mask),
+        ):
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        for name, value in part.condition.items():
             if isinstance(value, Tensor):
                 self.condition[name].copy_(value)
+
+    def take_noise(self, noise: Tensor) -> None:
+        """The caller's noise for the next step, [N, C, ...]."""
+        assert self.noise is not None
+        self.noise.copy_(noise)
 
     def advance(self, guided: bool) -> None:
         """Denoise, update, count; nothing here reads a tensor on the host.
@@ -140,6 +159,14 @@ class Program:
         if self.mask is not None:
             self._replace_known()
         self.step.add_(1)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """The buffers a step changes."""
+        return (self.x, self.x0, self.step, self.t)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Do steps inside and be where it was before on leaving."""
+        return untouched(self.state())
 
     def nbytes(self) -> int:
         """Bytes of the static buffers."""

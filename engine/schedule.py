@@ -90,6 +90,11 @@ class Schedule:
         """
         _check_steps(num_train_timesteps)
         ratio = 1000 / num_train_timesteps if rescale else 1.0
+        if num_train_timesteps > 1 and beta_end * ratio > 1:
+            raise ValueError(
+                f"beta_end * 1000 / num_train_timesteps must be at most 1; got {beta_end * ratio:g} "
+                f"for {num_train_timesteps} steps: give rescale=False or a smaller beta_end"
+            )
         return cls(_line(beta_start * ratio, beta_end * ratio, num_train_timesteps), "linear")
 
     @classmethod
@@ -162,6 +167,8 @@ class Schedule:
         Lin et al. 2024, algorithm 1. An epsilon-predicting model cannot start there: x_T holds no
         signal, so that the sampler takes "v_prediction" or "sample" only.
         """
+        if self.num_train_timesteps < 2:
+            raise ValueError("zero_terminal_snr needs at least 2 timesteps; got 1")
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return Schedule.from_alphas_cumprod(root.square(), f"{self.name}, zero terminal SNR")

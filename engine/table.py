@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from stepfuse.engine.guidance import Guidance
 from stepfuse.engine.schedule import Schedule
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -69,6 +70,26 @@ class Update:
     def uses_learned_variance(self) -> bool:
         """Whether the second half of the model's channels enters the update."""
         return self.method == "ddpm" and self.variance_type.startswith("learned")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step table and what the host knows of it: timesteps, and which steps are guided."""
+
+    table: Tensor
+    timesteps: list[int]
+    guided: list[bool]
+
+    @classmethod
+    def of(cls, table: Tensor, guidance: Guidance | None = None) -> Plan:
+        """The plan of a table, with the guidance's scales written into it."""
+        timesteps = [int(t) for t in table[:, Column.TIMESTEP]]
+        if guidance is None:
+            return cls(table, timesteps, [False] * len(timesteps))
+        table = table.clone()
+        scales = [guidance.scale_at(t) for t in timesteps]
+        table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype)
+        return cls(table, timesteps, [guidance.is_active(t) for t in timesteps])
 
 
 def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> Tensor:

@@ -62,6 +62,8 @@ def spaced_timesteps(
 def check_timesteps(timesteps: list[int], num_train_timesteps: int) -> list[int]:
     """A caller's own timesteps: whole numbers, descending, in 0 .. T-1; ValueError otherwise."""
     chosen = [int(t) for t in timesteps]
+    if any(a != b for a, b in zip(chosen, timesteps, strict=True)):
+        raise ValueError(f"timesteps must be whole numbers; got {list(timesteps)}")
     if not chosen:
         raise ValueError("timesteps must name at least one index; got an empty list")
     if any(a <= b for a, b in pairwise(chosen)):
