@@ -92,8 +92,9 @@ class Schedule:
         ratio = 1000 / num_train_timesteps if rescale else 1.0
         if num_train_timesteps > 1 and beta_end * ratio > 1:
             raise ValueError(
-                f"beta_end * 1000 / num_train_timesteps must be at most 1; got {beta_end * ratio:g} "
-                f"for {num_train_timesteps} steps: give rescale=False or a smaller beta_end"
+                "beta_end * 1000 / num_train_timesteps must be at most 1; got "
+                f"{beta_end * ratio:g} for {num_train_timesteps} steps: give rescale=False or a "
+                "smaller beta_end"
             )
         return cls(_line(beta_start * ratio, beta_end * ratio, num_train_timesteps), "linear")
 

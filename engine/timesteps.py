@@ -46,7 +46,9 @@ def spaced_timesteps(
         stride = total // steps
         chosen = [min(i * stride + steps_offset, total - 1) for i in range(steps)]
     elif spacing == "trailing":
-        chosen = [round(total - i * (total / steps)) - 1 for i in range(steps)]
+        # the stride that numpy.arange finds for diffusers: it decides which way a half is rounded
+        stride_back = total - (total - total / steps)
+        chosen = [round(total - i * stride_back) - 1 for i in range(steps)]
     elif spacing == "linspace":
         stride_exact = (total - 1) / max(steps - 1, 1)
         chosen = [round(i * stride_exact) for i in range(steps)]
