@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,16 +72,16 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise ValueError(
-                    f"{path} is no stepfuse checkpoint: its format is "
-                    f"{metadata.get('format')!r}; accepted: {FORMAT!r}"
+                    f"{path} is no stepfuse checkpoint: it has metadata {sorted(metadata)}, "
+                    f"not {FORMAT!r}"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     try:
-        info = json.loads(metadata["info"])
+        info = json.loads(metadata[FORMAT])
         schedule = Schedule.from_betas(tensors.pop(BETAS), info["schedule"])
         model = _build(UNetConfig.from_dict(info["unet"]), tensors)
         channels, height, width = info["sample_shape"]
@@ -116,7 +117,6 @@ def save(
     Raises:
         ValueError: weights that are not finite in ``dtype``, or labels that do not fit the network.
     """
-    path = Path(path)
     if len(labels) != (model.config.num_classes or 0):
         raise ValueError(
             f"{len(labels)} labels given; the network has {model.config.num_classes or 0} classes"
@@ -134,11 +134,20 @@ def save(
         "labels": list(labels),
         "training": training or {},
     }
-    content = serialise(tensors, {"format": FORMAT, "info": json.dumps(info, sort_keys=True)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with whole_file(Path(path)) as file:
+        file.write(serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as ``path`` when it is complete and on the disk, or not at all.
+
+    Until then it is ``.<name>.tmp`` beside it; what was at ``path`` before stays until the end.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checkpoint import whole_file
+from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.unet import UNet
 
@@ -19,8 +20,6 @@ def save_preview(
     path: Path, model: UNet, config: TrainConfig, sample_shape: tuple[int, int, int]
 ) -> None:
     """Write a PNG grid of DDIM samples (25 steps, eta 0); class k in column k mod 10."""
-    from stepfuse.engine.sampler import Sampler
-
     condition = None
     if model.config.num_classes is not None:
         column = torch.arange(COLUMNS * ROWS) % COLUMNS
@@ -50,6 +49,5 @@ def save_grid(path: Path, x0: Tensor, columns: int) -> None:
     canvas[:count] = pixels
     grid = canvas.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     image = grid.reshape(rows * height, columns * width, channels)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image.squeeze(2) if channels == 1 else image).save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        Image.fromarray(image.squeeze(2) if channels == 1 else image).save(file, format="PNG")

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepfuse.engine.checkpoint import whole_file
+
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state to a temporary name, flush it to the disk, rename it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the state, whole or not at all."""
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
