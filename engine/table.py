@@ -233,6 +233,11 @@ def _x0_coefficients(
         return math.sqrt(a), -math.sqrt(1 - a)
     previous = float(schedule.alphas_cumprod[t - 1]) if t else 1.0
     c_0, c_x = _posterior_mean(a, previous)
+    if c_0 == 0:
+        raise ValueError(
+            f"beta is 0 at timestep {t}, where the mean says nothing of x0: prediction_type must "
+            "not be 'mean' there"
+        )
     return -c_x / c_0, 1 / c_0
 
 
@@ -255,7 +260,8 @@ def _add_epsilon(
     """
     if weight == 0:
         return
-    if update.rederive_epsilon and update.clip_sample is not None:
+    # at a = 1 x is x0, and says nothing of epsilon
+    if update.rederive_epsilon and update.clip_sample is not None and a < 1:
         row[Column.C_X] += weight / math.sqrt(1 - a)
         row[Column.C_0] -= weight * math.sqrt(a / (1 - a))
     elif update.prediction_type == "epsilon":
