@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from stepfuse.engine.files import write_file
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet, UNetConfig
 
@@ -112,7 +112,7 @@ def save(
 ) -> None:
     """Write a checkpoint that ``load`` reads, with its weights in ``dtype``.
 
-    The file is written to a temporary name, flushed and renamed: it is whole or it is not there.
+    The file is whole or it is not there, see ``write_file``.
 
     Raises:
         ValueError: weights that are not finite in ``dtype``, or labels that do not fit the network.
@@ -134,25 +134,7 @@ def save(
         "labels": list(labels),
         "training": training or {},
     }
-    with whole_file(Path(path)) as file:
-        file.write(serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as ``path`` when it is complete and on the disk, or not at all.
-
-    Until then it is ``.<name>.tmp`` beside it; what was at ``path`` before stays until the end.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
 
 
 def _locate(name_or_path: str | os.PathLike[str]) -> Path:

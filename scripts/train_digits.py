@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepfuse.engine import checkpoint
+from stepfuse.engine.images import grid, save_png, to_pixels
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.loop import Run, train
-from stepfuse.engine.training.preview import save_grid
 from stepfuse.engine.training.state import load_state
 from stepfuse.engine.unet import UNet
 
@@ -171,7 +171,7 @@ def check(options: argparse.Namespace, count: int = 200) -> None:
     x, labels = sample(run.averaged(), run.config.schedule, count)
     agreement = judge_module().load_judge().agreement(x, labels)
     picture = options.work / f"check_{run.step:06d}.png"
-    save_grid(picture, x[:80], 10)
+    save_png(picture, grid(to_pixels(x[:80]), 10))
     print(f"step {run.step}: loss {run.loss:.4f}, agreement {agreement:.3f} of {count}; {picture}")
 
 
@@ -201,7 +201,7 @@ def embed(options: argparse.Namespace, count: int = 1000) -> None:
     )
     (checkpoint.FOLDER / "digits.md").write_text(card, encoding="utf-8")
     for picture in (checkpoint.FOLDER / "digits.png", REPOSITORY / "docs" / "digits.png"):
-        save_grid(picture, x[:80], 10)
+        save_png(picture, grid(to_pixels(x[:80]), 10))
 
 
 CARD = """\

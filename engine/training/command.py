@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from stepfuse.engine.cli.errors import interruptible
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.loop import train
 from stepfuse.engine.unet import UNetConfig
@@ -63,31 +64,25 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a U-Net on your images. Ctrl-C saves and stops; --resume continues bit for bit."""
-    try:
-        config = TrainConfig(
-            data=data,
-            out=out,
-            unet=PRESETS[network](),
-            prediction_type=prediction,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            decay=decay,
-            label_dropout=label_dropout,
-            ema_decay=ema_decay,
-            save_every=save_every,
-            sample_every=sample_every,
-            seed=seed,
-            autocast=autocast,
-            device=device,
-            resume=resume,
-        )
+    config = TrainConfig(
+        data=data,
+        out=out,
+        unet=PRESETS[network](),
+        prediction_type=prediction,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        decay=decay,
+        label_dropout=label_dropout,
+        ema_decay=ema_decay,
+        save_every=save_every,
+        sample_every=sample_every,
+        seed=seed,
+        autocast=autocast,
+        device=device,
+        resume=resume,
+    )
+    with interruptible(f"continue with: --out {out} --resume"):
         path = train(config, progress=True)
-    except (ValueError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; continue with: --out {out} --resume", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"wrote {path}")

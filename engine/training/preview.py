@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from stepfuse.engine.checkpoint import whole_file
+from stepfuse.engine.images import grid, save_png, to_pixels
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.unet import UNet
@@ -34,20 +32,5 @@ def save_preview(
     x0 = sampler.sample(
         shape=(COLUMNS * ROWS, *sample_shape), seed=config.seed, condition=condition
     )
-    save_grid(path, x0, COLUMNS)
-
-
-def save_grid(path: Path, x0: Tensor, columns: int) -> None:
-    """Write images [N, C, H, W] in [-1, 1] as PNG: in colour from three channels on, else grey."""
-    from PIL import Image
-
-    pixels = ((x0.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    canvas = np.zeros((rows * columns, channels, height, width), dtype=np.uint8)
-    canvas[:count] = pixels
-    grid = canvas.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    image = grid.reshape(rows * height, columns * width, channels)
-    with whole_file(path) as file:
-        Image.fromarray(image.squeeze(2) if channels == 1 else image).save(file, format="PNG")
+    shown = x0[:, :3] if sample_shape[0] >= 3 else x0[:, :1]
+    save_png(path, grid(to_pixels(shown), COLUMNS))

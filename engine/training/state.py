@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepfuse.engine.checkpoint import whole_file
+from stepfuse.engine.files import write_file
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the state, whole or not at all."""
-    with whole_file(path) as file:
-        torch.save(state, file)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -19,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from typer import Typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from stepfuse.engine import checkpoint
 from stepfuse.engine.schedule import Schedule
@@ -140,7 +139,7 @@ def test_sample_grids_are_written(images: Path) -> None:
     config = tiny(images, steps=2, sample_every=2)
     train(config)
     with Image.open(config.out / "samples_0000002.png") as grid:
-        assert grid.size == (80, 32)
+        assert grid.size == (10 * 10 + 2, 4 * 10 + 2)
         assert grid.mode == "L"
 
 
@@ -210,7 +209,9 @@ def test_a_killed_run_leaves_a_whole_state(images: Path) -> None:
     assert process.returncode != 0
     assert b"KeyboardInterrupt" in errors
     assert torch.load(out / "state.pt", weights_only=True)["step"] > state["step"]
-    assert os.listdir(out) == ["state.pt"]
+    others = [name for name in os.listdir(out) if name != "state.pt"]
+    assert len(others) <= 1, "the kill may leave the file it was writing, nothing else may"
+    assert all(name.endswith(".tmp") for name in others)
 
 
 def test_labels_are_dropped_at_the_rate_asked_for() -> None:
@@ -323,16 +324,15 @@ def test_the_command_trains_and_resumes(images: Path) -> None:
     app.command()(train_command)
     out = images.parent / "run"
     options = ["--batch-size", "1", "--sample-every", "0", "--fp32", "--warmup-steps", "1"]
-    first = CliRunner().invoke(app, [str(images), "--out", str(out), "--steps", "1", *options])
+
+    def run(*more: str) -> Result:
+        return CliRunner().invoke(app, [str(images), "--out", str(out), *options, *more])
+
+    first = run("--steps", "1")
     assert first.exit_code == 0, first.output
+    assert str(out / "model.safetensors") in first.output.replace("\n", "")
     assert checkpoint.load(out / "model.safetensors").training["steps"] == 1
-    again = CliRunner().invoke(app, [str(images), "--out", str(out), "--steps", "1", *options])
-    assert again.exit_code == 1
-    assert "holds a run already" in again.output
-    more = [str(images), "--out", str(out), "--steps", "2", "--resume", *options]
-    assert CliRunner().invoke(app, more).exit_code == 0
+    assert isinstance(run("--steps", "1").exception, FileExistsError)
+    assert run("--steps", "2", "--resume").exit_code == 0
     assert checkpoint.load(out / "model.safetensors").training["steps"] == 2
-    bad = CliRunner().invoke(app, [str(images.parent / "none.npz"), "--out", str(out)])
-    assert bad.exit_code == 1
-    assert "Traceback" not in bad.output
-    assert json.dumps("none.npz")[1:-1] in bad.output
+    assert isinstance(run("--steps", "0").exception, ValueError)
