@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.capture import CaptureRefused, calling_line, refuse_host_reads
 from stepfuse.engine.denoiser import Condition, Denoiser
+from stepfuse.engine.guidance import ClassifierGuidance, Guidance
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.sampler import Sampler
 
@@ -94,7 +95,7 @@ def _fake_program(sampler: Sampler, shape: tuple[int, ...], condition: Condition
     layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
     return Program(
         _FakeDenoiser(sampler.denoiser),
-        sampler.guidance,
+        _forward_only(sampler.guidance),
         layout,
         moved,
         capacity=sampler.schedule.num_train_timesteps,
@@ -162,7 +163,9 @@ def _indexed(x: Tensor, index: Any) -> Tensor:
             advanced[dim] = torch.as_tensor(entry)
         dim += 1
     if advanced:
-        x = torch.ops.aten.index.Tensor(x, [advanced.get(i) for i in range(max(advanced) + 1)])
+        indices = [advanced.get(i) for i in range(max(advanced) + 1)]
+        refuse_host_reads(torch.ops.aten.index.Tensor, (x, indices))
+        x = torch.ops.aten.index.Tensor(x, indices)
     return x
 
 
@@ -186,6 +189,21 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_HOST_READS, _read_on_host),
     Tensor.cuda: lambda x, *args, **kwargs: _to(x, _DEVICE),
 }
+
+
+def _forward_only(guidance: Guidance | None) -> Guidance | None:
+    """Classifier guidance whose gradient is not taken: autograd aborts on fake CUDA tensors.
+
+    The classifier itself runs and is watched; its backward is made of the same kind of operations.
+    """
+    if not isinstance(guidance, ClassifierGuidance) or guidance.returns == "gradient":
+        return guidance
+    fn = guidance.fn
+
+    def like_gradient(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        return x * fn(x, t, **condition).view(-1, *[1] * (x.dim() - 1))
+
+    return ClassifierGuidance(like_gradient, guidance.scale, "gradient")
 
 
 class _FakeDenoiser(Denoiser):

@@ -104,13 +104,7 @@ class Sampler:
     ) -> None:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type; got {dtype}")
-        total = schedule.num_train_timesteps
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
-        self.timesteps: list[int] = (
-            check_timesteps(list(timesteps), total)
-            if timesteps is not None
-            else spaced_timesteps(total, steps, spacing, steps_offset)
-        )
         self.update = Update(
             method,
             eta,
@@ -124,9 +118,33 @@ class Sampler:
         self.denoiser = Denoiser(model)
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self.plan = Plan.of(step_table(schedule, self.timesteps, self.update), guidance)
         self._programs = Programs(self._build, self.denoiser, graph, max_programs)
         self._lock = threading.Lock()
+        self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
+
+    def set_timesteps(
+        self,
+        steps: int | str = 50,
+        spacing: Spacing = "leading",
+        steps_offset: int = 0,
+        *,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+    ) -> None:
+        """Another table for the same sampler: captured steps are kept, since they only read it.
+
+        Arguments as in the constructor; ``eta=None`` keeps eta.
+        """
+        total = self.schedule.num_train_timesteps
+        update = self.update if eta is None else replace(self.update, eta=eta)
+        chosen = (
+            check_timesteps(list(timesteps), total)
+            if timesteps is not None
+            else spaced_timesteps(total, steps, spacing, steps_offset)
+        )
+        plan = Plan.of(step_table(self.schedule, chosen, update), self.guidance)
+        with self._lock:
+            self.update, self.timesteps, self.plan = update, chosen, plan
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,56 @@
+# Two commands do all the set-up: `make sample` and `make test`. Each makes .venv where there is none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+# says what is done and how long it took
+STEP = t=$$(date +%s); printf '== %s\n' $(1); $(2) || exit 1; printf '   %s s\n' $$(($$(date +%s) - t))
+
+.PHONY: sample test lint types bench bench-kernels bench-sampler clean
+
+sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoint
+	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
+
+test: $(VENV)/tested lint types  ## lint, types and every test
+	@$(call STEP,'tests',$(BIN)/python -m pytest -q)
+
+lint: $(VENV)/tested
+	@$(call STEP,'ruff',$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .)
+
+types: $(VENV)/tested
+	@$(call STEP,'mypy --strict',$(BIN)/mypy)
+
+bench: bench-kernels bench-sampler  ## every benchmark; each verifies before it times
+
+bench-kernels: $(VENV)/benched
+	@$(BIN)/python -m bench.bench_group_norm_silu
+	@$(BIN)/python -m bench.bench_denoise_step
+	@$(BIN)/python -m bench.bench_add_noise
+	@$(BIN)/python -m bench.roofline
+
+bench-sampler: $(VENV)/benched
+	@$(BIN)/python -m bench.bench_sampler
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f src/stepfuse/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(call STEP,'making $(CURDIR)/$(VENV)',$(PYTHON) -m venv $(VENV))
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@$(call STEP,'installing stepfuse and building its C++ modules',$(PIP) --editable .)
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	@$(call STEP,'installing the test extras',$(PIP) --editable '.[test]')
+	@touch $@
+
+$(VENV)/benched: $(VENV)/installed
+	@$(call STEP,'installing the bench extras',$(PIP) --editable '.[bench$(COMMA)adapters$(COMMA)triton]')
+	@touch $@
+
+COMMA := ,
