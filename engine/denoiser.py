@@ -41,7 +41,7 @@ class Denoiser:
                 "model must return a tensor, an object with .sample or a tuple that starts with a "
                 f"tensor; got {type(output).__name__}"
             )
-        return prediction.to(x.dtype)
+        return prediction
 
     def parameters(self) -> list[Tensor]:
         """Weights and buffers of the model, none for a plain function."""

@@ -226,6 +226,12 @@ class Program:
         if not isinstance(self.guidance, CFG):
             return {}
         replaced = {**self.condition, **self.guidance.unconditional}
+        for name, value in self.condition.items() if self.guidance.batched else ():
+            if isinstance(value, Tensor) and not isinstance(replaced[name], Tensor):
+                raise ValueError(
+                    f"batched guidance needs a tensor for unconditional {name!r}; "
+                    f"got {replaced[name]!r}"
+                )
         for name, value in self.guidance.unconditional.items():
             like = self.condition.get(name)
             if isinstance(value, Tensor) and isinstance(like, Tensor):

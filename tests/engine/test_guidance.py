@@ -186,6 +186,12 @@ def test_classifier_guidance_uses_the_learned_variance() -> None:
     torch.testing.assert_close(guided.x - plain.x, shift, rtol=1e-10, atol=1e-10)
 
 
+def test_batched_guidance_needs_tensors_on_both_sides() -> None:
+    guided = sampler(guidance=sf.CFG(2.0, {"label": None}, batched=True))
+    with pytest.raises(ValueError, match="unconditional 'label'; got None"):
+        run(guided)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
