@@ -1,0 +1,141 @@
+// The Python module: integers in (addresses, sizes, codes), nothing out. Shapes, dtypes and strides
+// are checked by the callers in kernels/cpp/.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace stepfuse;
+
+namespace {
+
+// Work in elements from which letting other Python threads run is worth the two switches.
+constexpr int64_t kReleaseFrom = 1 << 15;
+
+template <class Function>
+void run(int64_t work, const Function& f) {
+  if (work < kReleaseFrom) return f();
+  py::gil_scoped_release release;
+  f();
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check_rows(int64_t row, int64_t rows) {
+  if (row < 0 || row >= rows)
+    throw py::index_error("step must be in 0 .. " + std::to_string(rows - 1) + "; got " +
+                          std::to_string(row));
+}
+
+// What this processor can run, of the modules that may have been built.
+py::list supported() {
+  py::list names;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bf16"))
+    names.append("avx512");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    names.append("avx2");
+#endif
+  names.append("baseline");
+  return names;
+}
+
+void bind_noise(py::module_& m) {
+  m.def("fill", [](uintptr_t out, int dtype, uintptr_t seed, uintptr_t sample, uintptr_t timestep,
+                   int64_t count, int64_t elements, int threads) {
+    const Fill a{pointer<void>(out), static_cast<DType>(dtype), pointer<int64_t>(seed),
+                 pointer<int64_t>(sample), pointer<int64_t>(timestep), count, elements};
+    run(count * elements, [&] { fill(a, threads); });
+  });
+  m.def("integers", [](uintptr_t seed, uintptr_t sample, uintptr_t timestep, int64_t count,
+                       int64_t elements, uintptr_t out, int threads) {
+    run(count * elements, [&] {
+      integers(pointer<int64_t>(seed), pointer<int64_t>(sample), pointer<int64_t>(timestep), count,
+               elements, pointer<int64_t>(out), threads);
+    });
+  });
+  m.def("add_noise", [](uintptr_t x0, uintptr_t noise, uintptr_t t, uintptr_t alphas_cumprod,
+                        int64_t timesteps, uintptr_t seed, uintptr_t sample, uintptr_t out,
+                        uintptr_t target, bool velocity, int dtype, int64_t count,
+                        int64_t elements, int threads) {
+    const int64_t* indices = pointer<int64_t>(t);
+    for (int64_t n = 0; n < count; ++n) check_rows(indices[n], timesteps);
+    const AddNoise a{pointer<void>(x0), pointer<void>(noise), indices,
+                     pointer<double>(alphas_cumprod), pointer<int64_t>(seed),
+                     pointer<int64_t>(sample), pointer<void>(out), pointer<void>(target), velocity,
+                     static_cast<DType>(dtype), count, elements};
+    run(count * elements, [&] { add_noise(a, threads); });
+  });
+}
+
+void bind_denoise_step(py::module_& m) {
+  m.def("denoise_step",
+        [](uintptr_t x, uintptr_t cond, uintptr_t uncond, uintptr_t table, int64_t rows,
+           uintptr_t step, uintptr_t noise, uintptr_t seed, uintptr_t sample, uintptr_t out,
+           uintptr_t x0, int dtype, int output_dtype, bool learned, int64_t count,
+           int64_t elements, int64_t cond_stride, int64_t uncond_stride, int threads) {
+          const int64_t row = *pointer<int64_t>(step);
+          check_rows(row, rows);
+          const DenoiseStep a{pointer<void>(x), pointer<void>(cond), pointer<void>(uncond),
+                              pointer<void>(noise), pointer<float>(table) + row * 16,
+                              pointer<int64_t>(seed), pointer<int64_t>(sample),
+                              pointer<void>(out), pointer<void>(x0), static_cast<DType>(dtype),
+                              static_cast<DType>(output_dtype), learned, count, elements,
+                              cond_stride, uncond_stride};
+          run(count * elements, [&] { denoise_step(a, threads); });
+        });
+}
+
+// (address, code of the storage type, stride over samples), or None.
+Parameter parameter(const py::object& value) {
+  if (value.is_none()) return {nullptr, DType::f32, 0};
+  const py::tuple t = value;
+  return {pointer<void>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()),
+          t[2].cast<int64_t>()};
+}
+
+void bind_group_norm_silu(py::module_& m) {
+  py::class_<GroupNorm>(m, "GroupNorm", py::module_local())
+      .def(py::init([](uintptr_t x, int dtype, bool channels_last, int64_t samples,
+                       int64_t channels, int64_t spatial, int64_t groups, float eps,
+                       const py::object& weight, const py::object& bias, const py::object& scale,
+                       const py::object& shift, const py::object& add, bool silu) {
+        return GroupNorm{pointer<void>(x), static_cast<DType>(dtype), channels_last, samples,
+                         channels, spatial, groups, eps, parameter(weight), parameter(bias),
+                         parameter(scale), parameter(shift), parameter(add), silu};
+      }));
+  m.def("group_norm_silu", [](const GroupNorm& a, uintptr_t out, int threads) {
+    run(a.samples * a.channels * a.spatial,
+        [&] { group_norm_silu(a, pointer<void>(out), threads); });
+  });
+  m.def("group_norm_silu_backward",
+        [](const GroupNorm& a, uintptr_t grad, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
+           uintptr_t dscale, uintptr_t dshift, uintptr_t dadd, int threads) {
+          const GroupNormGradients g{pointer<void>(grad), pointer<void>(dx),
+                                     pointer<float>(dweight), pointer<float>(dbias),
+                                     pointer<float>(dscale), pointer<float>(dshift),
+                                     pointer<float>(dadd)};
+          run(a.samples * a.channels * a.spatial,
+              [&] { group_norm_silu_backward(a, g, threads); });
+        });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(STEPFUSE_MODULE, m) {
+  m.def("supported", &supported);
+  m.attr("shares_torch_threads") = find_thread_pool();
+  bind_noise(m);
+  bind_denoise_step(m);
+  bind_group_norm_silu(m);
+}

@@ -1,0 +1,295 @@
+// The units of group_norm_silu in both memory layouts: see group_norm.h.
+#pragma once
+
+#include "group_norm.h"
+
+namespace stepfuse {
+
+// What both layouts keep of a unit of `width` channels.
+template <class T>
+struct UnitState {
+  const GroupNorm& a;
+  const int64_t width, groups, group_width;  // channels, groups of the unit; channels of a group
+  int64_t pieces, sample = 0, channel = 0, offset = 0;  // offset: elements before the unit
+  std::vector<float> space, coefficients, partials;
+  std::vector<Statistics> statistics;
+  Modulation modulation;
+
+  UnitState(const GroupNorm& arguments, int64_t unit_width, int64_t unit_pieces, int64_t sums)
+      : a(arguments),
+        width(unit_width),
+        groups(unit_width * a.groups / a.channels),
+        group_width(a.channels / a.groups),
+        pieces(unit_pieces),
+        space(static_cast<size_t>(5 * width)),
+        coefficients(static_cast<size_t>(2 * width)),
+        partials(static_cast<size_t>(sums)),
+        statistics(static_cast<size_t>(groups)) {}
+
+  void begin(int64_t n, int64_t first_channel, int64_t first_element) {
+    sample = n;
+    channel = first_channel;
+    offset = first_element;
+    modulation.set(a, n, channel, width, space.data());
+  }
+  const T* x() const { return static_cast<const T*>(a.x) + offset; }
+
+  void set(int64_t group, double K, double sum, double squares) {
+    const double n = static_cast<double>(group_width * a.spatial);
+    Statistics& s = statistics[static_cast<size_t>(group)];
+    s = Statistics::of(K, sum, squares, n, static_cast<double>(a.eps));
+    affine(s, modulation, group * group_width, group_width, coefficients.data(),
+           coefficients.data() + width);
+  }
+};
+
+// One group of a channels-first tensor: [C/G, S], contiguous.
+template <class T>
+class FirstUnit {
+ public:
+  explicit FirstUnit(const GroupNorm& a)
+      : size_(a.channels / a.groups * a.spatial),
+        state_(a, a.channels / a.groups, (size_ + kPiece - 1) / kPiece, 2 * ((size_ - 1) / kPiece + 1)) {}
+
+  static int64_t units(const GroupNorm& a) { return a.samples * a.groups; }
+  int64_t pieces() const { return state_.pieces; }
+  const UnitState<T>& state() const { return state_; }
+
+  void begin(int64_t unit) {
+    const int64_t n = unit / state_.a.groups, group = unit % state_.a.groups;
+    state_.begin(n, group * state_.width, unit * size_);
+    K_ = static_cast<float>(estimate());
+  }
+
+  void moments(int64_t piece) {
+    F first[4] = {}, second[4] = {};  // four of each, so that additions overlap
+    const float* add = state_.modulation.add;
+    if (add == nullptr)
+      sum_run(state_.x() + piece * kPiece, std::min(kPiece, size_ - piece * kPiece), K_, first, second);
+    else
+      for_rows(piece, [&](int64_t c, int64_t at, int64_t count) {
+        sum_run(state_.x() + at, count, K_ - add[c], first, second);
+      });
+    float* partial = state_.partials.data() + 2 * piece;
+    partial[0] = sum((first[0] + first[1]) + (first[2] + first[3]));
+    partial[1] = sum((second[0] + second[1]) + (second[2] + second[3]));
+  }
+
+  void finish() {
+    double total = 0.0, squares = 0.0;
+    for (size_t i = 0; i < state_.partials.size(); i += 2) {
+      total += static_cast<double>(state_.partials[i]);
+      squares += static_cast<double>(state_.partials[i + 1]);
+    }
+    state_.set(0, static_cast<double>(K_), total, squares);
+  }
+
+  // f(offset, c, lanes) for the vectors of a piece, where c[k] holds coefficient k of [K, width].
+  template <int K, class Function>
+  void for_vectors(int64_t piece, const float* coefficients, const Function& f) const {
+    for_rows(piece, [&](int64_t channel, int64_t at, int64_t count) {
+      F c[K];
+      for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k * state_.width + channel]);
+      each_vector(state_.offset + at, state_.offset + at + count,
+                  [&](int64_t i, auto lanes) { f(i, c, lanes); });
+    });
+  }
+
+  // sums[k * width + channel] = the sums over the spatial elements of what f(offset, c, lanes, s)
+  // adds to s[k]; c as in for_vectors.
+  template <int K, int Sums, class Function>
+  void channel_sums(const float* coefficients, double* sums, const Function& f) const {
+    for (int64_t channel = 0; channel < state_.width; ++channel) {
+      F c[K], s[Sums] = {};
+      for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k * state_.width + channel]);
+      const int64_t at = state_.offset + channel * state_.a.spatial;
+      each_vector(at, at + state_.a.spatial, [&](int64_t i, auto lanes) { f(i, c, lanes, s); });
+      for (int k = 0; k < Sums; ++k)
+        sums[k * state_.width + channel] = static_cast<double>(sum(s[k]));
+    }
+  }
+
+ private:
+  static constexpr int64_t kPiece = 4096;
+
+  static void sum_run(const T* x, int64_t count, float shift, F (&first)[4], F (&second)[4]) {
+    const F K = broadcast(shift);
+    const auto term = [&](int k, F d) {
+      first[k] = first[k] + d;
+      second[k] = fma(d, d, second[k]);
+    };
+    int64_t i = 0;
+    for (; i + 4 * W <= count; i += 4 * W)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) term(k, load(x + i + k * W, Full{}) - K);
+    each_vector(i, count, [&](int64_t at, auto lanes) { term(0, keep(load(x + at, lanes) - K, lanes)); });
+  }
+
+  // f(channel, offset in the unit, count) for the runs of one channel that a piece holds.
+  template <class Function>
+  void for_rows(int64_t piece, const Function& f) const {
+    const int64_t spatial = state_.a.spatial, end = std::min(size_, (piece + 1) * kPiece);
+    int64_t at = piece * kPiece;
+    for (int64_t c = at / spatial; at < end; ++c) {
+      const int64_t count = std::min(end, (c + 1) * spatial) - at;
+      f(c, at, count);
+      at += count;
+    }
+  }
+
+  // The mean of up to four runs of W elements.
+  double estimate() const {
+    double total = 0.0, elements = 0.0;
+    for (int64_t k = 0; k < 4; ++k) {
+      const int64_t at = k * size_ / 4, c = at / state_.a.spatial;
+      const int64_t count = std::min<int64_t>(W, (c + 1) * state_.a.spatial - at);
+      each_vector(at, at + count, [&](int64_t i, auto lanes) {
+        total += static_cast<double>(sum(keep(load(state_.x() + i, lanes), lanes)));
+      });
+      total += static_cast<double>(count) * state_.modulation.added(c);
+      elements += static_cast<double>(count);
+    }
+    return total / elements;
+  }
+
+  int64_t size_;
+  UnitState<T> state_;
+  float K_ = 0.0f;
+};
+
+// One sample of a channels-last tensor: [S, C].
+template <class T>
+class LastUnit {
+ public:
+  explicit LastUnit(const GroupNorm& a)
+      : state_(a, a.channels, piece_count(a), 2 * a.channels * piece_count(a)),
+        pixels_((a.spatial + state_.pieces - 1) / state_.pieces),
+        shifts_(static_cast<size_t>(2 * a.channels)),
+        totals_(static_cast<size_t>(2 * a.channels)) {
+    state_.pieces = (a.spatial + pixels_ - 1) / pixels_;
+  }
+
+  static int64_t units(const GroupNorm& a) { return a.samples; }
+  int64_t pieces() const { return state_.pieces; }
+  const UnitState<T>& state() const { return state_; }
+
+  void begin(int64_t unit) {
+    state_.begin(unit, 0, unit * state_.a.spatial * state_.width);
+    estimate();
+  }
+
+  void moments(int64_t piece) {
+    const int64_t C = state_.width, first = piece * pixels_;
+    const int64_t count = std::min(pixels_, state_.a.spatial - first);
+    const T* x = state_.x() + first * C;
+    float* sums = state_.partials.data() + 2 * C * piece;
+    int64_t c = 0;
+    for (; c + 4 * W <= C; c += 4 * W) column<4>(x + c, count, shifts_.data() + c, sums + c, Full{});
+    each_vector(c, C, [&](int64_t at, auto lanes) {
+      column<1>(x + at, count, shifts_.data() + at, sums + at, lanes);
+    });
+  }
+
+  void finish() {
+    const int64_t C = state_.width;
+    std::fill(totals_.begin(), totals_.end(), 0.0);
+    for (int64_t piece = 0; piece < state_.pieces; ++piece)
+      for (int64_t i = 0; i < 2 * C; ++i)
+        totals_[static_cast<size_t>(i)] +=
+            static_cast<double>(state_.partials[static_cast<size_t>(2 * C * piece + i)]);
+    for (int64_t group = 0; group < state_.groups; ++group) {
+      const double* first = totals_.data() + group * state_.group_width;
+      double total = 0.0, squares = 0.0;
+      for (int64_t c = 0; c < state_.group_width; ++c) {
+        total += first[c];
+        squares += first[C + c];
+      }
+      const float K = shifts_[static_cast<size_t>(C + group * state_.group_width)];
+      state_.set(group, static_cast<double>(K), total, squares);
+    }
+  }
+
+  // As FirstUnit.
+  template <int K, class Function>
+  void for_vectors(int64_t piece, const float* coefficients, const Function& f) const {
+    const int64_t C = state_.width, end = std::min(state_.a.spatial, (piece + 1) * pixels_);
+    for (int64_t pixel = piece * pixels_; pixel < end; ++pixel) {
+      const int64_t at = state_.offset + pixel * C;
+      each_vector(0, C, [&](int64_t channel, auto lanes) {
+        F c[K];
+        for (int k = 0; k < K; ++k) c[k] = load(coefficients + k * C + channel, lanes);
+        f(at + channel, c, lanes);
+      });
+    }
+  }
+
+  // As FirstUnit.
+  template <int K, int Sums, class Function>
+  void channel_sums(const float* coefficients, double* sums, const Function& f) const {
+    const int64_t C = state_.width;
+    each_vector(0, C, [&](int64_t channel, auto lanes) {
+      F c[K], s[Sums] = {};
+      for (int k = 0; k < K; ++k) c[k] = load(coefficients + k * C + channel, lanes);
+      for (int64_t pixel = 0; pixel < state_.a.spatial; ++pixel)
+        f(state_.offset + pixel * C + channel, c, lanes, s);
+      const int64_t count = std::min<int64_t>(W, C - channel);
+      for (int k = 0; k < Sums; ++k)
+        for (int64_t i = 0; i < count; ++i)
+          sums[k * C + channel + i] = static_cast<double>(s[k][i]);
+    });
+  }
+
+ private:
+  // Pieces of about 16384 elements, 64 at most.
+  static int64_t piece_count(const GroupNorm& a) {
+    return std::clamp<int64_t>(a.spatial * a.channels / 16384, 1, std::min<int64_t>(64, a.spatial));
+  }
+
+  // The sums of V vectors of channels over `pixels` rows, into sums[0 ..] and sums[C ..].
+  template <int V, class Lanes>
+  void column(const T* x, int64_t pixels, const float* shifts, float* sums, Lanes lanes) const {
+    const int64_t C = state_.width;
+    F K[V], first[V] = {}, second[V] = {};
+    for (int v = 0; v < V; ++v) K[v] = load(shifts + v * W, lanes);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel, x += C)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const F d = load(x + v * W, lanes) - K[v];
+        first[v] = first[v] + d;
+        second[v] = fma(d, d, second[v]);
+      }
+    for (int v = 0; v < V; ++v) {
+      store(sums + v * W, first[v], lanes);
+      store(sums + C + v * W, second[v], lanes);
+    }
+  }
+
+  // K of every group, the mean of up to eight pixels spread over the sample, into shifts_[C ..];
+  // less what is added to each channel, into shifts_[0 .. C).
+  void estimate() {
+    const int64_t C = state_.width, S = state_.a.spatial, count = std::min<int64_t>(8, (S + 3) / 4);
+    float* shifts = shifts_.data();
+    each_vector(0, C, [&](int64_t c, auto lanes) {
+      F total = {};
+      for (int64_t k = 0; k < count; ++k) total = total + load(state_.x() + k * S / count * C + c, lanes);
+      store(shifts + C + c, total * (1.0f / static_cast<float>(count)), lanes);
+    });
+    for (int64_t first = 0; first < C; first += state_.group_width) {
+      double total = 0.0;
+      for (int64_t c = first; c < first + state_.group_width; ++c)
+        total += static_cast<double>(shifts[C + c]) + state_.modulation.added(c);
+      const float K = static_cast<float>(total / static_cast<double>(state_.group_width));
+      for (int64_t c = first; c < first + state_.group_width; ++c) {
+        shifts[C + c] = K;
+        shifts[c] = K - static_cast<float>(state_.modulation.added(c));
+      }
+    }
+  }
+
+  UnitState<T> state_;
+  int64_t pixels_;              // of a piece
+  std::vector<float> shifts_;   // [2, C]
+  std::vector<double> totals_;  // [2, C]
+};
+
+}  // namespace stepfuse

@@ -1,0 +1,35 @@
+#include "group_norm_layouts.h"
+
+namespace stepfuse {
+
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth waking
+
+template <class T, class Unit, bool act>
+void forward(const GroupNorm& a, T* out, int threads) {
+  const T* x = static_cast<const T*>(a.x);
+  for_units<Unit>(a, threads, [&](const Unit& unit, int64_t piece) {
+    const float* coefficients = unit.state().coefficients.data();
+    unit.template for_vectors<2>(piece, coefficients, [&](int64_t i, const F(&c)[2], auto lanes) {
+      const F y = fma(load(x + i, lanes), c[0], c[1]);
+      store(out + i, act ? silu<kHalfPrecision<T>>(y) : y, lanes);
+    });
+  });
+}
+
+}  // namespace
+
+void group_norm_silu(const GroupNorm& a, void* out, int threads) {
+  threads = worthwhile(threads, a.samples * a.channels * a.spatial, kGrain);
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* y = static_cast<T*>(out);
+    if (a.channels_last && a.silu) return forward<T, LastUnit<T>, true>(a, y, threads);
+    if (a.channels_last) return forward<T, LastUnit<T>, false>(a, y, threads);
+    if (a.silu) return forward<T, FirstUnit<T>, true>(a, y, threads);
+    return forward<T, FirstUnit<T>, false>(a, y, threads);
+  });
+}
+
+}  // namespace stepfuse

@@ -1,0 +1,109 @@
+// One vector of float32 lanes per instruction set, and what the kernels do with it.
+//
+// The types are GCC/Clang vector extensions, so +, -, *, /, comparisons and ?: are the operators of
+// the language; what those cannot say (fused multiply-add, masked and converting memory access,
+// 32x32 -> 64 bit products, 2^n scaling) has one implementation per instruction set in
+// vec_avx512.h, vec_avx2.h and vec_baseline.h. Arithmetic is float32 whatever the storage type.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(STEPFUSE_AVX512) || defined(STEPFUSE_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace stepfuse {
+
+#if defined(STEPFUSE_AVX512)
+constexpr int W = 16;  // float32 lanes of a vector
+#elif defined(STEPFUSE_AVX2)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+using F = float __attribute__((vector_size(4 * W)));
+using I = int32_t __attribute__((vector_size(4 * W)));
+using U = uint32_t __attribute__((vector_size(4 * W)));
+using U64 = uint64_t __attribute__((vector_size(4 * W)));  // W / 2 lanes
+
+// Storage types; arithmetic on them goes through F.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+// Where the storage type has at most 11 significant bits, functions may be accurate to 2^-13 only.
+template <class T>
+constexpr bool kHalfPrecision = sizeof(T) == 2;
+
+// How many lanes of a vector are memory: all of them, or the first `count` (1 .. W-1) at a tail.
+struct Full {};
+struct Partial {
+  int count;
+};
+
+inline F broadcast(float v) { return v - F{}; }
+
+// max and min give b where a or b is NaN: with the value as b, a NaN passes through a clamp.
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+
+// Sum of the lanes, always in the same tree.
+inline float sum(F v) {
+  float lane[W];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// Little loads and stores that every instruction set shares: a tail goes through a full-size buffer,
+// so that no byte outside the first `count` elements is touched.
+template <class T>
+inline F load(const T* p, Full);
+template <class T>
+inline void store(T* p, F v, Full);
+
+template <class T>
+inline F load_through_buffer(const T* p, int count) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, sizeof(T) * static_cast<unsigned>(count));
+  return load(lanes, Full{});
+}
+template <class T>
+inline void store_through_buffer(T* p, F v, int count) {
+  T lanes[W];
+  store(lanes, v, Full{});
+  std::memcpy(p, lanes, sizeof(T) * static_cast<unsigned>(count));
+}
+
+template <>
+inline F load(const float* p, Full) {
+  F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <>
+inline void store(float* p, F v, Full) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// bfloat16 bits of v in the low half of every lane: round to nearest even, NaN stays NaN.
+inline U bfloat16_bits(F v) {
+  U u = (U)v;
+  U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return v == v ? rounded : (u >> 16) | 0x40u;
+}
+
+}  // namespace stepfuse
+
+#if defined(STEPFUSE_AVX512)
+#include "vec_avx512.h"
+#elif defined(STEPFUSE_AVX2)
+#include "vec_avx2.h"
+#else
+#include "vec_baseline.h"
+#endif
