@@ -1,13 +1,18 @@
 """stepfuse: fused kernels and a captured sampling loop for DDPM, DDIM and their family."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from stepfuse._version import __version__
-from stepfuse.engine.checkpoint import Checkpoint, load
-from stepfuse.engine.guidance import CFG, ClassifierGuidance
-from stepfuse.engine.latents import interpolate, slerp
-from stepfuse.engine.sampler import Sampler, Step
-from stepfuse.engine.schedule import Schedule
-from stepfuse.engine.timesteps import spaced_timesteps
-from stepfuse.kernels.backends import BackendUnavailable
+
+if TYPE_CHECKING:
+    from stepfuse.engine.checkpoint import Checkpoint, load
+    from stepfuse.engine.guidance import CFG, ClassifierGuidance
+    from stepfuse.engine.latents import interpolate, slerp
+    from stepfuse.engine.sampler import Sampler, Step
+    from stepfuse.engine.schedule import Schedule
+    from stepfuse.engine.timesteps import spaced_timesteps
+    from stepfuse.kernels.backends import BackendUnavailable
 
 __all__ = [
     "CFG",
@@ -23,3 +28,27 @@ __all__ = [
     "slerp",
     "spaced_timesteps",
 ]
+
+# Imported at first use, so that `stepfuse --help` does not wait two seconds for torch.
+_HOMES = {
+    "engine.checkpoint": ("Checkpoint", "load"),
+    "engine.guidance": ("CFG", "ClassifierGuidance"),
+    "engine.latents": ("interpolate", "slerp"),
+    "engine.sampler": ("Sampler", "Step"),
+    "engine.schedule": ("Schedule",),
+    "engine.timesteps": ("spaced_timesteps",),
+    "kernels.backends": ("BackendUnavailable",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"stepfuse.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'stepfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

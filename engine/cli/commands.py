@@ -1,0 +1,132 @@
+"""The command ``stepfuse``: its sub-commands, and the one place that turns errors into lines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from stepfuse._version import __version__
+from stepfuse.engine.cli.doctor import doctor
+from stepfuse.engine.cli.errors import describe
+from stepfuse.engine.cli.sample import EXAMPLES, sample
+
+# Commands whose modules load torch, and are therefore imported only when they run:
+# name -> (module, function, first line of the help)
+DEFERRED = {
+    "train": (
+        "stepfuse.engine.training.command",
+        "train_command",
+        "Train a network on your own images: a folder of pictures or an .npz file.",
+    ),
+}
+
+EPILOG = (
+    "[bold]Start with[/bold]  stepfuse sample --out digits.png\n\n"
+    "[bold]Something missing?[/bold]  stepfuse doctor says what this machine can run, and why not."
+)
+
+app = typer.Typer(
+    name="stepfuse",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stepfuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="With any command: show where an error was raised.")
+    ] = False,
+) -> None:
+    """[bold]stepfuse[/bold] draws images from diffusion models: a trained denoiser goes in, images
+    come out, as fast as the machine allows.
+
+    Each command explains itself: [cyan]stepfuse sample --help[/cyan].
+    """
+
+
+app.command(epilog=EXAMPLES)(sample)
+app.command()(doctor)
+
+
+def _register(name: str, module: str, function: str, help_line: str) -> None:
+    """Add a command that is imported, and parses its arguments itself, only when it is called."""
+
+    def deferred(context: typer.Context) -> None:
+        command = typer.Typer(
+            rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False
+        )
+        command.command()(getattr(importlib.import_module(module), function))
+        status = typer.main.get_command(command).main(
+            args=list(context.args), prog_name=f"stepfuse {name}", standalone_mode=False
+        )
+        raise typer.Exit(status if isinstance(status, int) else 0)
+
+    app.command(
+        name,
+        help=help_line,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(deferred)
+
+
+for _name, (_module, _function, _help) in DEFERRED.items():
+    if importlib.util.find_spec(_module) is not None:
+        _register(_name, _module, _function, _help)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; never raises an Exception.
+
+    0 is success, 2 a value that is not accepted, 1 any other failure, 130 Ctrl-C. An error is one
+    line on stderr; ``--debug`` anywhere among the arguments puts the traceback above it.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        status = typer.main.get_command(app).main(
+            args=words, prog_name="stepfuse", standalone_mode=False
+        )
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # no arguments at all: the help was printed, and is not an error to be shown
+        line, status = describe(error)
+        if debug:
+            traceback.print_exc()
+        if line:
+            Console(stderr=True).print(
+                Text("error: ", style="bold red").append(line, style="default not bold"),
+                soft_wrap=True,
+            )
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """The entry point of the command ``stepfuse``."""
+    sys.exit(run())

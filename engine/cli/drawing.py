@@ -1,0 +1,268 @@
+"""``stepfuse sample``: the work."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import Tensor
+
+from stepfuse._version import __version__
+from stepfuse.engine.checkpoint import Checkpoint, load
+from stepfuse.engine.cli.errors import Problem, failing_on
+from stepfuse.engine.cli.output import Drawn, Target, write
+from stepfuse.engine.cli.sample import Options
+from stepfuse.engine.guidance import CFG
+from stepfuse.engine.images import check_channels, frame_indices, to_pixels
+from stepfuse.engine.sampler import Sampler, Step
+
+NO_CLASS = "none"
+
+
+def draw_to(target: Target, options: Options) -> None:
+    """Sample what ``options`` ask for, write it to ``target`` and say how fast it was."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    checkpoint = load_model(options.model)
+    checkpoint.model.to(choose_device(options.device))
+    if target.needs_pictures:
+        check_channels(checkpoint.sample_shape[0])
+    labels = choose_labels(options, checkpoint)
+    sampler = build_sampler(options, checkpoint)
+    film = Film(len(sampler.timesteps), target.frames)
+
+    start = time.perf_counter()
+    x0 = sample(sampler, options, checkpoint, labels, film).cpu()
+    seconds = time.perf_counter() - start
+
+    with failing_on(ValueError):
+        pixels = to_pixels(x0)
+    classes = checkpoint.num_classes
+    drawn = Drawn(
+        pixels,
+        film.frames(),
+        # the null class is none of the classes
+        None if labels is None else [-1 if k == classes else k for k in labels.tolist()],
+        checkpoint.labels,
+        options.first_index,
+        settings_of(options),
+    )
+    paths = write(target, drawn, options.scale, options.columns)
+    report(paths, sampler, options, checkpoint, seconds)
+
+
+def load_model(name: str) -> Checkpoint:
+    """The checkpoint; an unknown name is a mistake of usage, a bad file is not."""
+    if Path(name).is_file():
+        with failing_on(ValueError):
+            return load(name)
+    return load(name)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or the best there is for "auto"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Problem(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
+            "`stepfuse doctor` says more"
+        )
+    return device
+
+
+def choose_labels(options: Options, checkpoint: Checkpoint) -> Tensor | None:
+    """The class of every image, int64 [N], the null class for "none"; None without classes.
+
+    Image k of a seed has the same label in whatever batch or call it is drawn: the labels asked for
+    take turns by its number.
+    """
+    classes = checkpoint.num_classes
+    asked = [text for text in options.labels if text != NO_CLASS]
+    if options.guidance != 1 and (classes is None or (options.labels and not asked)):
+        why = "the model has no classes" if classes is None else "no label is asked for"
+        raise ValueError(f"--guidance {options.guidance:g} needs labels to be guided by, but {why}")
+    if classes is None:
+        if asked:
+            raise ValueError(f"--label {asked[0]}: model {options.model!r} has no classes")
+        return None
+    chosen = [_class_of(text, checkpoint.labels) for text in options.labels] or list(range(classes))
+    turns = [(options.first_index + k) % len(chosen) for k in range(options.count)]
+    return torch.tensor(chosen)[turns]
+
+
+def _class_of(text: str, names: tuple[str, ...]) -> int:
+    if text == NO_CLASS:
+        return len(names)
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    few = len(names) <= 20
+    accepted = ", ".join(names) if few else f"a class name, 0 .. {len(names) - 1}"
+    raise ValueError(f"--label must be one of {accepted} or {NO_CLASS}; got {text!r}")
+
+
+def build_sampler(options: Options, checkpoint: Checkpoint) -> Sampler:
+    """The sampler; its errors name the setting, the value and what is accepted."""
+    try:
+        steps: int | str = int(options.steps)
+    except ValueError:
+        steps = options.steps
+    learned = checkpoint.model.config.learned_variance
+    return Sampler(
+        checkpoint.model,
+        checkpoint.schedule,
+        method=options.method,  # type: ignore[arg-type]
+        steps=steps,
+        spacing=options.spacing,  # type: ignore[arg-type]
+        eta=options.eta,
+        prediction_type=checkpoint.prediction_type,  # type: ignore[arg-type]
+        variance_type="learned_range" if learned else "fixed_small",
+        guidance=None
+        if options.guidance == 1
+        else CFG(options.guidance, unconditional={"labels": None}),
+        backend=options.backend,
+    )
+
+
+class Film:
+    """Keeps the predicted images of some steps, as pixels.
+
+    Args:
+        steps: of the sampler.
+        limit: most frames; 0 keeps nothing. The last is the finished image.
+    """
+
+    def __init__(self, steps: int, limit: int) -> None:
+        self.last = steps - 1
+        wanted = frame_indices(steps, limit) if limit else []
+        self.parts: dict[int, list[Any]] = {index: [] for index in wanted}
+
+    def take(self, step: Step) -> None:
+        """Keep this step where it is wanted; batches follow each other."""
+        if step.index in self.parts:
+            with failing_on(ValueError):
+                self.parts[step.index].append(
+                    to_pixels(step.x if step.index == self.last else step.x0)
+                )
+
+    def frames(self) -> Any | None:
+        """uint8 [F, N, H, W] or [F, N, H, W, C]; None where nothing was wanted."""
+        if not self.parts:
+            return None
+        return np.stack([np.concatenate(parts) for parts in self.parts.values()])
+
+
+class Rate(ProgressColumn):
+    """Finished images per second, from steps of a whole batch."""
+
+    def __init__(self, images_per_step: float) -> None:
+        super().__init__()
+        self.images_per_step = images_per_step
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        if not task.speed:
+            return Text("")
+        return Text(
+            f"{task.speed * self.images_per_step:.3g} images/s", style="progress.data.speed"
+        )
+
+
+def sample(
+    sampler: Sampler, options: Options, checkpoint: Checkpoint, labels: Tensor | None, film: Film
+) -> Tensor:
+    """Sample under a progress bar, which is shown on a terminal only."""
+    batches = -(-options.count // (options.batch_size or options.count))
+    total = len(sampler.timesteps) * batches
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("sampling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        Rate(options.count / total),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("sampling", total=total)
+
+        def follow(step: Step) -> None:
+            film.take(step)
+            bar.advance(task)
+
+        return sampler.sample(
+            (options.count, *checkpoint.sample_shape),
+            seed=options.seed,
+            first_index=options.first_index,
+            batch_size=options.batch_size,
+            condition=None if labels is None else {"labels": labels},
+            callback=follow,
+        )
+
+
+def settings_of(options: Options) -> dict[str, Any]:
+    """What decides the images, by the names of the command line."""
+    return {
+        "stepfuse": __version__,
+        "model": options.model,
+        "method": options.method,
+        "steps": options.steps,
+        "spacing": options.spacing,
+        "eta": options.eta,
+        "guidance": options.guidance,
+        "label": list(options.labels),
+        "seed": options.seed,
+        "first_index": options.first_index,
+        "n": options.count,
+    }
+
+
+def report(
+    paths: list[Path],
+    sampler: Sampler,
+    options: Options,
+    checkpoint: Checkpoint,
+    seconds: float,
+) -> None:
+    """Say on stdout what was written and how fast."""
+    _, height, width = checkpoint.sample_shape
+    where = f"{sampler.backend} on {sampler.device}"
+    if sampler.device.type == "cpu":
+        threads = torch.get_num_threads()
+        where += f", {threads} thread{'s' if threads > 1 else ''}"
+    images = "1 image" if options.count == 1 else f"{options.count} images"
+    console = Console(highlight=False)
+    line = Text(str(paths[0]), style="bold").append(
+        f": {images} of {height}x{width}, {len(sampler.timesteps)} steps, in {seconds:.1f} s: "
+        f"{options.count / seconds:.3g} images/s ({where})",
+        style="not bold",
+    )
+    console.print(line, soft_wrap=True)
+    for path in paths[1:]:
+        text = Text(str(path), style="bold").append(": the way there", style="not bold")
+        console.print(text, soft_wrap=True)

@@ -1,0 +1,239 @@
+"""``stepfuse sample``: the options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepfuse.engine.cli.errors import interruptible
+from stepfuse.engine.cli.output import Target
+
+EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "64 digits in one picture:\n\n"
+    "  [cyan]stepfuse sample --out digits.png[/cyan]\n\n"
+    "Sixteen threes, fast, with guidance:\n\n"
+    "  [cyan]stepfuse sample -n 16 --label 3 --steps 20 --guidance 2 --out threes.png[/cyan]\n\n"
+    "How they come out of the noise:\n\n"
+    "  [cyan]stepfuse sample -n 25 --out digits.gif[/cyan]\n\n"
+    "Images 10000 to 19999 of seed 0 as an array, 250 at a time:\n\n"
+    "  [cyan]stepfuse sample -n 10000 --first-index 10000 --batch-size 250 --out b.npz[/cyan]\n\n"
+    "DDPM's ancestral sampling with a network of your own, one PNG per image:\n\n"
+    "  [cyan]stepfuse sample --model run/model.safetensors --method ddpm --steps 1000 "
+    "--out images/[/cyan]"
+)
+
+SAMPLING, WRITING, MACHINE = "What is drawn", "What is written", "How it runs"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of ``stepfuse sample``; raises ValueError for numbers out of range."""
+
+    model: str
+    count: int
+    steps: str
+    method: str
+    spacing: str
+    eta: float
+    guidance: float
+    labels: tuple[str, ...]
+    seed: int
+    first_index: int
+    batch_size: int | None
+    backend: str
+    device: str
+    threads: int | None
+    scale: int | None
+    columns: int | None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("-n", self.count, 1),
+            ("--first-index", self.first_index, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--threads", self.threads, 1),
+            ("--columns", self.columns, 1),
+            ("--scale", self.scale, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if self.scale is not None and self.scale > 8:
+            raise ValueError(f"--scale must be in 1 .. 8; got {self.scale}")
+        if not abs(self.guidance) < float("inf"):
+            raise ValueError(f"--guidance must be a finite number; got {self.guidance}")
+
+
+def sample(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Embedded checkpoint, or the path of a .safetensors file.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = "digits",
+    count: Annotated[
+        int, typer.Option("-n", "--count", help="Number of images.", rich_help_panel=SAMPLING)
+    ] = 64,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            "-l",
+            help="Class, by name or number, or 'none' for no class. Give it several times to take "
+            "turns; default: all classes take turns.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Evaluations per image, up to the model's training steps; or timesteps in "
+            "guided-diffusion's words: 'ddim25', '10,15,20'.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = "50",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="ddim|ddpm|ddim_hat|ddgan", help="The sampler.", rich_help_panel=SAMPLING
+        ),
+    ] = "ddim",
+    eta: Annotated[
+        float,
+        typer.Option(
+            help="Noise of ddim: 0 is deterministic, 1 as much as DDPM.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    spacing: Annotated[
+        str,
+        typer.Option(
+            metavar="leading|trailing|linspace|quadratic",
+            help="Which timesteps.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = "leading",
+    guidance: Annotated[
+        float,
+        typer.Option(
+            help="Classifier-free guidance; 1 is none, more is closer to the label and takes twice "
+            "the time.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Image k of a seed is always the same.", rich_help_panel=SAMPLING)
+    ] = 0,
+    first_index: Annotated[
+        int,
+        typer.Option(help="Number k of the first image, to continue.", rich_help_panel=SAMPLING),
+    ] = 0,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="NAME.png: all images in a grid. NAME.npz: arrays images, labels, settings. "
+            "NAME.gif: the trajectory. NAME/: a folder, one PNG per image. Default: MODEL.png.",
+            rich_help_panel=WRITING,
+        ),
+    ] = None,
+    trajectory: Annotated[
+        bool,
+        typer.Option(
+            "--trajectory",
+            help="Also draw the predicted images of ten steps, as a film strip: "
+            "NAME-trajectory.png. (A GIF is --out NAME.gif.)",
+            rich_help_panel=WRITING,
+        ),
+    ] = False,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            help="Enlarge pixels 1 to 8 times. Default: small images in grids are enlarged.",
+            rich_help_panel=WRITING,
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        int | None,
+        typer.Option(
+            help="Images in a row of the grid. Default: a square.",
+            rich_help_panel=WRITING,
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace a folder that holds nothing but .png files.",
+            rich_help_panel=WRITING,
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images at a time; bounds the memory. Default: all.",
+            rich_help_panel=MACHINE,
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|reference|cpp|triton",
+            help="Of the fused update; stepfuse doctor lists what runs here.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cpu|cuda",
+            help="auto is cuda where there is one.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads. Default: PyTorch's choice.",
+            rich_help_panel=MACHINE,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw images: a grid, an array, a folder or an animation.
+
+    The same command gives the same images, in whatever batches they are drawn.
+    """
+    options = Options(
+        model,
+        count,
+        steps,
+        method,
+        spacing,
+        eta,
+        guidance,
+        tuple(label or ()),
+        seed,
+        first_index,
+        batch_size,
+        backend,
+        device,
+        threads,
+        scale,
+        columns,
+    )
+    target = Target.parse(f"{Path(model).stem}.png" if out is None else out, trajectory, force)
+    target.check()
+    with interruptible("no file was left half-written"):
+        from stepfuse.engine.cli.drawing import draw_to
+
+        draw_to(target, options)
