@@ -10,9 +10,9 @@ Every op has up to three implementations with one contract, each in its own fold
 the reference where those are not installed; asking for a backend by name never falls back.
 
 What a backend's ``run`` may rely on, and need not check: shapes agree and everything is on one
-device; int64 tensors and tables are contiguous; x, grad, noise and the results have one dtype, and
-are all contiguous or all channels-last. Model outputs share a dtype and a layout, which may be
-others than those of x; parameters ([C] or [N, C]) have any of `FLOAT_DTYPES`, channels side
+device; int64 tensors and tables are contiguous; tensors with the spatial dimensions of x, results
+included, are all contiguous or all channels-last, and have the dtype of x, except that model
+outputs share one of their own. Parameters ([C] or [N, C]) have any of `FLOAT_DTYPES`, channels side
 by side.
 """
 

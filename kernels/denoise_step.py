@@ -166,9 +166,9 @@ def _write(
     cond, uncond = _halves(x, model_output, uncond_output)
     if cond.dtype is torch.float64:
         cond = cast(cond, dtype)
-    cond = laid_out(cond, layout_of(cond))
+    cond = laid_out(cond, layout)
     if uncond is not None:
-        uncond = laid_out(cast(uncond, cond.dtype), layout_of(cond))
+        uncond = laid_out(cast(uncond, cond.dtype), layout)
     if noise is not None:
         noise = laid_out(cast(noise, dtype), layout)
     if dtype is not torch.float64:

@@ -99,7 +99,7 @@ def backward(
         return 0.0 if v is None else v.to(dtype).reshape(-1, channels, 1)
 
     h = x.to(dtype).reshape(count, channels, -1) + column(add)
-    grouped = h.view(count, groups, -1)
+    grouped = h.reshape(count, groups, -1)
     centred = grouped - grouped.mean(dim=-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
     n = centred * rstd
@@ -111,7 +111,7 @@ def backward(
         s = torch.sigmoid(m)
         dm = dm * s * (1 + m * (1 - s))
     da = dm * (1 + column(scale))
-    dn = (da * gain).view(grouped.shape)
+    dn = (da * gain).reshape(grouped.shape)
     projected = dn.mean(dim=-1, keepdim=True) + n * (dn * n).mean(dim=-1, keepdim=True)
     dh = (rstd * (dn - projected)).view(h.shape)
     for target, value in (

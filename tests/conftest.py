@@ -1,0 +1,28 @@
+"""What every test relies on: importable peers, few threads, and the same random numbers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # for bench.*; last, so that it shadows nothing
+
+from bench import peers_setup
+
+peers_setup.prepare()
+# more threads than cores make small operations slower by orders of magnitude
+torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)), 4))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same generator state and leaves the thread count as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

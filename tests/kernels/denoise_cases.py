@@ -1,0 +1,130 @@
+"""Calls of denoise_step, and what their results may differ by from the float64 formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from op_cases import NORMAL, Layout, assert_within, placed, random_like
+from torch import Tensor
+
+from stepfuse.kernels import philox
+from stepfuse.kernels.reference.denoise_step import update
+from stepfuse.kernels.step_row import COLUMNS, Column
+
+# A float32 expression of at most ten operations: each rounds by 2^-24 of what it has so far, which
+# the sum of the terms' absolute values bounds whatever the order and whether or not it is fused.
+ARITHMETIC = 10 * 2.0**-24
+# exp in float32, by approximation: 2 units in the last place, and its argument's rounding below 8.
+EXPONENTIAL = 2e-6
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of the optional parts of an update take part."""
+
+    name: str
+    noise: str = "none"  # or "given", "drawn"
+    guidance: str = "none"  # or "batch", "two"
+    learned: bool = False
+    wide: bool = False  # the model gives a variance, used or not
+    x0: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VARIANTS = [
+    Variant("plain"),
+    Variant("x0", x0=True),
+    Variant("given", noise="given"),
+    Variant("drawn", noise="drawn", x0=True),
+    Variant("guided", guidance="two"),
+    Variant("guided-batch", guidance="batch", noise="drawn"),
+    Variant("unused-variance", wide=True, noise="given"),
+    Variant("learned", noise="given", learned=True, wide=True),
+    Variant("everything", noise="drawn", guidance="two", learned=True, wide=True, x0=True),
+    Variant("everything-batch", noise="given", guidance="batch", learned=True, wide=True, x0=True),
+]
+HEAVY = VARIANTS[-2]
+
+
+def random_table(rows: int = 5) -> Tensor:
+    """Rows no sampler would make: every column matters, and x0 is clipped for some elements."""
+    table = torch.randn(rows, COLUMNS)
+    table[:, Column.CLIP] = 0.5 + torch.rand(rows)
+    table[:, Column.SIGMA] = 0.2 + torch.rand(rows)
+    table[:, Column.TIMESTEP] = torch.randint(0, 1000, (rows,)).float()
+    return table
+
+
+def arguments(
+    variant: Variant,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: Layout = "contiguous",
+    output_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call."""
+    count, channels = shape[:2]
+    wide = (count, channels * (2 if variant.wide else 1), *shape[2:])
+    output = random_like(wide, output_dtype or dtype, layout)
+    given: dict[str, Any] = {"x": random_like(shape, dtype, layout), "model_output": output}
+    if variant.guidance == "two":
+        given["uncond_output"] = random_like(wide, output.dtype, layout)
+    elif variant.guidance == "batch":
+        both = torch.cat([random_like(wide, output.dtype), output])
+        given["model_output"] = placed(both, layout)
+    if variant.noise == "given":
+        given["noise"] = random_like(shape, dtype, layout)
+    elif variant.noise == "drawn":
+        given["seed"] = torch.randint(-(2**63), 2**63 - 1, (count,))
+        given["sample"] = torch.randint(-(2**63), 2**63 - 1, (count,))
+    if variant.learned:
+        given["learned_variance"] = True
+    given |= {"table": random_table(), "step": torch.tensor([3]), "return_x0": True}
+    return given
+
+
+def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_s, x0, allowed error of x_s, of x0) in float64, by the reference formula."""
+    x, output, uncond = (given[k] for k in ("x", "model_output", "step"))
+    uncond, count = given.get("uncond_output"), len(x)
+    if len(output) == 2 * count:
+        uncond, output = output.chunk(2)
+    row = given["table"][int(given["step"])].double()
+    noise, drawn = given.get("noise"), torch.zeros(())
+    if "seed" in given:
+        t = int(row[Column.TIMESTEP])
+        noise = philox.normal(
+            given["seed"], given["sample"], t, x.shape[1:], "reference", dtype=torch.float64
+        )
+        drawn = torch.full((), NORMAL)
+    learned = given.get("learned_variance", False)
+    x_s, x0 = update(x, output, uncond, row, noise, learned)
+
+    channels = x.shape[1]
+    size = output[:, :channels].double().abs()
+    if uncond is not None:
+        base = uncond[:, :channels].double().abs()
+        size = base + row[Column.GUIDANCE].abs() * (size + base)
+    x0_size = row[Column.P_X].abs() * x.double().abs() + row[Column.P_O].abs() * size
+    terms = row[Column.C_X].abs() * x.double().abs() + row[Column.C_O].abs() * size
+    terms = terms + row[Column.C_0].abs() * x0_size
+    allowed = ARITHMETIC * terms
+    if noise is not None:
+        std = row[Column.SIGMA].abs()
+        if learned:
+            w = output[:, channels:].double()
+            std = std * torch.exp(0.5 * (row[Column.L_0] + row[Column.L_1] * w))
+        allowed = allowed + std * (drawn + (ARITHMETIC + EXPONENTIAL) * noise.double().abs())
+    return x_s, x0, allowed, ARITHMETIC * x0_size
+
+
+def check(given: dict[str, Any], x_s: Tensor, x0: Tensor | None) -> None:
+    """Both results are within their allowance."""
+    exact_x_s, exact_x0, allowed, allowed_x0 = exact(given)
+    assert_within(x_s, exact_x_s, allowed, "x_s")
+    if x0 is not None:
+        assert_within(x0, exact_x0, allowed_x0, "x0")
