@@ -120,9 +120,13 @@ class Request:
 
     def _first_row(self, start: int | None, strength: float) -> int:
         rows = len(self.timesteps)
+        if self.image is not None and self.x_T is not None and self.mask is None:
+            raise ValueError("give image or x_T to start from, not both; with a mask both have use")
         if start is not None:
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
+            if strength != 1:
+                raise ValueError(f"give start or strength, not both; got {start} and {strength}")
             reached = [i for i, t in enumerate(self.timesteps) if t <= start]
             if not reached:
                 raise ValueError(f"start must be at least {self.timesteps[-1]}; got {start}")
@@ -151,6 +155,8 @@ class Request:
     def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if value is None:
             return None
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
@@ -160,6 +166,8 @@ class Request:
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     checked = tuple(int(n) for n in shape)
+    if checked != tuple(shape):
+        raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}")
     if len(checked) < 2 or min(checked) < 1:
         raise ValueError(f"shape must be (N, C, ...) with every entry at least 1; got {checked}")
     return checked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +28,7 @@ from stepfuse.engine.table import (
     step_table,
 )
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
+from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
 
 
@@ -119,7 +119,7 @@ class Sampler:
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
         self._programs = Programs(self._build, self.denoiser, graph, max_programs)
-        self._lock = threading.Lock()
+        self._lock = Turn()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
 
     def set_timesteps(
@@ -204,10 +204,13 @@ class Sampler:
     ) -> Iterator[Step]:
         """`sample`, one `Step` at a time (progressive generation, DDPM section 4.3).
 
-        ``start`` takes the other keywords of `sample`: start, image, strength, mask. The sampler is
-        locked until the iterator is finished or closed.
+        ``start`` takes the other keywords of `sample`: start, image, strength, mask. From the first
+        step until the iterator is finished or closed the sampler does nothing else: other threads
+        wait, and a call in the same thread raises RuntimeError.
         """
-        request = self._request(shape, seed, first_index, condition, x_T, noise, **start)
+        return self._walk(self._request(shape, seed, first_index, condition, x_T, noise, **start))
+
+    def _walk(self, request: Request) -> Iterator[Step]:
         with self._lock:
             (part,) = request.parts(None)
             runner = self._load(part, self.plan)
