@@ -4,6 +4,9 @@ Nothing that changes from step to step is an argument by value: the row is read 
 device memory, seeds and sample numbers from tensors, so a captured launch serves every step.
 """
 
+# The types inside a kernel are those of Triton's compiler, and its decorator has none:
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import triton

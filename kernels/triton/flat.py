@@ -1,7 +1,7 @@
 """How the elementwise kernels walk a tensor of N samples, so that bulk accesses are 128 bit.
 
 A program handles `BLOCK` neighbouring elements. Where the size of a sample is a multiple of 16, no
-block crosses a sample: sample, coefficients and noise counters are scalars of the program (ROWS).
+block crosses a sample: sample, coefficients and noise counters are scalars of the program.
 Where it is not, a sample starts at an address that takes no wide access, so the blocks are cut from
 the tensor as a whole and each element divides to find its sample. A tensor that needs no sample
 number at all is one row, whatever its size. Channels-last tensors are walked in the order of their
@@ -10,6 +10,9 @@ memory; only the noise, whose counter follows C order, has to know.
 Only the block at the end of a row is masked, because a mask that may end anywhere makes Triton fall
 back to accesses of one element.
 """
+
+# The types inside a kernel are those of Triton's compiler, and its decorator has none:
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ ALIGNMENT = 16  # what Triton's specialisation of an integer argument promises
 class Grid:
     """How many programs walk the rows, and what they need to know to find their place."""
 
-    rows: bool  # no block crosses a row
+    rows: int  # 0: blocks cross samples; 1: all is one row; 2: rows of whole blocks
     length: int  # elements of a row: a sample, or the whole tensor
     total: int  # elements of the tensor
     blocks: int  # blocks of a row
@@ -41,10 +44,11 @@ class Grid:
     def of(cls, x: Tensor, per_sample: bool) -> Grid:
         """The walk over dense ``x`` [N, ...], N >= 1."""
         total = x.numel()
-        length = total // x.shape[0] if per_sample else total
+        sample = total // x.shape[0]
+        length = sample if per_sample or total > 2**31 - BLOCK else total
         if length > 2**31 - BLOCK:
             raise ValueError(f"the triton backend takes samples below 2^31 elements; got {length}")
-        rows = length == total or length % ALIGNMENT == 0
+        rows = 1 if length == total else 2 if length % ALIGNMENT == 0 else 0
         blocks = triton.cdiv(length, BLOCK)
         programs = total // length * blocks if rows else triton.cdiv(total, BLOCK)
         return cls(rows, length, total, blocks, programs)
@@ -54,24 +58,31 @@ class Grid:
 def place(length, total, blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Where this program stands.
 
-    Returns (row: int64, number of the sample, a scalar with ROWS and [BLOCK] without; first: int64,
-    flat position of the block; start: position of the block in its row; limit: how many of its
-    elements exist; element: int32 [BLOCK], position of each element in its sample).
+    Returns row (int64, number of the sample: [BLOCK] where ROWS is 0, a scalar elsewhere), first
+    (int64, flat position of the block), start (its position in its row), limit (how many of its
+    elements exist) and element (int32 [BLOCK], position of each element in its sample).
     """
     program = tl.program_id(0)
     offset = tl.arange(0, BLOCK)
-    if ROWS:
+    if ROWS == 1:
+        # apart from the next case because row * length would hide that blocks start aligned
+        start = program * BLOCK
+        row, first = start.to(tl.int64) * 0, start.to(tl.int64)
+        limit, element = length - start, start + offset
+    elif ROWS == 2:
         row = (program // blocks).to(tl.int64)
         start = (program % blocks) * BLOCK
-        return row, row * length + start, start, length - start, start + offset
+        first = row * length + start
+        limit, element = length - start, start + offset
     else:
         first = program.to(tl.int64) * BLOCK
-        before = first // length
-        start = (first - before * length).to(tl.int32)
+        row = first // length
+        start = (first - row * length).to(tl.int32)
         limit = tl.minimum(total - first, BLOCK).to(tl.int32)
         # lanes past the end stay at the last element: the row they look up must exist
         index = start + tl.minimum(offset, limit - 1)
-        return before + index // length, first, start, limit, index % length
+        row, element = row + index // length, index % length
+    return row, first, start, limit, element
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

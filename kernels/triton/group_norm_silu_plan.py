@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepfuse.kernels.triton.flat import is_channels_last
+from stepfuse.kernels.triton.flat import OPTIONS, is_channels_last
 
-# elements of a tile, as float32 in registers: 64 each of 512 threads, 32 each of 256
-ONE_PASS, SPLIT = 32768, 8192
+# elements of a tile, as float32 in registers: 32 each of 256 or 512 threads ...
+ONE_PASS, SPLIT = 16384, 8192
+# ... or 64 where a tile is so narrow that its per-channel numbers take few registers beside them
+NARROW = 16
 # a program of the second pass reads the partials of its groups: few against its tile
 PARTIALS = 256
 VECTOR = 8  # 16-bit elements of a 128-bit access
-RUN = 32  # channels side by side that fill two 32-byte sectors
+RUNS = (32, 16)  # channels side by side that fill two 32-byte sectors, or one
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ class Plan:
 
     def constants(self) -> dict[str, int | bool]:
         """The constexpr arguments that every kernel takes."""
+        # the shape is a constant too: offsets become immediates, so that the vectors of a tile
+        # share an address register, and masks that mask nothing disappear
         return {
-            "GROUP": self.group,
+            "CHANNELS": self.channels,
+            "PIXELS": self.pixels,
+            "GROUPS": self.groups,
             "BLOCK": self.block,
             "COLS": self.cols,
             "ROWS": self.rows,
@@ -78,6 +84,10 @@ class Plan:
             "CHANNEL_PARTS": self.channel_parts,
             "LAST": self.last,
         }
+
+    def options(self) -> dict[str, int | bool]:
+        """How to compile and launch: see `flat.OPTIONS`."""
+        return {**OPTIONS, "num_warps": self.warps}
 
 
 def ceil_power(n: int) -> int:
@@ -131,11 +141,12 @@ def _whole_groups(
     """Channels of a tile that holds whole groups, all their pixels; 0 where none fits."""
     if last:
         unit = math.lcm(group, VECTOR)
-        for block in (min(-(-RUN // unit) * unit, channels), min(unit, channels)):
+        for run in RUNS:
+            block = min(-(-run // unit) * unit, channels)
             if rows * ceil_power(block) <= limit:
                 return block
         return 0
-    if rows * ceil_power(group) > limit:
+    if rows * ceil_power(group) > (2 * limit if ceil_power(group) <= NARROW else limit):
         return 0
     held, groups = 1, channels // group
     # small groups share a program while there are programs enough to fill the card
@@ -152,7 +163,7 @@ def _split(channels: int, rows: int, group: int, last: bool) -> tuple[int, int]:
     """(channels of a tile, tiles across one group) where no group fits into a tile."""
     if last:
         unit = math.lcm(group, VECTOR)
-        block = min(-(-RUN // unit) * unit, channels)
+        block = min(-(-RUNS[0] // unit) * unit, channels)
         if ceil_power(block) <= 128:
             return block, 1
         return 64, -(-group // 64)

@@ -5,6 +5,9 @@ A tile is float32 [ROWS, COLS], pixels by channels. Statistics are taken per cha
 with the formula of Chan, Golub & LeVeque 1983 (eq. 2.1), always in the same order.
 """
 
+# The types inside a kernel are those of Triton's compiler, and its decorator has none:
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -13,43 +16,61 @@ import triton.language as tl
 
 @triton.jit
 def channel_span(
-    block, channels,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, CHANNEL_PARTS: tl.constexpr,
+    block,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr,
+    CHANNEL_PARTS: tl.constexpr,
 ):  # fmt: skip
     """(first channel, first group, offsets [COLS], which of them exist) of a tile."""
+    GROUP: tl.constexpr = CHANNELS // GROUPS
     offset = tl.arange(0, COLS)
+    exists = tl.full((COLS,), True, tl.int1)
+    if COLS > BLOCK:
+        exists = offset < BLOCK
     if CHANNEL_PARTS > 1:
         group = block // CHANNEL_PARTS
         inside = (block % CHANNEL_PARTS) * BLOCK
-        exists = (offset < BLOCK) & (inside + offset < GROUP)
-        return group * GROUP + inside, group, offset, exists
+        if GROUP % BLOCK != 0:
+            exists = exists & (inside + offset < GROUP)
+        first = group * GROUP + inside
     else:
         first = block * BLOCK
-        exists = (offset < BLOCK) & (first + offset < channels)
-        return first, block * (BLOCK // GROUP), offset, exists
+        group = block * (BLOCK // GROUP)
+        if CHANNELS % BLOCK != 0:
+            exists = exists & (first + offset < CHANNELS)
+    return first, group, offset, exists
 
 
 @triton.jit
 def addresses(
-    n, first_channel, first_pixel, channels, pixels,
+    n, first_channel, first_pixel, exists,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(int64 position of a tile's first element, int32 [ROWS, COLS] offsets from it)."""
-    start = n.to(tl.int64) * channels * pixels
-    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    """(int64 position of a tile's first element, int32 offsets from it, mask), [ROWS, COLS]."""
+    start = n.to(tl.int64) * (CHANNELS * PIXELS)
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)[None, :]
+    inside = tl.full((ROWS,), True, tl.int1)
+    if PIXELS % ROWS != 0:
+        inside = first_pixel + row < PIXELS
+    mask = inside[:, None] & exists[None, :]
     if LAST:
-        return start + first_pixel.to(tl.int64) * channels + first_channel, row * channels + col
+        start += first_pixel.to(tl.int64) * CHANNELS + first_channel
+        offset = row[:, None] * CHANNELS + col
     else:
-        return start + first_channel.to(tl.int64) * pixels + first_pixel, col * pixels + row
+        start += first_channel.to(tl.int64) * PIXELS + first_pixel
+        offset = col * PIXELS + row[:, None]
+    return start, offset, mask
 
 
 @triton.jit
 def per_channel(pointer, position, exists, default: tl.constexpr):
     """float32 [COLS] from a parameter, or ``default`` where it is None."""
     if pointer is None:
-        return tl.full(exists.shape, default, tl.float32)
+        values = tl.full(exists.shape, default, tl.float32)
     else:
-        return tl.load(pointer + position, mask=exists, other=default).to(tl.float32)
+        values = tl.load(pointer + position, mask=exists, other=default).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -68,10 +89,10 @@ def statistics(x, mask, count):
 @triton.jit
 def membership(offset, exists, GROUP: tl.constexpr, HELD: tl.constexpr):
     """[COLS, HELD]: which channel of a tile is of which of its groups."""
-    if HELD == 1:
-        return exists[:, None]
-    else:
-        return (offset[:, None] // GROUP == tl.arange(0, HELD)[None, :]) & exists[:, None]
+    member = exists[:, None]
+    if HELD > 1:
+        member = (offset[:, None] // GROUP == tl.arange(0, HELD)[None, :]) & member
+    return member
 
 
 @triton.jit
@@ -98,14 +119,14 @@ def combine_channels(mean, squares, count, member):
 
 @triton.jit
 def combine_parts(
-    partials, plane, n, first_group, groups, parts,
-    HELD: tl.constexpr, PARTS: tl.constexpr,
+    partials, plane, n, first_group,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """(mean, variance) of the groups of a tile [HELD] from partials [3, N, groups, parts]."""
+    """(mean, variance) of the groups of a tile [HELD] from partials [3, N, GROUPS, PARTS]."""
     group = first_group + tl.arange(0, HELD)[:, None]
-    part = tl.arange(0, PARTS)[None, :]
-    exists = (group < groups) & (part < parts)
-    position = partials + (n.to(tl.int64) * groups + group) * parts + part
+    part = tl.arange(0, PADDED)[None, :]
+    exists = (group < GROUPS) & (part < PARTS)
+    position = partials + (n.to(tl.int64) * GROUPS + group) * PARTS + part
     counts = tl.load(position, mask=exists, other=0.0)
     means = tl.load(position + plane, mask=exists, other=0.0)
     squares = tl.load(position + 2 * plane, mask=exists, other=0.0)

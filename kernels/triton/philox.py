@@ -6,6 +6,9 @@ sine and cosine are polynomials on a reduced interval (minimax fits, relative er
 and 5e-11 before rounding), so a normal costs about 45 arithmetic instructions and no branch.
 """
 
+# The types inside a kernel are those of Triton's compiler, and its decorator has none:
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -128,11 +131,11 @@ def draw(
     if LAST:
         pixel = element // channels
         element = (element - pixel * channels) * pixels + pixel
-        return single(seed, sample, timestep, element)
-    elif ROWS:
-        return quads(seed, sample, timestep, (start >> 2) + tl.arange(0, BLOCK // 4))
+    if ROWS and not LAST:
+        noise = quads(seed, sample, timestep, (start >> 2) + tl.arange(0, BLOCK // 4))
     else:
-        return single(seed, sample, timestep, element)
+        noise = single(seed, sample, timestep, element)
+    return noise
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from stepfuse.kernels import backends
 
 PTXSIM = os.environ.get("PTXSIM", "")
@@ -76,7 +77,20 @@ def simulated(arch: int, **settings: Any) -> Iterator[list[Any]]:
         pytest.skip("PTXSIM does not name the folder that contains the package ptxsim")
     if PTXSIM not in sys.path:
         sys.path.append(PTXSIM)
+    from ptxsim import memory
     from ptxsim import simulated as launches
 
-    with backends.triton_on_cpu(), launches(arch=arch, **settings) as log:
-        yield log
+    real = memory.track
+
+    def track(m: Any, parts: Any, size: int, write: bool) -> None:
+        # the race check wants one address a thread, and gets one in all where it is uniform
+        if len(parts) == 1 and parts[0][1] is None and len(parts[0][2]) == 1:
+            parts = [(parts[0][0], None, np.repeat(parts[0][2], m.active()))]
+        real(m, parts, size, write)
+
+    memory.track = track
+    try:
+        with backends.triton_on_cpu(), launches(arch=arch, **settings) as log:
+            yield log
+    finally:
+        memory.track = real
