@@ -50,7 +50,9 @@ def per_sample(name: str, value: int | Tensor, count: int, device: torch.device)
             raise ValueError(
                 f"{name} must hold one value or one per sample ({count}); got {tuple(value.shape)}"
             )
-        return value.to(device=device, dtype=torch.int64).expand(count).contiguous()
+        if value.device != device:
+            value = value.to(device)
+        return value.to(torch.int64).expand(count).contiguous()
     return torch.full((count,), _signed(name, value), dtype=torch.int64, device=device)
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.backends import function
+from stepfuse.kernels.backends import BackendUnavailable, function, implementation, resolve
 from stepfuse.kernels.checks import check_float, check_like, per_sample
 from stepfuse.kernels.layout import buffer_for
-from stepfuse.kernels.reference import philox as reference
 from stepfuse.kernels.registration import define, eager, raise_versions
 
 INITIAL = 2**32 - 1
@@ -73,13 +72,23 @@ def normal(
 
 
 def integers(
-    seed: int | Tensor, sample: int | Tensor, step: int | Tensor, shape: Sequence[int]
+    seed: int | Tensor,
+    sample: int | Tensor,
+    step: int | Tensor,
+    shape: Sequence[int],
+    backend: str = "reference",
 ) -> Tensor:
-    """The raw 32-bit words behind `normal`, one an element, as int64 in [0, 2^32)."""
+    """The raw 32-bit words behind `normal`, one an element, as int64 in [0, 2^32).
+
+    Of "reference" and "cpp"; Triton kernels turn the words into normals before they store them.
+    """
     device = sample.device if isinstance(sample, Tensor) else torch.device("cpu")
     count = len(sample) if isinstance(sample, Tensor) else 1
     counters = _counters(seed, sample, step, count, device)
-    words = reference.integers(*counters, math.prod(shape)).view(count, *shape)
+    if backend == "triton":
+        raise BackendUnavailable("the triton backend does not store integers; use the reference")
+    module = implementation("philox", resolve(backend, device))
+    words = module.integers(*counters, math.prod(shape)).view(count, *shape)
     return words if isinstance(sample, Tensor) else words[0]
 
 
