@@ -41,15 +41,14 @@ def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 # --- noise
 
 
-@pytest.mark.parametrize("graph", [None, "auto"])
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("backend", "graph"), [("reference", None), ("auto", "auto")])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_sample_does_not_depend_on_its_batch(
     method: dict[str, Any], backend: str, graph: str | None
 ) -> None:
-    sampler = build(**method, backend=backend, graph=graph)
+    sampler = build(**method, steps=3, backend=backend, graph=graph)
     whole = sampler.sample(SHAPE, seed=9, first_index=100)
-    for batch_size in (1, 2, 5, 99):
+    for batch_size in (2, 99):
         cut = sampler.sample(SHAPE, seed=9, first_index=100, batch_size=batch_size)
         assert torch.equal(cut, whole)
     head = sampler.sample((2, *SHAPE[1:]), seed=9, first_index=100)
@@ -66,7 +65,7 @@ def test_a_sample_does_not_depend_on_its_batch(
     count=st.integers(1, 6),
     batch=st.integers(1, 7),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_sample_is_known_by_seed_and_number(
     seed: int, first: int, count: int, batch: int
 ) -> None:
@@ -259,11 +258,11 @@ def test_settings_reach_the_table() -> None:
 
 
 @pytest.mark.parametrize("graph", [None, "auto"])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS[1::2], ids=str)
 def test_a_walk_can_be_resumed(method: dict[str, Any], graph: str | None) -> None:
     sampler = build(**method, graph=graph)
     steps = list(sampler.iterate(SHAPE, seed=5))
-    for k in (0, 3, 4):
+    for k in (0, 3):
         here = sampler.timesteps[k + 1]
         ours = sampler.sample(SHAPE, seed=5, x_T=steps[k].x, start=here)
         assert torch.equal(ours, steps[-1].x)
@@ -287,7 +286,7 @@ def test_strength_starts_from_a_noised_image(strength: float, steps: int) -> Non
 
 
 @pytest.mark.parametrize("graph", [None, "auto"])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS[::2], ids=str)
 def test_inpainting_keeps_the_known_region(method: dict[str, Any], graph: str | None) -> None:
     sampler = build(**method, graph=graph)
     image = normal(1).clamp(-0.9, 0.9)
