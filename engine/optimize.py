@@ -1,0 +1,268 @@
+"""`optimize`: any U-Net in, the same function out, compiled by a few passes over its graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.replacement import with_fused_norms
+from stepfuse.engine.passes.trace import CannotTrace
+
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+class WeightsChanged(RuntimeError):
+    """A weight is not what it was when the network was compiled; ``refresh`` reads it again."""
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    dtype: torch.dtype | None = None,
+    *,
+    without: Collection[str] = (),
+    timesteps: Iterable[int] = (),
+    max_networks: int = 8,
+) -> Optimized:
+    """Compile ``model(x, t, **condition)`` for inference: same arguments, same result, faster.
+
+        fast = optimize(unet, (x, t), dtype=torch.bfloat16)
+        fast(x, t)                       # as unet(x, t)
+
+    Args:
+        model: an nn.Module; neither it nor its weights are changed, and its dropout is off here.
+        example_inputs: (x, t, ...) as the model takes them, x [N, C, H, W], t [N]; a dict at the
+            end holds keyword arguments. Compiled for these shapes now, for others when they come.
+        dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
+            outputs keep the model's own dtype. None computes in the model's dtype.
+        without: names of passes to leave out, of `PASSES`.
+        timesteps: to be announced at once, see `Optimized.prepare`.
+        max_networks: how many shapes stay compiled, the least recently used one going first.
+
+    Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
+    is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}; got {dtype}")
+    unknown = sorted(set(without) - set(PASSES))
+    if unknown:
+        raise ValueError(f"no pass is named {unknown[0]!r}; accepted: {', '.join(PASSES)}")
+    if max_networks < 1:
+        raise ValueError(f"max_networks must be at least 1; got {max_networks}")
+    fast = Optimized(model, None if dtype is torch.float32 else dtype, without, max_networks)
+    args = tuple(example_inputs)
+    kwargs: Mapping[str, Any] = {}
+    if args and isinstance(args[-1], dict):
+        args, kwargs = args[:-1], args[-1]
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError("example_inputs must start with the tensor x")
+    fast.prepare(timesteps)
+    fast.compile(*args, **kwargs)
+    return fast
+
+
+class Optimized(nn.Module):
+    """A model with its compiled networks, one per shape of the inputs; made by `optimize`.
+
+    The original is the submodule ``original``: parameters, device and dtype are its own. Copies and
+    pickles hold the original and the settings, and compile again when they are called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None,
+        without: Collection[str],
+        max_networks: int,
+    ) -> None:
+        super().__init__()
+        self.original = model
+        self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
+        self.timesteps: list[int] = []
+        self._networks: OrderedDict[Any, Network | _Exchanged] = OrderedDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``model(x, t, **condition)``.
+
+        Where a gradient with respect to an input is wanted, the original runs: the compiled
+        networks have none.
+
+        Raises `WeightsChanged` after a weight was changed.
+        """
+        leaves, _ = _flatten(args, kwargs)
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves
+        ):
+            return self.original(*args, **kwargs)
+        with torch.no_grad():
+            network = self._network(args, kwargs)
+            self._check(network)
+            return network(leaves)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for the shapes of these arguments, if that has not been done."""
+        with torch.no_grad():
+            self._network(args, kwargs)
+
+    def prepare(self, timesteps: Iterable[int]) -> None:
+        """Announce timesteps: what depends on them alone becomes a row of a table.
+
+        Other timesteps still work, by computing it. A step that was recorded (a captured sampler)
+        after this call reads the table only: there, a timestep that was not announced raises
+        IndexError on the CPU and gives NaN on CUDA.
+
+        Raises ValueError for a timestep that is negative or above 4095.
+        """
+        wanted = [int(t) for t in timesteps]
+        with torch.no_grad():
+            for network in self._networks.values():
+                network.prepare(wanted)
+        self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
+
+    def refresh(self) -> None:
+        """Read the weights again after they were changed (EMA, LoRA) or replaced.
+
+        Packed copies and tables are rewritten in place, so that recorded steps follow.
+        """
+        for network in self._networks.values():
+            network.refresh()
+
+    def check_weights(self) -> None:
+        """Raise `WeightsChanged` where a weight is not what the compiled networks hold."""
+        for network in self._networks.values():
+            self._check(network)
+
+    def explain(self) -> str:
+        """Per compiled shape, what every pass matched, and why not the rest."""
+        parts = []
+        for key, network in self._networks.items():
+            shapes = ", ".join(_described(part) for part in key[1])
+            lines = [f"inputs                {shapes}", *(str(r) for r in network.reports)]
+            parts.append("\n".join(lines))
+        if self.timesteps:
+            parts.append(f"timesteps             {len(self.timesteps)} announced")
+        if self.without:
+            parts.append(f"left out              {', '.join(self.without)}")
+        return "\n\n".join(parts) or "nothing compiled yet"
+
+    def _check(self, network: Network | _Exchanged) -> None:
+        name = network.changed()
+        if name is not None:
+            raise WeightsChanged(
+                f"weight {name!r} was changed after the network was compiled; call refresh()"
+            )
+
+    def _network(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | _Exchanged:
+        leaves, spec = _flatten(args, kwargs)
+        key = (spec, tuple(_key(leaf) for leaf in leaves))
+        network = self._networks.get(key)
+        if network is None:
+            # nothing of this belongs into a step that is being recorded
+            with _disable_current_modes():
+                network = self._build(args, kwargs)
+            self._networks[key] = network
+            while len(self._networks) > self.max_networks:
+                self._networks.popitem(last=False)
+        self._networks.move_to_end(key)
+        return network
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | _Exchanged:
+        network: Network | _Exchanged
+        with _evaluating(self.original):
+            try:
+                ordered = dict(sorted(kwargs.items()))
+                network = Network(self.original, args, ordered, self.dtype, self.without)
+            except CannotTrace as reason:
+                network = _Exchanged(self.original, args, kwargs, self.dtype, str(reason))
+        network.prepare(self.timesteps)
+        return network
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_networks": OrderedDict()}
+
+
+class _Exchanged:
+    """The fallback with the interface of a `Network`: the modules run, some of them exchanged."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None,
+        reason: str,
+    ) -> None:
+        self._source, self._dtype = model, dtype
+        self._names = list(dict(sorted(kwargs.items())))
+        self._spec = _flatten(args, kwargs)[1]
+        self.model, report = with_fused_norms(model)
+        self.model.eval()
+        report.note = f"no graph: {reason}"
+        self.reports = [report]
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        args, named = pytree.tree_unflatten(list(leaves), self._spec)
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if self._dtype is None:
+            return self.model(*args, **dict(named))
+        with torch.autocast(x.device.type, self._dtype):
+            result = self.model(*args, **dict(named))
+        return pytree.tree_map(
+            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
+            result,
+        )
+
+    def prepare(self, timesteps: Iterable[int]) -> None:
+        """There is no table."""
+
+    def refresh(self) -> None:
+        """Take over replaced parameters; changed ones are shared already."""
+        self.model = with_fused_norms(self._source)[0].eval()
+
+    def changed(self) -> None:
+        """Parameters are shared with the original, so that they never differ."""
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of the arguments, keyword arguments in the order of their names."""
+    ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
+    return pytree.tree_flatten((args, ordered))
+
+
+def _key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return type(leaf), leaf
+
+
+def _described(part: Any) -> str:
+    if isinstance(part, tuple) and len(part) == 3:
+        return f"{list(part[0])} {str(part[1]).removeprefix('torch.')}"
+    return repr(part[1]) if isinstance(part, tuple) else "..."
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards back in its own."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

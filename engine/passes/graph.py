@@ -1,0 +1,133 @@
+"""What the passes share: reports, matching and building nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+Pass = Callable[[GraphModule], "PassReport"]
+
+
+@dataclass
+class PassReport:
+    """What a pass did: ``matched`` of ``candidates``, and how many were left for which reason."""
+
+    name: str
+    matched: int = 0
+    candidates: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    note: str = ""
+
+    def count(self, problem: str = "") -> bool:
+        """Count one candidate, left where there is a ``problem``; True where there is none."""
+        self.candidates += 1
+        if problem:
+            self.left[problem] += 1
+        else:
+            self.matched += 1
+        return not problem
+
+    def __str__(self) -> str:
+        line = f"{self.name:<22}{self.matched} of {self.candidates}"
+        if self.note:
+            line += f"; {self.note}"
+        return line + "".join(f"; {n} left: {why}" for why, n in sorted(self.left.items()))
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """True for a call of one of these operators."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def value(node: Node) -> Tensor:
+    """The fake tensor that stands for what the node computes."""
+    val = node.meta["val"]
+    assert isinstance(val, Tensor), f"{node} does not compute a tensor"
+    return val
+
+
+def is_tensor(node: object) -> bool:
+    """True for a node that computes one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that reads this one, None where there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def stage(node: Node) -> str:
+    """When the node runs; everything is "main" until `stages.assign` says otherwise."""
+    return str(node.meta.get("stage", "main"))
+
+
+def call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new call at the graph's insert point, its ``val`` computed from those of its arguments."""
+    node = graph.call_function(target, args, kwargs)
+    infer(node)
+    return node
+
+
+def infer(node: Node) -> None:
+    """Compute ``val`` by running the node's operator on the ``val`` of its arguments."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = _fake_mode(args, kwargs)
+    with torch.no_grad():
+        if mode is None:
+            node.meta["val"] = _target(node)(*args, **kwargs)
+        else:
+            with mode:
+                node.meta["val"] = _target(node)(*args, **kwargs)
+
+
+def replace(old: Node, new: Node) -> None:
+    """Let every reader of ``old`` read ``new``, and erase ``old``."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    if not old.users:
+        old.graph.erase_node(old)
+
+
+def constant(node: object) -> float | None:
+    """The number an argument is, None for a node or anything else."""
+    return float(node) if isinstance(node, (int, float)) and not isinstance(node, bool) else None
+
+
+def calls(gm: GraphModule, *targets: Any) -> list[Node]:
+    """Every call of one of these operators, in order."""
+    return [node for node in gm.graph.nodes if is_call(node, *targets)]
+
+
+def finish(gm: GraphModule) -> None:
+    """Drop what nobody reads; operators that write to an argument are kept."""
+    gm.graph.eliminate_dead_code(_is_impure)
+
+
+def _is_impure(node: Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return node.target not in _PURE if schema is None else bool(schema.is_mutable)
+
+
+_PURE = (operator.getitem,)
+
+
+def _target(node: Node) -> Callable[..., Any]:
+    assert callable(node.target)
+    return node.target
+
+
+def _fake_mode(*trees: Iterable[Any]) -> FakeTensorMode | None:
+    for leaf in torch.utils._pytree.tree_leaves(trees):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return None

@@ -1,0 +1,59 @@
+"""Decide by measurement, once per shape, whether a lower precision pays on this CPU."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from stepfuse.engine.passes.graph import aten, value
+from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+
+_REPEATS = 3
+
+
+def pays(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a convolution is faster in ``dtype`` than in float32; always True but for CPUs.
+
+    Both are timed with packed weights on zeros of the node's shapes; a result is kept as long as
+    the process runs. Processors differ here: without bfloat16 instructions oneDNN converts.
+    """
+    if value(node).device.type != "cpu" or node.target is not aten.conv2d.default:
+        return True
+    if dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x, weight, _, *geometry, groups = convolution_arguments(node)
+    shapes = tuple(value(x).shape), tuple(value(weight).shape)
+    frozen = tuple(tuple(g) for g in geometry)
+    threads = torch.get_num_threads()
+    low = _seconds(*shapes, frozen, groups, dtype, threads)
+    return low < _seconds(*shapes, frozen, groups, torch.float32, threads)
+
+
+@functools.cache
+def _seconds(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    groups: int,
+    dtype: torch.dtype,
+    threads: int,
+) -> float:
+    """The best of a few runs; ``threads`` only tells results apart."""
+    stride, padding, dilation = (list(g) for g in geometry)
+    x = torch.zeros(x_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(w_shape, dtype=dtype)
+    packed = mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(x_shape)
+    )
+    args: tuple[Any, ...] = (x, packed, None, padding, stride, dilation, groups, "none", [], "")
+    mkldnn._convolution_pointwise(*args)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        mkldnn._convolution_pointwise(*args)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,182 @@
+"""A network for one set of shapes: traced, rewritten, and compiled to three functions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from stepfuse.engine.passes.channels_last import channels_last
+from stepfuse.engine.passes.emit import emit
+from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
+from stepfuse.engine.passes.fuse_residual_add import fuse_residual_add
+from stepfuse.engine.passes.graph import PassReport, finish, stage, value
+from stepfuse.engine.passes.hoist_timestep import hoist_timestep, time_frontier
+from stepfuse.engine.passes.lower_precision import lower_precision
+from stepfuse.engine.passes.measure import pays
+from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
+from stepfuse.engine.passes.remove_no_ops import remove_no_ops
+from stepfuse.engine.passes.stages import assign
+from stepfuse.engine.passes.timetable import TimeTable
+from stepfuse.engine.passes.trace import Traced, trace
+from stepfuse.engine.passes.weights import Weights
+
+PASSES = (
+    "remove_no_ops",
+    "fuse_group_norm_silu",
+    "hoist_timestep",
+    "lower_precision",
+    "channels_last",
+    "prepack_convolutions",
+    "fuse_residual_add",
+)
+
+
+def rewrite(
+    traced: Traced, dtype: torch.dtype | None, without: Collection[str]
+) -> list[PassReport]:
+    """Apply the passes in order, all but ``without``; the graph is changed in place."""
+    gm = traced.gm
+    passes = {
+        "remove_no_ops": remove_no_ops,
+        "fuse_group_norm_silu": fuse_group_norm_silu,
+        "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),
+        "channels_last": channels_last,
+        "prepack_convolutions": prepack_convolutions,
+        "fuse_residual_add": fuse_residual_add,
+    }
+    if dtype is not None:
+        passes["lower_precision"] = lambda gm: lower_precision(gm, dtype, pays)
+    assign(gm)
+    reports = []
+    for name in PASSES:
+        if name in passes and name not in without:
+            reports.append(passes[name](gm))
+            assign(gm)
+    gm.graph.lint()
+    return reports
+
+
+class Network:
+    """``model`` for the shapes of (args, kwargs); call it with the leaves of such arguments.
+
+    constants = weights_stage(weights)          when built, and by ``refresh``
+    e_1 .. e_k = time_stage(t)                  per evaluation, or a row of ``table``
+    results = main(leaves, e_1 .. e_k)          per evaluation
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None,
+        without: Collection[str],
+    ) -> None:
+        traced = trace(model, args, kwargs)
+        self.reports = rewrite(traced, dtype, without)
+        finish(traced.gm)
+        self.out_spec = traced.out_spec
+        self._traced_constants = traced.constants
+        self._compile(traced, model)
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
+        if self._time is None:
+            results = self._main(*leaves)
+        else:
+            results = self._main(*leaves, *self._embedding(leaves[self._time]))
+        return pytree.tree_unflatten(results, self.out_spec)
+
+    def prepare(self, timesteps: Iterable[int]) -> None:
+        """Fill the table for these timesteps; nothing to do without one."""
+        if self.table is not None and self.table.integral:
+            self.table.prepare(timesteps)
+
+    def refresh(self) -> None:
+        """Read the weights again and recompute constants and rows, in place where possible."""
+        self._bind_weights()
+        if self.table is not None:
+            self.table.refill()
+
+    def changed(self) -> str | None:
+        """The name of a weight that was changed since it was read, or None."""
+        return self.weights.changed()
+
+    def _embedding(self, t: Tensor) -> tuple[Any, ...]:
+        table = self.table
+        assert table is not None
+        if table.table is not None:
+            if t.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+                return table.lookup(t)  # being recorded: no way to tell an unknown timestep
+            try:
+                return table.lookup(t)
+            except IndexError:
+                pass  # not announced
+        return self._time_stage(t)
+
+    def _compile(self, traced: Traced, model: nn.Module) -> None:
+        nodes = list(traced.gm.graph.nodes)
+        placeholders = {n.name: n.meta["weight"] for n in nodes if "weight" in n.meta}
+        self._placeholders = {
+            name: target for name, target in placeholders.items() if _is_read(traced.gm, name)
+        }
+        named = [t for t in self._placeholders.values() if t not in traced.constants]
+        self.weights = Weights(model, dict.fromkeys(named))
+        stages = {s: [n for n in nodes if n.op == "call_function" and stage(n) == s] for s in _ALL}
+        folded = [n for n in stages["weights"] if any(stage(u) != "weights" for u in n.users)]
+        self._folded = [n.name for n in folded]
+        # the globals of the three functions: every name they read must be there when they are made
+        self._bound: dict[str, Any] = dict.fromkeys([*self._placeholders, *self._folded])
+        self._weights_stage = emit(stages["weights"], [], folded, self._bound)
+        self._bind_weights()
+
+        frontier = time_frontier(traced.gm)
+        self._time, self.table = None, None
+        if frontier and traced.time is not None:
+            self._time = traced.inputs.index(traced.time)
+            self._time_stage = emit(stages["time"], [traced.time], frontier, self._bound)
+            shapes = [value(n).shape for n in frontier]
+            self.table = TimeTable(self._time_stage, value(traced.time), shapes)
+        output = traced.gm.graph.output_node()
+        results = pytree.tree_leaves(output.args[0], is_leaf=lambda v: isinstance(v, Node))
+        self._main = emit(stages["main"], [*traced.inputs, *frontier], results, self._bound)
+
+    @torch.no_grad()
+    def _bind_weights(self) -> None:
+        current = self.weights.read() | self._traced_constants
+        for name, target in self._placeholders.items():
+            self._bound[name] = current[target]
+        owned = {_address(tensor) for tensor in current.values()}
+        for name, new in zip(self._folded, self._weights_stage(), strict=True):
+            old = self._bound[name]
+            if old is not None and _alike(old, new):
+                old.copy_(new)  # a recorded step holds the tensor itself
+            else:
+                # constants are copies: those of the next refresh are written over them
+                self._bound[name] = new.clone() if _address(new) in owned else new
+
+
+_ALL = ("weights", "time", "main")
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor's memory starts; None for packed weights, which own theirs."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    return (old.shape, old.dtype, old.layout, old.device) == (
+        new.shape,
+        new.dtype,
+        new.layout,
+        new.device,
+    )
+
+
+def _is_read(gm: GraphModule, name: str) -> bool:
+    return any(n.name == name and n.users for n in gm.graph.nodes)

@@ -1,0 +1,122 @@
+"""Bring convolution and linear weights into the order oneDNN computes with, once.
+
+    conv2d(x, w, b) ──► _convolution_pointwise(x, packed(w), b)
+
+Without it every call reorders its weights first. The packed weight is a "weights" node: computed
+when the program is built and after `Optimized.refresh`. CPU tensors only. Exact up to the order of
+summation (float32: relative 1e-5).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from stepfuse.engine.passes.graph import (
+    PassReport,
+    aten,
+    call,
+    calls,
+    finish,
+    is_tensor,
+    replace,
+    stage,
+    value,
+)
+
+mkldnn = torch.ops.mkldnn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def prepack_convolutions(gm: GraphModule) -> PassReport:
+    """Pack the weights of every 2-dimensional convolution and of every linear layer on images."""
+    report = PassReport("prepack_convolutions")
+    for node in calls(gm, aten.conv2d.default):
+        if report.count(_problem(node)):
+            _pack_convolution(gm, node)
+    for node in calls(gm, aten.linear.default):
+        x = node.args[0]
+        assert isinstance(x, Node)
+        if stage(node) == "main" and report.count(_problem(node)):
+            _pack_linear(gm, node)
+    finish(gm)
+    return report
+
+
+def _problem(node: Node) -> str:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this PyTorch has no oneDNN"
+    x, weight = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    if value(x).device.type != "cpu":
+        return "not on the CPU"
+    if stage(weight) != "weights":
+        return "the weight is computed from the inputs"
+    if value(x).dtype not in DTYPES or value(x).dtype != value(weight).dtype:
+        return f"{value(x).dtype} activations and {value(weight).dtype} weights"
+    if value(x).dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return "no bfloat16 on this CPU"
+    if value(x).dtype is torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
+        return "no float16 on this CPU"
+    return ""
+
+
+def convolution_arguments(node: Node) -> tuple[Any, ...]:
+    """(x, weight, bias, stride, padding, dilation, groups) of a conv2d, with two entries each."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    given.update(node.kwargs)
+    pairs = (_pair(given.get(name, default)) for name, default in _DEFAULTS)
+    return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
+
+
+_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _pair(v: int | list[int]) -> list[int]:
+    both = [v, v] if isinstance(v, int) else list(v)
+    return both * 2 if len(both) == 1 else both
+
+
+def _pack_convolution(gm: GraphModule, node: Node) -> None:
+    x, weight, bias, stride, padding, dilation, groups = convolution_arguments(node)
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(
+            mkldnn._reorder_convolution_weight.default,
+            (weight, padding, stride, dilation, groups, list(value(x).shape)),
+        )
+        packed.meta["val"] = weight.meta["val"]  # opaque in memory, of the same shape
+        fused = call(
+            gm.graph,
+            mkldnn._convolution_pointwise.default,
+            *(x, packed, bias, padding, stride, dilation, groups, "none", [], ""),
+        )
+    replace(node, fused)
+
+
+def _pack_linear(gm: GraphModule, node: Node) -> None:
+    x, weight, *rest = node.args
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    bias = rest[0] if rest else node.kwargs.get("bias")
+    rows = value(x).shape[:-1].numel()
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(mkldnn._reorder_linear_weight.default, (weight, rows))
+        packed.meta["val"] = weight.meta["val"]
+        fused = gm.graph.call_function(
+            mkldnn._linear_pointwise.default, (x, packed, bias, "none", [], "")
+        )
+        fused.meta["val"] = node.meta["val"]
+    replace(node, fused)
+
+
+def is_packed(node: object) -> bool:
+    """A convolution with a packed weight and nothing fused to it yet."""
+    return (
+        is_tensor(node)
+        and isinstance(node, Node)
+        and node.target is mkldnn._convolution_pointwise.default
+    )

@@ -1,0 +1,91 @@
+"""From a module to a graph: torch.export, weights as named placeholders, nothing decomposed."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import TreeSpec
+
+from stepfuse.engine.passes.graph import is_tensor
+
+
+class CannotTrace(RuntimeError):
+    """The module has no graph; the message says why."""
+
+
+@dataclass
+class Traced:
+    """A network as a graph.
+
+    ``gm`` has one placeholder per weight (``meta["weight"]`` names it) and one per leaf of
+    (args, kwargs); ``constants`` are tensors the module made while it was traced.
+    """
+
+    gm: GraphModule
+    inputs: list[Node]
+    constants: dict[str, Tensor]
+    out_spec: TreeSpec
+    time: Node | None
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Export ``model(*args, **kwargs)`` for exactly these shapes.
+
+    Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
+    and whatever else torch.export refuses.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    # torch.export raises exceptions of many kinds, user code of any kind
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise CannotTrace(f"{type(error).__name__}: {first}") from error
+    for output in program.graph_signature.output_specs:
+        if output.kind is not OutputKind.USER_OUTPUT:
+            raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
+    return _with_named_weights(program, args)
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Traced:
+    gm = program.graph_module
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    inputs: list[Node] = []
+    constants: dict[str, Tensor] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            raise CannotTrace(f"the graph has a submodule {node.target!r} (control flow)")
+        if node.op != "placeholder":
+            continue
+        spec = specs[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+            continue
+        assert spec.target is not None
+        node.meta["weight"] = spec.target
+        held = program.constants.get(spec.target)
+        if spec.kind is InputKind.CONSTANT_TENSOR and isinstance(held, Tensor):
+            constants[spec.target] = held
+        elif spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
+            raise CannotTrace(f"the graph reads {spec.target!r}, which is not a tensor")
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    # the model contract: the second positional argument is the timestep
+    second = inputs[1] if len(args) >= 2 else None
+    time = second if second is not None and is_tensor(second) else None
+    return Traced(gm, inputs, constants, out_spec, time)

@@ -1,0 +1,229 @@
+"""Each pass by itself: the same function, and the graph it should leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.engine.passes.networks import distance, only, own, small
+from torch import Tensor, nn
+
+from stepfuse.engine.optimize import Optimized, optimize
+from stepfuse.engine.passes.fuse_group_norm_silu import OP, fuse_group_norm_silu
+from stepfuse.engine.passes.graph import aten, calls
+from stepfuse.engine.passes.lower_precision import lower_precision
+from stepfuse.engine.passes.network import PASSES, rewrite
+from stepfuse.engine.passes.prepack_convolutions import mkldnn
+from stepfuse.engine.passes.remove_no_ops import remove_no_ops
+from stepfuse.engine.passes.stages import assign
+from stepfuse.engine.passes.trace import CannotTrace, Traced, trace
+
+# float32 sums in another order: 1e-7 each, over a few hundred terms
+REORDERED = 2e-6
+
+
+def report(fast: Optimized, name: str) -> Any:
+    (network,) = fast._networks.values()
+    return next(r for r in network.reports if r.name == name)
+
+
+def traced(function: Any, *inputs: Tensor) -> Traced:
+    """The graph of a function or module of some tensors."""
+
+    class Wrapped(nn.Module):
+        def forward(self, *args: Tensor) -> Any:
+            return function(*args)
+
+    found = trace(function if isinstance(function, nn.Module) else Wrapped(), inputs, {})
+    assign(found.gm)
+    return found
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("name", [name for name in PASSES if name != "lower_precision"])
+@torch.no_grad()
+def test_a_pass_alone_keeps_the_function(name: str, scale_shift: bool) -> None:
+    model, inputs = small(scale_shift)
+    # a residual is added by a packed convolution, so that it cannot stand alone
+    needed = [name, "prepack_convolutions"] if name == "fuse_residual_add" else [name]
+    fast = optimize(model, inputs, without=only(*needed))
+    assert distance(fast(*inputs), model(*inputs)) < REORDERED
+    done = report(fast, name)
+    assert done.matched > 0
+    assert done.matched == done.candidates, str(done)
+
+
+@torch.no_grad()
+def test_no_pass_at_all_is_the_exported_network() -> None:
+    model, inputs = small()
+    fast = optimize(model, inputs, without=PASSES)
+    assert torch.equal(fast(*inputs), model(*inputs))
+
+
+def test_no_ops_are_bypassed_and_real_work_stays() -> None:
+    def function(x: Tensor) -> Tensor:
+        x = F.dropout(x / 1.0 * 1, 0.5, training=False).to(torch.float32)
+        return (x + 0).detach() / 2
+
+    gm = traced(function, torch.randn(3, 5)).gm
+    remove_no_ops(gm)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [aten.div.Tensor]
+
+
+def test_training_dropout_is_reported() -> None:
+    gm = traced(lambda x: F.dropout(x, 0.5, training=True), torch.randn(3, 5)).gm
+    assert remove_no_ops(gm).left == {"dropout in training mode": 1}
+
+
+NORM = [torch.randn(2, 6, 5, 3), torch.randn(2, 6, 1, 1), torch.randn(2, 6, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("function", "note"),
+    [
+        (lambda x, a, b: F.group_norm(x, 3), ""),
+        (lambda x, a, b: F.silu(F.group_norm(x, 2)), "1 with SiLU"),
+        (lambda x, a, b: F.group_norm(a + x, 2), "1 with add"),
+        (lambda x, a, b: F.group_norm(x, 6) * (a + 1) + b, "1 with scale-shift"),
+        (lambda x, a, b: F.silu(b + (1 + a) * F.group_norm(x, 1)), "1 with SiLU, 1 with sca"),
+        (lambda x, a, b: F.group_norm(x.flatten(2), 2, eps=0.5), ""),
+    ],
+)
+@torch.no_grad()
+def test_what_belongs_to_a_group_norm_is_fused(function: Any, note: str) -> None:
+    found = traced(function, *NORM)
+    done = fuse_group_norm_silu(found.gm)
+    assert (done.matched, done.candidates) == (1, 1)
+    assert done.note.startswith(note)
+    targets = [n.target for n in calls(found.gm, OP, aten.silu.default, aten.mul.Tensor)]
+    assert targets == [OP]
+    assert distance(found.gm(*NORM)[0], function(*NORM)) < REORDERED
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, a, b: (lambda y: F.silu(y) + y)(F.group_norm(x, 2)),  # read twice
+        lambda x, a, b: (lambda y: F.group_norm(y, 2) + y)(x + a),
+        lambda x, a, b: F.group_norm(torch.add(x, a, alpha=2), 2),
+        lambda x, a, b: F.group_norm(x, 2) * (a + 2) + b,
+        lambda x, a, b: F.group_norm(x, 2) * (a + 1) + x,  # the shift is an image
+        lambda x, a, b: F.group_norm(x[:1] + a, 2),  # the sum has more samples than x
+        lambda x, a, b: F.silu(x * 2),
+    ],
+)
+@torch.no_grad()
+def test_what_looks_alike_keeps_its_meaning(function: Any) -> None:
+    found = traced(function, *NORM)
+    fuse_group_norm_silu(found.gm)
+    assert distance(found.gm(*NORM)[0], function(*NORM)) < REORDERED
+
+
+@torch.no_grad()
+def test_residuals_are_written_over_only_what_nobody_reads() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            once = a + self.b(x)  # over a's result
+            kept = once + self.c(once)  # not over `once`, which is read again
+            return once * kept + torch.add(x, self.a(kept), alpha=3)
+
+    model, x = Sums().eval(), torch.randn(2, 4, 5, 7)
+    fast = optimize(model, (x,))
+    done = report(fast, "fuse_residual_add")
+    assert (done.matched, done.note) == (2, "1 in place")
+    assert done.left == {"a scaled sum": 1}
+    before = x.clone()
+    assert distance(fast(x), model(x)) < REORDERED
+    assert torch.equal(x, before)
+    assert torch.equal(fast(x), fast(x))
+
+
+def test_time_alone_is_hoisted_and_the_class_is_not() -> None:
+    model, inputs = own(num_classes=3)
+    labels = torch.tensor([0, 2])
+    without_class = optimize(model, inputs)
+    with_class = optimize(model, (*inputs, {"labels": labels}))
+    (free,), (bound,) = (
+        [r for n in f._networks.values() for r in n.reports if r.name == "hoist_timestep"]
+        for f in (without_class, with_class)
+    )
+    assert "8 results" in free.note, free.note
+    assert "1 results" in bound.note, bound.note
+    with torch.no_grad():
+        expected = model(*inputs, labels=labels)
+        assert distance(with_class(*inputs, labels=labels), expected) < REORDERED
+        assert distance(without_class(*inputs), model(*inputs)) < REORDERED
+
+
+def test_a_timestep_that_is_no_vector_is_left() -> None:
+    fast = optimize(nn.Conv2d(3, 3, 1), (torch.randn(1, 3, 4, 4),))
+    assert report(fast, "hoist_timestep").note == "no timestep [N] as the second argument"
+
+
+def test_bfloat16_where_it_pays_and_float32_for_the_rest() -> None:
+    model, inputs = small()
+    found = trace(model, inputs, {})
+    assign(found.gm)
+    done = lower_precision(
+        found.gm, torch.bfloat16, lambda node, dtype: node.args[1].name != "p_last_weight"
+    )
+    assert done.left["float32 is as fast for their shape"] == 1
+    assert done.left["vectors [N, C]"] == 4
+    dtypes = {n.args[1].name: n.meta["val"].dtype for n in calls(found.gm, aten.conv2d.default)}
+    assert dtypes.pop("p_last_weight") is torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    (result,) = found.gm.graph.output_node().all_input_nodes
+    assert result.meta["val"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@torch.no_grad()
+def test_bfloat16_is_no_worse_than_eager_bfloat16(scale_shift: bool) -> None:
+    model, inputs = small(scale_shift)
+    expected = model(*inputs)
+    fast = optimize(model, inputs, dtype=torch.bfloat16)
+    result = fast(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = model(*inputs)
+    assert result.dtype is torch.float32
+    assert distance(result, expected) < max(distance(eager, expected), 4e-3)
+
+
+def test_weights_are_packed_once() -> None:
+    model, inputs = small()
+    found = trace(model, inputs, {})
+    rewrite(found, None, [])
+    packs = calls(found.gm, mkldnn._reorder_convolution_weight.default)
+    assert len(packs) == 8
+    assert {n.meta["stage"] for n in packs} == {"weights"}
+    assert not calls(found.gm, aten.conv2d.default)
+
+
+def test_convolutions_oneDNN_does_not_take_are_left() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, x[:2, :, :1, :1])
+
+    fast = optimize(Mixed(), (torch.randn(3, 4, 5, 5),))
+    assert report(fast, "prepack_convolutions").left == {
+        "the weight is computed from the inputs": 1
+    }
+    fast = optimize(nn.Conv2d(3, 3, 1).double(), (torch.randn(1, 3, 4, 4).double(),))
+    (reason,) = report(fast, "prepack_convolutions").left
+    assert reason == "torch.float64 activations and torch.float64 weights"
+
+
+def test_a_module_with_control_flow_on_values_has_no_graph() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CannotTrace):
+        trace(Branch(), (torch.randn(2, 2),), {})
