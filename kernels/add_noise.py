@@ -87,23 +87,26 @@ def add_noise(
 
     inputs = (x0, noise, t, abar, seeds, samples)
 
-    if out is None and target_out is None:
-        call = _functional if eager(*inputs) else _OP
-        x_t, goal = call(*inputs, target, backend)
+    direct = eager(*inputs, out, target_out)
+    if out is None and target_out is None and not direct:
+        x_t, goal = _OP(*inputs, target, backend)
         return x_t if target is None else (x_t, goal)
-
-    if records_gradient((x0, noise)):
+    written = [tensor for tensor in (out, target_out) if tensor is not None]
+    if written and records_gradient((x0, noise)):
         raise ValueError("out= and inplace=True record no gradient; call under torch.no_grad()")
     if out is None:
         out = torch.empty_like(x0)
-    check_out("out", out, x0)
-    if target is not None:
-        target_out = torch.empty_like(x0) if target_out is None else target_out
+    elif out is not x0:
+        check_out("out", out, x0)
+    if target_out is not None:
         check_out("target_out", target_out, x0)
+    elif target is not None:
+        target_out = torch.empty_like(x0)
     velocity = target == "v_prediction"
-    if eager(*inputs, out, target_out):
+    if direct:
         _write(out, target_out, *inputs, velocity, backend)
-        raise_versions(out, target_out)
+        if written:
+            raise_versions(written)
     elif out is x0:
         _OP_INPLACE(*inputs, velocity, backend, target_out)
     else:

@@ -98,21 +98,25 @@ def denoise_step(
     return_x0 = return_x0 or x0_out is not None
     inputs = (x, model_output, uncond_output, table, step, noise, seeds, samples)
 
-    if out is None and x0_out is None:
-        call = _functional if eager(*inputs) else _OP
-        x_s, x0 = call(*inputs, learned_variance, return_x0, backend)
+    direct = eager(*inputs, out, x0_out)
+    if out is None and x0_out is None and not direct:
+        x_s, x0 = _OP(*inputs, learned_variance, return_x0, backend)
         return (x_s, x0) if return_x0 else x_s
-
-    if records_gradient(inputs):
+    written = [tensor for tensor in (out, x0_out) if tensor is not None]
+    if written and records_gradient(inputs):
         raise ValueError("out= and inplace=True record no gradient; call under torch.no_grad()")
-    out = torch.empty_like(x) if out is None else out
-    check_out("out", out, x)
-    if return_x0:
-        x0_out = torch.empty_like(x) if x0_out is None else x0_out
+    if out is None:
+        out = torch.empty_like(x)
+    elif out is not x:
+        check_out("out", out, x)
+    if x0_out is not None:
         check_out("x0_out", x0_out, x)
-    if eager(*inputs, out, x0_out):
+    elif return_x0:
+        x0_out = torch.empty_like(x)
+    if direct:
         _write(out, x0_out, *inputs, learned_variance, backend)
-        raise_versions(out, x0_out)
+        if written:
+            raise_versions(written)
     elif out is x:
         _OP_INPLACE(*inputs, learned_variance, backend, x0_out)
     else:

@@ -68,7 +68,7 @@ def group_norm_silu(
     check_out("out", out, x)
     if eager(*tensors, out):
         _write(out, *args)
-        raise_versions(out)
+        raise_versions((out,))
     elif out is x:
         _OP_INPLACE(*args)
     else:

@@ -65,7 +65,7 @@ def normal(
     target = out if many else out[None]
     if eager(*counters, target):
         _write(*counters, backend, target)
-        raise_versions(target)
+        raise_versions((target,))
     else:
         _OP_OUT(*counters, backend, out=target)
     return out
@@ -88,7 +88,7 @@ def integers(
     if backend == "triton":
         raise BackendUnavailable("the triton backend does not store integers; use the reference")
     module = implementation("philox", resolve(backend, device))
-    words = module.integers(*counters, math.prod(shape)).view(count, *shape)
+    words: Tensor = module.integers(*counters, math.prod(shape)).view(count, *shape)
     return words if isinstance(sample, Tensor) else words[0]
 
 

@@ -59,16 +59,16 @@ def _raising_versions(operator: Any) -> Callable[..., None]:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> None:
         written = [args[i] for i in positions if i < len(args)]
         written += [value for name, value in kwargs.items() if name in names]
-        raise_versions(*written)
+        raise_versions([tensor for tensor in written if tensor is not None])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
     return kernel
 
 
-def raise_versions(*tensors: Tensor | None) -> None:
+def raise_versions(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that these tensors were written."""
-    torch._C._increment_version([x for x in tensors if x is not None])
+    torch._C._increment_version(tensors)
 
 
 def eager(*tensors: Tensor | None) -> bool:
