@@ -107,7 +107,7 @@ def choose_labels(options: Options, checkpoint: Checkpoint) -> Tensor | None:
             raise ValueError(f"--label {asked[0]}: model {options.model!r} has no classes")
         return None
     chosen = [_class_of(text, checkpoint.labels) for text in options.labels] or list(range(classes))
-    turns = [(options.first_index + k) % len(chosen) for k in range(options.count)]
+    turns = torch.arange(options.count).add_(options.first_index % len(chosen)) % len(chosen)
     return torch.tensor(chosen)[turns]
 
 

@@ -44,7 +44,7 @@ def describe(error: Exception) -> tuple[str, int]:
         text = f"{str(parsing()).rstrip('.')}{_received(error)}"
         status = int(getattr(error, "exit_code", USAGE))
     elif _is_out_of_memory(error):
-        text = f"out of memory; fewer images at a time (--batch-size) need less: {error}"
+        text = f"out of memory; fewer images (-n) or fewer at a time (--batch-size) fit: {error}"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, (ValueError, TypeError)):

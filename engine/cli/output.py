@@ -42,6 +42,8 @@ class Target:
         else:
             kind = kinds[ending]
         name = path.resolve().name if kind == "folder" else path.stem
+        if not name:
+            raise ValueError(f"--out must name a file or a folder; got {out!r}")
         strip = path.with_name(f"{name}-trajectory.png") if trajectory and kind != "gif" else None
         return cls(path, kind, strip, force)
 

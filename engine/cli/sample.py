@@ -85,6 +85,7 @@ def sample(
         typer.Option(
             "--label",
             "-l",
+            metavar="CLASS",
             help="Class, by name or number, or 'none' for no class. Give it several times to take "
             "turns; default: all classes take turns.",
             rich_help_panel=SAMPLING,
