@@ -128,9 +128,10 @@ def _write(
 ) -> None:
     """Run a backend, on tensors of one layout and one dtype."""
     if t.is_cpu:
-        low, high = torch.aminmax(t)
-        if low < 0 or high >= len(abar):
-            raise IndexError(f"t must be in 0 .. {len(abar) - 1}; got {int(low)} .. {int(high)}")
+        # for a few numbers, a list costs a fraction of a reduction
+        ends = t.tolist() if len(t) <= 64 else [int(end) for end in torch.aminmax(t)]
+        if min(ends) < 0 or max(ends) >= len(abar):
+            raise IndexError(f"t must be in 0 .. {len(abar) - 1}; got {min(ends)} .. {max(ends)}")
     layout = layout_of(x0)
     if noise is not None:
         noise = laid_out(cast(noise, x0.dtype), layout)

@@ -87,7 +87,8 @@ def integers(
     counters = _counters(seed, sample, step, count, device)
     if backend == "triton":
         raise BackendUnavailable("the triton backend does not store integers; use the reference")
-    module = implementation("philox", resolve(backend, device))
+    chosen = resolve(backend, device)
+    module = implementation("philox", "reference" if chosen == "triton" else chosen)
     words: Tensor = module.integers(*counters, math.prod(shape)).view(count, *shape)
     return words if isinstance(sample, Tensor) else words[0]
 

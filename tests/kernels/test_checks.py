@@ -54,6 +54,11 @@ NOISE = [
     ({"t": -1}, IndexError, r"0 \.\. 9; got -1"),
     ({"t": torch.tensor([3, 10])}, IndexError, r"0 \.\. 9; got 3 \.\. 10"),
     ({"t": torch.tensor([-2, 3])}, IndexError, r"0 \.\. 9; got -2 \.\. 3"),
+    (
+        {"x0": torch.zeros(99, 1), "noise": torch.zeros(99, 1), "t": torch.arange(99)},
+        IndexError,
+        r"got 0 \.\. 98",
+    ),
     ({"t": INTS}, ValueError, r"one per sample \(2\); got \(3,\)"),
     ({"t": torch.zeros(2)}, TypeError, "t must be an int or an int64 tensor; got torch.float32"),
     ({"t": 0.5}, TypeError, "got float"),

@@ -193,6 +193,12 @@ def test_no_clipping_with_an_infinite_bound(backend: str) -> None:
     assert_within(x0, expected, ARITHMETIC * 20, "x0")
 
 
+def posterior_mean(a: float, b: float) -> tuple[float, float]:
+    """The coefficients of x0 and x_t in the mean of q(x_s | x_t, x0): DDPM eq. 7."""
+    alpha = a / b
+    return b**0.5 * (1 - alpha) / (1 - a), alpha**0.5 * (1 - b) / (1 - a)
+
+
 def ddim_row(prediction: str, a: float, b: float, sigma: float) -> Tensor:
     """A row for going from abar_t = a to abar_s = b: DDIM eq. 12 in the table's terms."""
     row = torch.zeros(COLUMNS, dtype=torch.float64)
@@ -201,6 +207,7 @@ def ddim_row(prediction: str, a: float, b: float, sigma: float) -> Tensor:
         "epsilon": (1 / alpha, -beta / alpha),
         "sample": (0.0, 1.0),
         "v_prediction": (alpha, -beta),
+        "mean": (-posterior_mean(a, b)[1] / posterior_mean(a, b)[0], 1 / posterior_mean(a, b)[0]),
     }[prediction]
     direction = (1 - b - sigma**2) ** 0.5
     # eps = (x - sqrt(a) x0) / sqrt(1 - a), re-derived after clipping
@@ -211,7 +218,7 @@ def ddim_row(prediction: str, a: float, b: float, sigma: float) -> Tensor:
 
 
 @everywhere()
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "mean"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_is_ddim_equation_12(backend: str, prediction: str, eta: float) -> None:
     a, b = 0.4, 0.7
@@ -223,6 +230,7 @@ def test_is_ddim_equation_12(backend: str, prediction: str, eta: float) -> None:
         "epsilon": eps,
         "sample": x0,
         "v_prediction": a**0.5 * eps - (1 - a) ** 0.5 * x0,
+        "mean": posterior_mean(a, b)[0] * x0 + posterior_mean(a, b)[1] * x,
     }[prediction]
     expected = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * z
     table = ddim_row(prediction, a, b, sigma)
@@ -285,6 +293,14 @@ def test_gradients_in_float32(backend: str) -> None:
         torch.testing.assert_close(
             a.double(), b, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@everywhere(COMPILED)
+@pytest.mark.parametrize("step", [-1, 5, 2**40])
+def test_a_row_outside_the_table_is_refused_on_the_cpu(backend: str, step: int) -> None:
+    given = arguments(VARIANTS[0], (2, 3, 4, 4), torch.float32) | {"step": torch.tensor([step])}
+    with pytest.raises(IndexError):
+        denoise_step(**given, backend=backend)
 
 
 def test_writing_into_a_buffer_records_no_gradient() -> None:

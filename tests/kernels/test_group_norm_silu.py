@@ -269,7 +269,7 @@ def test_gradients(
     found = gradients(given, dy, act, backend=backend)
     leaves = {k: v.double().requires_grad_() for k, v in given.items() if isinstance(v, Tensor)}
     formula(**(given | leaves), eps=1e-5, silu=act == "silu").backward(dy.double())
-    h = leaves["x"] + leaves["add"].view(*shape[:2], *[1] * (len(shape) - 2))
+    h = given["x"].double() + given["add"].double().view(*shape[:2], *[1] * (len(shape) - 2))
     rstd = (h.reshape(shape[0], groups, -1).var(-1, correction=0) + 1e-5).rsqrt().max()
     for name, leaf in leaves.items():
         assert found[name].dtype == given[name].dtype
