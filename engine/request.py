@@ -37,7 +37,7 @@ class Request:
     Args:
         table: [S, 16], which gives the timesteps to start from.
         timesteps: of its rows.
-        device, dtype: of x.
+        device, dtype, backend: of x.
         The rest is documented in `Sampler.sample`.
 
     Raises ValueError or TypeError naming the argument, its value and what is accepted.
@@ -49,6 +49,7 @@ class Request:
         alphas_cumprod: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        backend: str,
         shape: Sequence[int],
         seed: int | Tensor = 0,
         first_index: int | Tensor = 0,
@@ -62,7 +63,7 @@ class Request:
     ) -> None:
         self.shape = _checked_shape(shape)
         self.timesteps, self.alphas_cumprod = timesteps, alphas_cumprod
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.backend = device, dtype, backend
         count = self.shape[0]
         self.seeds = per_sample("seed", seed, count, device)
         self.samples = sample_indices(first_index, count, device)
@@ -92,7 +93,9 @@ class Request:
         x = None if self.x_T is None else self.x_T[cut]
         drawn = None
         if x is None or image is not None:
-            drawn = philox.normal(seeds, samples, philox.INITIAL, self.shape[1:]).to(self.dtype)
+            drawn = philox.normal(
+                seeds, samples, philox.INITIAL, self.shape[1:], self.backend, dtype=self.dtype
+            )
         if x is None:
             assert drawn is not None
             x = drawn if image is None else self._noised(image, drawn)
@@ -165,6 +168,8 @@ class Request:
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be (N, C, ...); got {shape!r}")
     checked = tuple(int(n) for n in shape)
     if checked != tuple(shape):
         raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}")

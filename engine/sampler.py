@@ -102,8 +102,10 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         max_programs: int = 4,
     ) -> None:
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type; got {dtype}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, Schedule.linear() say; got {schedule!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point type; got {dtype!r}")
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -340,8 +342,16 @@ class Sampler:
         )
 
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
-        abar = self.schedule.alphas_cumprod
-        return Request(self.timesteps, abar, self.device, self.dtype, shape, *arguments, **named)
+        return Request(
+            self.timesteps,
+            self.schedule.alphas_cumprod,
+            self.device,
+            self.dtype,
+            self.backend,
+            shape,
+            *arguments,
+            **named,
+        )
 
 
 def _snapshot(index: int, plan: Plan, program: Program) -> Step:

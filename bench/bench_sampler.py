@@ -1,0 +1,292 @@
+"""The sampler against diffusers' pipeline and the network alone: `python -m bench.bench_sampler`.
+
+Every comparison is checked before it is timed: the images of both sides agree. Candidates take
+turns in one run and medians are quoted, so that a busy machine meets them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import peers_setup
+from bench.harness import machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import stepfuse as sf
+from stepfuse.engine.capture import Recording
+from stepfuse.engine.unet import UNet, UNetConfig
+
+peers_setup.prepare()
+
+PARITY = 2e-3  # of images in [-1, 1]: float32 sums in another order, through S clipped steps
+Samples = dict[str, list[float]]
+
+
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> Samples:
+    """Seconds of every candidate, in turn, ``rounds`` times after one round that is not counted."""
+    samples: Samples = {name: [] for name in candidates}
+    for counted in range(-1, rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if counted >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def ratio(samples: Samples, name: str, base: str) -> float:
+    """Median over the rounds of ``name`` / ``base``, round by round."""
+    pairs = zip(samples[name], samples[base], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+class Network:
+    """A U-Net of ours, diffusers' twin of it, and the samplers over both."""
+
+    def __init__(self, name: str) -> None:
+        from bench.twin import diffusers_twin
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        self.name = name
+        torch.manual_seed(0)
+        self.labels: int | None = None
+        if name == "digits":
+            checkpoint = sf.load("digits")
+            self.model, self.schedule = checkpoint.model, checkpoint.schedule
+            self.channels, self.labels = 1, 3
+        else:
+            self.model, self.schedule = UNet(UNetConfig.ddpm_cifar10()).eval(), sf.Schedule.linear()
+            for weight in self.model.parameters():
+                if not weight.any():  # the paper's zeros would make the output trivial
+                    torch.nn.init.normal_(weight, std=0.02)
+            self.channels = 3
+        self.model.requires_grad_(False)
+        self.twin = diffusers_twin(self.model)
+        self.pipeline = DDIMPipeline(self.twin, DDIMScheduler(clip_sample=True, steps_offset=0))
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.settings = {"rederive_epsilon": False}  # as diffusers clips
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        return (batch, self.channels, 32, 32)
+
+    def condition(self, batch: int) -> dict[str, Tensor]:
+        return {} if self.labels is None else {"labels": torch.full((batch,), self.labels)}
+
+    def sampler(self, steps: int, **more: Any) -> sf.Sampler:
+        return sf.Sampler(self.model, self.schedule, steps=steps, **(self.settings | more))
+
+    def theirs(self, batch: int, steps: int) -> Tensor:
+        """DDIMPipeline where the network needs no labels, else the lines of its loop."""
+        generator = torch.Generator().manual_seed(0)
+        if self.labels is None:
+            images = self.pipeline(
+                batch, generator, num_inference_steps=steps, output_type="pt", return_dict=False
+            )[0]
+            return torch.as_tensor(images)
+        scheduler, labels = self.pipeline.scheduler, self.condition(batch)["labels"]
+        image = torch.randn(self.shape(batch), generator=generator)
+        scheduler.set_timesteps(steps)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                output = self.twin(image, t, labels).sample
+                image = scheduler.step(output, t, image, eta=0.0, generator=generator).prev_sample
+        return image
+
+    def ours(self, sampler: sf.Sampler, batch: int) -> Tensor:
+        x_T = torch.randn(self.shape(batch), generator=torch.Generator().manual_seed(0))
+        return sampler.sample(self.shape(batch), condition=self.condition(batch), x_T=x_T)
+
+    def verify(self, batch: int, steps: int) -> float:
+        """Largest difference of the images, in [-1, 1]; AssertionError above `PARITY`."""
+        theirs = self.theirs(batch, steps)
+        if self.labels is None:  # the pipeline gives [0, 1]
+            theirs = theirs * 2 - 1
+            if theirs.shape[-1] == self.channels:
+                theirs = theirs.permute(0, 3, 1, 2)
+        difference = float(
+            (self.ours(self.sampler(steps), batch).clamp(-1, 1) - theirs.clamp(-1, 1)).abs().max()
+        )
+        assert difference <= PARITY, f"images differ by {difference:.2g}: nothing is timed"
+        return difference
+
+
+def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Our loop, captured and eager, against diffusers' on the same weights."""
+    difference = network.verify(batch, steps)
+    captured, eager = network.sampler(steps), network.sampler(steps, graph=None)
+    samples = alternate(
+        {
+            "diffusers": lambda: network.theirs(batch, steps),
+            "stepfuse": lambda: network.ours(captured, batch),
+            "stepfuse eager": lambda: network.ours(eager, batch),
+        },
+        rounds,
+    )
+    return {
+        "network": network.name,
+        "batch": batch,
+        "steps": steps,
+        "difference": difference,
+        "ms": {name: statistics.median(s) * 1e3 for name, s in samples.items()},
+        "diffusers / stepfuse": ratio(samples, "diffusers", "stepfuse"),
+        "eager / captured": ratio(samples, "stepfuse eager", "stepfuse"),
+        "samples": samples,
+    }
+
+
+def outside_the_network(network: Network, batch: int, rounds: int) -> dict[str, Any]:
+    """The share of a captured step that is not the captured network."""
+    sampler = network.sampler(50)
+    network.ours(sampler, batch)
+    (part,) = sampler._request(network.shape(batch), condition=network.condition(batch)).parts(None)
+    runner = sampler._load(part, sampler.plan)
+    program = runner.program
+    with torch.no_grad():
+
+        def network_step() -> None:
+            sampler.denoiser(program.x, program.t, program.condition)
+
+        network_only = Recording(network_step)
+
+        def step() -> None:
+            program.step.zero_()
+            runner.run_step(False)
+
+        samples = alternate({"step": step, "network": network_only.replay}, rounds)
+    return {
+        "network": network.name,
+        "batch": batch,
+        "share": 1 - ratio(samples, "network", "step"),
+        "samples": samples,
+    }
+
+
+def linearity(network: Network, rounds: int) -> dict[str, Any]:
+    """R^2 of a straight line through time over steps, and over batch."""
+    steps = [10, 20, 40, 60, 80, 100]
+    samplers = {n: network.sampler(n) for n in steps}
+    batches = [1, 2, 4, 6, 8]
+    by_batch = network.sampler(10, max_programs=len(batches))
+    over_steps = alternate(
+        {str(n): (lambda n=n: network.ours(samplers[n], 1)) for n in steps}, rounds
+    )
+    over_batch = alternate(
+        {str(n): (lambda n=n: network.ours(by_batch, n)) for n in batches}, rounds
+    )
+    return {
+        "network": network.name,
+        "steps": _r_squared(over_steps),
+        "batch": _r_squared(over_batch),
+        "samples": {"steps": over_steps, "batch": over_batch},
+    }
+
+
+def watching(network: Network, rounds: int) -> dict[str, Any]:
+    """What a progress bar and a callback add to the captured loop."""
+    sampler, shape, condition = network.sampler(50), network.shape(1), network.condition(1)
+    seen: list[int] = []
+
+    def with_bar() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # drawn, but not on this terminal
+            sampler.sample(shape, condition=condition, progress=True)
+
+    samples = alternate(
+        {
+            "plain": lambda: sampler.sample(shape, condition=condition),
+            "progress": with_bar,
+            "callback": lambda: sampler.sample(
+                shape, condition=condition, callback=lambda step: seen.append(step.index)
+            ),
+        },
+        rounds,
+    )
+    return {
+        "network": network.name,
+        "progress": ratio(samples, "progress", "plain") - 1,
+        "callback": ratio(samples, "callback", "plain") - 1,
+        "samples": samples,
+    }
+
+
+def _r_squared(samples: Samples) -> float:
+    x = torch.tensor([float(name) for name in samples], dtype=torch.float64)
+    y = torch.tensor([min(s) for s in samples.values()], dtype=torch.float64)
+    return float(torch.corrcoef(torch.stack([x, y]))[0, 1] ** 2)
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """The tables."""
+    table = Table(title="the whole loop, medians of one alternating run")
+    for column in (
+        "network",
+        "batch",
+        "steps",
+        "diffusers ms",
+        "stepfuse ms",
+        "diffusers / stepfuse",
+        "eager / captured",
+        "max difference",
+    ):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for row in results["loops"]:
+        table.add_row(
+            row["network"],
+            str(row["batch"]),
+            str(row["steps"]),
+            f"{row['ms']['diffusers']:.0f}",
+            f"{row['ms']['stepfuse']:.0f}",
+            f"{row['diffusers / stepfuse']:.2f}x",
+            f"{row['eager / captured']:.2f}x",
+            f"{row['difference']:.1e}",
+        )
+    console.print(table)
+    table = Table(title="inside a captured loop")
+    for column in ("network", "figure", "value"):
+        table.add_column(column)
+    for row in results["outside"]:
+        table.add_row(
+            row["network"], f"time outside the network, batch {row['batch']}", f"{row['share']:.2%}"
+        )
+    line, watched = results["linearity"], results["watching"]
+    table.add_row(line["network"], "R^2 of time over steps", f"{line['steps']:.5f}")
+    table.add_row(line["network"], "R^2 of time over batch", f"{line['batch']:.5f}")
+    table.add_row(watched["network"], "progress bar adds", f"{watched['progress']:+.2%}")
+    table.add_row(watched["network"], "callback adds", f"{watched['callback']:+.2%}")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print, and write the samples where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each comparison")
+    parser.add_argument("--networks", default="digits,ddpm_cifar10", help="which of the two")
+    parser.add_argument("--json", type=Path, help="write machine, settings and every sample here")
+    arguments = parser.parse_args()
+    networks = [Network(name) for name in arguments.networks.split(",")]
+    results: dict[str, Any] = {"machine": machine(), "loops": [], "outside": []}
+    for network in networks:
+        steps = 50 if network.name == "digits" else 5
+        for batch in (1, 8):
+            results["loops"].append(against_diffusers(network, batch, steps, arguments.rounds))
+            results["outside"].append(outside_the_network(network, batch, 10 * arguments.rounds))
+    results["linearity"] = linearity(networks[0], arguments.rounds)
+    results["watching"] = watching(networks[0], 4 * arguments.rounds)
+    report(results, Console())
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
