@@ -25,7 +25,7 @@ void noise_piece(const AddNoise& a, int64_t n, int64_t begin, int64_t end) {
   std::optional<Philox> philox;
   if (noise == nullptr) philox.emplace(a.seed[n], a.sample[n], a.t[n]);
   for (int64_t i = begin; i < end; i += kBatch) {
-    F z[4];
+    F z[4] = {};
     if (philox) philox->normals(i / kBatch, z);
     for_vectors(i, end, [&](int64_t at, int k, auto lanes) {
       const F x = load(x0 + at, lanes);

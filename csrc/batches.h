@@ -9,12 +9,13 @@ namespace stepfuse {
 // Calls vector(offset, i, lanes) for the vectors i = 0 .. 3 of the batch at `offset` that hold
 // some of the first `end` elements.
 template <class Vector>
-inline void for_vectors(int64_t offset, int64_t end, const Vector& vector) {
+STEPFUSE_INLINE void for_vectors(int64_t offset, int64_t end, const Vector& vector) {
   if (offset + kBatch <= end) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) vector(offset + i * W, i, Full{});
     return;
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const int64_t left = end - offset - i * W;
     if (left >= W) vector(offset + i * W, i, Full{});

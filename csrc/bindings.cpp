@@ -2,7 +2,8 @@
 // are checked by the callers in kernels/cpp/.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
+#include <iterator>
+#include <string>
 
 #include "ops.h"
 #include "parallel.h"
@@ -96,31 +97,33 @@ void bind_denoise_step(py::module_& m) {
         });
 }
 
-// (address, code of the storage type, stride over samples), or None.
-Parameter parameter(const py::object& value) {
-  if (value.is_none()) return {nullptr, DType::f32, 0};
-  const py::tuple t = value;
-  return {pointer<void>(t[0].cast<uintptr_t>()), static_cast<DType>(t[1].cast<int>()),
-          t[2].cast<int64_t>()};
+// The arguments that forward and backward share, from a flat list:
+//   x, dtype, channels_last, samples, channels, spatial, groups, silu,
+//   then address (0 for none), dtype and stride over samples of weight, bias, scale, shift and add
+GroupNorm group_norm(const py::list& values, float eps) {
+  int64_t v[23];
+  if (values.size() != std::size(v)) throw py::value_error("group_norm_silu takes 23 integers");
+  for (size_t i = 0; i < std::size(v); ++i)
+    v[i] = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(PyList_GET_ITEM(values.ptr(), i)));
+  const auto parameter = [&](int i) {
+    return Parameter{pointer<void>(static_cast<uintptr_t>(v[i])), static_cast<DType>(v[i + 1]),
+                     v[i + 2]};
+  };
+  return {pointer<void>(static_cast<uintptr_t>(v[0])), static_cast<DType>(v[1]), v[2] != 0, v[3],
+          v[4], v[5], v[6], eps, parameter(8), parameter(11), parameter(14), parameter(17),
+          parameter(20), v[7] != 0};
 }
 
 void bind_group_norm_silu(py::module_& m) {
-  py::class_<GroupNorm>(m, "GroupNorm", py::module_local())
-      .def(py::init([](uintptr_t x, int dtype, bool channels_last, int64_t samples,
-                       int64_t channels, int64_t spatial, int64_t groups, float eps,
-                       const py::object& weight, const py::object& bias, const py::object& scale,
-                       const py::object& shift, const py::object& add, bool silu) {
-        return GroupNorm{pointer<void>(x), static_cast<DType>(dtype), channels_last, samples,
-                         channels, spatial, groups, eps, parameter(weight), parameter(bias),
-                         parameter(scale), parameter(shift), parameter(add), silu};
-      }));
-  m.def("group_norm_silu", [](const GroupNorm& a, uintptr_t out, int threads) {
+  m.def("group_norm_silu", [](const py::list& values, float eps, uintptr_t out, int threads) {
+    const GroupNorm a = group_norm(values, eps);
     run(a.samples * a.channels * a.spatial,
         [&] { group_norm_silu(a, pointer<void>(out), threads); });
   });
   m.def("group_norm_silu_backward",
-        [](const GroupNorm& a, uintptr_t grad, uintptr_t dx, uintptr_t dweight, uintptr_t dbias,
-           uintptr_t dscale, uintptr_t dshift, uintptr_t dadd, int threads) {
+        [](const py::list& values, float eps, uintptr_t grad, uintptr_t dx, uintptr_t dweight,
+           uintptr_t dbias, uintptr_t dscale, uintptr_t dshift, uintptr_t dadd, int threads) {
+          const GroupNorm a = group_norm(values, eps);
           const GroupNormGradients g{pointer<void>(grad), pointer<void>(dx),
                                      pointer<float>(dweight), pointer<float>(dbias),
                                      pointer<float>(dscale), pointer<float>(dshift),

@@ -42,7 +42,7 @@ struct Piece {
     const F p_x = broadcast(c[P_X]), p_o = broadcast(c[P_O]), clip = broadcast(c[CLIP]);
     const F c_x = broadcast(c[C_X]), c_o = broadcast(c[C_O]), c_0 = broadcast(c[C_0]);
     for (int64_t i = begin; i < end; i += kBatch) {
-      F z[4];
+      F z[4] = {};
       if (philox) philox->normals(i / kBatch, z);
       for_vectors(i, end, [&](int64_t at, int k, auto lanes) {
         const F xt = load(x + at, lanes);

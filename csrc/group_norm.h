@@ -54,7 +54,7 @@ struct Modulation {
     shift = values(a.shift, n, first, count, buffer + 3 * count);
     add = values(a.add, n, first, count, buffer + 4 * count);
   }
-  double added(int64_t c) const { return add == nullptr ? 0.0 : add[c]; }
+  float added(int64_t c) const { return add == nullptr ? 0.0f : add[c]; }
   double scaled(int64_t c) const { return scale == nullptr ? 1.0 : 1.0 + scale[c]; }
   double weighted(int64_t c) const { return weight == nullptr ? 1.0 : weight[c]; }
 };
@@ -70,17 +70,30 @@ struct Statistics {
   }
 };
 
+// Calls f(offset, lanes) for the vectors of [begin, end).
+template <class Function>
+inline void each_vector(int64_t begin, int64_t end, const Function& f) {
+  int64_t i = begin;
+  for (; i + W <= end; i += W) f(i, Full{});
+  if (i < end) f(i, Partial{static_cast<int>(end - i)});
+}
+
 // y = a x + b before the activation, for `count` channels of one group. b is computed with the
-// rounded a, so that at a mean far from zero only the rounding of b is left.
+// rounded a and rounded once, so that at a mean far from zero only that rounding is left.
 inline void affine(const Statistics& s, const Modulation& m, int64_t first, int64_t count, float* a,
                    float* b) {
-  for (int64_t c = first; c < first + count; ++c) {
-    const double scaled = m.scaled(c);
-    a[c] = static_cast<float>(s.rstd * m.weighted(c) * scaled);
-    const double bias = m.bias == nullptr ? 0.0 : m.bias[c] * scaled;
-    const double shift = m.shift == nullptr ? 0.0 : m.shift[c];
-    b[c] = static_cast<float>((m.added(c) - s.mean) * a[c] + bias + shift);
-  }
+  const float mean = static_cast<float>(s.mean);
+  const F rest = broadcast(static_cast<float>(s.mean - static_cast<double>(mean)));
+  each_vector(first, first + count, [&](int64_t c, auto lanes) {
+    const auto value = [&](const float* p, float neutral) {
+      return p == nullptr ? broadcast(neutral) : load(p + c, lanes);
+    };
+    const F scaled = value(m.scale, 0.0f) + 1.0f;
+    const F slope = value(m.weight, 1.0f) * scaled * static_cast<float>(s.rstd);
+    const F level = fma(value(m.bias, 0.0f), scaled, value(m.shift, 0.0f));
+    store(a + c, slope, lanes);
+    store(b + c, fnma(slope, broadcast(mean), fma(slope, value(m.add, 0.0f) - rest, level)), lanes);
+  });
 }
 
 // `Unit` has
@@ -122,14 +135,6 @@ void for_units(const GroupNorm& a, int threads, const Work& work) {
       for (int64_t p = first; p < last; ++p) work(unit, p);
     });
   }
-}
-
-// Calls f(offset, lanes) for the vectors of [begin, end).
-template <class Function>
-inline void each_vector(int64_t begin, int64_t end, const Function& f) {
-  int64_t i = begin;
-  for (; i + W <= end; i += W) f(i, Full{});
-  if (i < end) f(i, Partial{static_cast<int>(end - i)});
 }
 
 }  // namespace stepfuse

@@ -46,7 +46,7 @@ class Backward {
       const Statistics& s = state.statistics[static_cast<size_t>(i / state.group_width)];
       c[static_cast<size_t>(2 * width + i)] = static_cast<float>(s.rstd);
       c[static_cast<size_t>(3 * width + i)] =
-          static_cast<float>((state.modulation.added(i) - s.mean) * s.rstd);
+          static_cast<float>((static_cast<double>(state.modulation.added(i)) - s.mean) * s.rstd);
     }
     const T* x = static_cast<const T*>(a_.x);
     const T* grad = static_cast<const T*>(out_.grad);
@@ -107,7 +107,7 @@ class Backward {
       const double slope = -s.rstd * s.rstd * q;
       c[2 * width + i] = static_cast<float>(slope);
       c[3 * width + i] =
-          static_cast<float>(slope * (state.modulation.added(i) - s.mean) - s.rstd * p);
+          static_cast<float>(slope * (static_cast<double>(state.modulation.added(i)) - s.mean) - s.rstd * p);
     }
   }
 

@@ -53,12 +53,14 @@ class FirstUnit {
 
   static int64_t units(const GroupNorm& a) { return a.samples * a.groups; }
   int64_t pieces() const { return state_.pieces; }
+  // The next group follows in memory: elements from here to its counterpart.
+  int64_t ahead() const { return size_; }
   const UnitState<T>& state() const { return state_; }
 
   void begin(int64_t unit) {
     const int64_t n = unit / state_.a.groups, group = unit % state_.a.groups;
     state_.begin(n, group * state_.width, unit * size_);
-    K_ = static_cast<float>(estimate());
+    K_ = estimate();
   }
 
   void moments(int64_t piece) {
@@ -138,18 +140,19 @@ class FirstUnit {
   }
 
   // The mean of up to four runs of W elements.
-  double estimate() const {
-    double total = 0.0, elements = 0.0;
+  float estimate() const {
+    F total = {};
+    float added = 0.0f, elements = 0.0f;
     for (int64_t k = 0; k < 4; ++k) {
       const int64_t at = k * size_ / 4, c = at / state_.a.spatial;
       const int64_t count = std::min<int64_t>(W, (c + 1) * state_.a.spatial - at);
       each_vector(at, at + count, [&](int64_t i, auto lanes) {
-        total += static_cast<double>(sum(keep(load(state_.x() + i, lanes), lanes)));
+        total = total + keep(load(state_.x() + i, lanes), lanes);
       });
-      total += static_cast<double>(count) * state_.modulation.added(c);
-      elements += static_cast<double>(count);
+      added += static_cast<float>(count) * state_.modulation.added(c);
+      elements += static_cast<float>(count);
     }
-    return total / elements;
+    return (sum(total) + added) / elements;
   }
 
   int64_t size_;
@@ -171,6 +174,8 @@ class LastUnit {
 
   static int64_t units(const GroupNorm& a) { return a.samples; }
   int64_t pieces() const { return state_.pieces; }
+  // The next sample is too far ahead for the cache.
+  static constexpr int64_t ahead() { return 0; }
   const UnitState<T>& state() const { return state_; }
 
   void begin(int64_t unit) {
@@ -183,20 +188,17 @@ class LastUnit {
     const int64_t count = std::min(pixels_, state_.a.spatial - first);
     const T* x = state_.x() + first * C;
     float* sums = state_.partials.data() + 2 * C * piece;
-    int64_t c = 0;
-    for (; c + 4 * W <= C; c += 4 * W) column<4>(x + c, count, shifts_.data() + c, sums + c, Full{});
-    each_vector(c, C, [&](int64_t at, auto lanes) {
-      column<1>(x + at, count, shifts_.data() + at, sums + at, lanes);
-    });
+    std::fill_n(sums, 2 * C, 0.0f);
+    int64_t pixel = 0;
+    for (; pixel + kRows <= count; pixel += kRows) add_rows<kRows>(x + pixel * C, sums);
+    for (; pixel < count; ++pixel) add_rows<1>(x + pixel * C, sums);
   }
 
   void finish() {
     const int64_t C = state_.width;
     std::fill(totals_.begin(), totals_.end(), 0.0);
     for (int64_t piece = 0; piece < state_.pieces; ++piece)
-      for (int64_t i = 0; i < 2 * C; ++i)
-        totals_[static_cast<size_t>(i)] +=
-            static_cast<double>(state_.partials[static_cast<size_t>(2 * C * piece + i)]);
+      add_to(totals_.data(), state_.partials.data() + 2 * C * piece, 2 * C);
     for (int64_t group = 0; group < state_.groups; ++group) {
       const double* first = totals_.data() + group * state_.group_width;
       double total = 0.0, squares = 0.0;
@@ -240,28 +242,37 @@ class LastUnit {
   }
 
  private:
-  // Pieces of about 16384 elements, 64 at most.
+  static constexpr int kRows = 8;
+
+  // 32 pieces at most, of at least 32 pixels and 16384 elements: each costs two sums a channel.
   static int64_t piece_count(const GroupNorm& a) {
-    return std::clamp<int64_t>(a.spatial * a.channels / 16384, 1, std::min<int64_t>(64, a.spatial));
+    const int64_t enough = std::min(a.spatial / 32, a.spatial * a.channels / 16384);
+    return std::clamp<int64_t>(enough, 1, 32);
   }
 
-  // The sums of V vectors of channels over `pixels` rows, into sums[0 ..] and sums[C ..].
-  template <int V, class Lanes>
-  void column(const T* x, int64_t pixels, const float* shifts, float* sums, Lanes lanes) const {
+  static void add_to(double* totals, const float* values, int64_t count) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) totals[i] += static_cast<double>(values[i]);
+  }
+
+  // Adds x - K and (x - K)^2 of `rows` pixels to sums[0 .. C) and sums[C .. 2 C). Whole rows, so
+  // that memory is read in order; several, so that the sums are not reloaded for each.
+  template <int rows>
+  void add_rows(const T* x, float* sums) const {
     const int64_t C = state_.width;
-    F K[V], first[V] = {}, second[V] = {};
-    for (int v = 0; v < V; ++v) K[v] = load(shifts + v * W, lanes);
-    for (int64_t pixel = 0; pixel < pixels; ++pixel, x += C)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const F d = load(x + v * W, lanes) - K[v];
-        first[v] = first[v] + d;
-        second[v] = fma(d, d, second[v]);
+    const float* shifts = shifts_.data();
+    each_vector(0, C, [&](int64_t c, auto lanes) {
+      const F K = load(shifts + c, lanes);
+      F first = load(sums + c, lanes), second = load(sums + C + c, lanes);
+#pragma GCC unroll 8
+      for (int row = 0; row < rows; ++row) {
+        const F d = load(x + row * C + c, lanes) - K;
+        first = first + d;
+        second = fma(d, d, second);
       }
-    for (int v = 0; v < V; ++v) {
-      store(sums + v * W, first[v], lanes);
-      store(sums + C + v * W, second[v], lanes);
-    }
+      store(sums + c, first, lanes);
+      store(sums + C + c, second, lanes);
+    });
   }
 
   // K of every group, the mean of up to eight pixels spread over the sample, into shifts_[C ..];
@@ -275,13 +286,13 @@ class LastUnit {
       store(shifts + C + c, total * (1.0f / static_cast<float>(count)), lanes);
     });
     for (int64_t first = 0; first < C; first += state_.group_width) {
-      double total = 0.0;
+      float total = 0.0f;
       for (int64_t c = first; c < first + state_.group_width; ++c)
-        total += static_cast<double>(shifts[C + c]) + state_.modulation.added(c);
-      const float K = static_cast<float>(total / static_cast<double>(state_.group_width));
+        total += shifts[C + c] + state_.modulation.added(c);
+      const float K = total / static_cast<float>(state_.group_width);
       for (int64_t c = first; c < first + state_.group_width; ++c) {
         shifts[C + c] = K;
-        shifts[c] = K - static_cast<float>(state_.modulation.added(c));
+        shifts[c] = K - state_.modulation.added(c);
       }
     }
   }

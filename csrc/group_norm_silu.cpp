@@ -12,6 +12,8 @@ void forward(const GroupNorm& a, T* out, int threads) {
   for_units<Unit>(a, threads, [&](const Unit& unit, int64_t piece) {
     const float* coefficients = unit.state().coefficients.data();
     unit.template for_vectors<2>(piece, coefficients, [&](int64_t i, const F(&c)[2], auto lanes) {
+      // arithmetic here leaves the memory time to bring in what is summed next
+      if (const int64_t ahead = unit.ahead(); ahead != 0) __builtin_prefetch(x + i + ahead, 0, 2);
       const F y = fma(load(x + i, lanes), c[0], c[1]);
       store(out + i, act ? silu<kHalfPrecision<T>>(y) : y, lanes);
     });
@@ -21,6 +23,7 @@ void forward(const GroupNorm& a, T* out, int threads) {
 }  // namespace
 
 void group_norm_silu(const GroupNorm& a, void* out, int threads) {
+  if (a.samples * a.channels * a.spatial == 0) return;
   threads = worthwhile(threads, a.samples * a.channels * a.spatial, kGrain);
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);

@@ -16,17 +16,23 @@ constexpr int kBatch = 4 * W;
 
 class Philox {
  public:
-  Philox(int64_t seed, int64_t sample, int64_t timestep)
-      : c1_(word(timestep)), c2_(word(sample)), c3_(word(sample >> 32)) {
+  Philox(int64_t seed, int64_t sample, int64_t timestep) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int i = 0; i < kRounds; ++i, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       keys_[i][0] = k0;
       keys_[i][1] = k1;
     }
+    const uint64_t p1 = low(sample) * kMultiplier1;  // of round 1
+    const uint64_t c0 = (p1 >> 32) ^ low(timestep) ^ keys_[0][0];
+    const uint64_t p0 = c0 * kMultiplier0;  // of round 2
+    first_ = low(sample >> 32) ^ keys_[0][1];
+    second_ = low(static_cast<int64_t>(p1)) ^ keys_[1][0];
+    third_ = (p0 >> 32) ^ keys_[1][1];
+    fourth_ = p0;
   }
 
   // The words of elements 4 W batch + i W + lane, in w[i][lane].
-  void words(int64_t batch, U w[4]) const {
+  STEPFUSE_INLINE void words(int64_t batch, U w[4]) const {
     counters(batch, w);
     F lanes[4];
     for (int i = 0; i < 4; ++i) lanes[i] = (F)w[i];
@@ -35,7 +41,7 @@ class Philox {
   }
 
   // The normals of elements 4 W batch + i W + lane, in z[i][lane].
-  void normals(int64_t batch, F z[4]) const {
+  STEPFUSE_INLINE void normals(int64_t batch, F z[4]) const {
     U w[4];
     counters(batch, w);
     box_muller(w[0], w[1], z);
@@ -46,7 +52,8 @@ class Philox {
  private:
   static constexpr int kRounds = 10;
   static constexpr int kHalf = W / 2;
-  static uint64_t word(int64_t v) { return static_cast<uint32_t>(v); }
+  static constexpr uint64_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  static uint64_t low(int64_t v) { return static_cast<uint32_t>(v); }
 
   struct State {
     U64 c0, c1, c2, c3;  // one 32-bit word in the low half of every lane; the high halves are noise
@@ -54,11 +61,12 @@ class Philox {
 
   // w[i] = word i of W counters. Lane 4 p + k holds counter (W/4) k + p of the batch, so that
   // transposing the 4x4 blocks of the 128-bit parts p puts the words into element order.
-  void counters(int64_t batch, U w[4]) const {
+  STEPFUSE_INLINE void counters(int64_t batch, U w[4]) const {
     State even = start(batch, 0), odd = start(batch, 1);
-    for (const auto& key : keys_) {
-      round(even, key);
-      round(odd, key);
+#pragma GCC unroll 10
+    for (int i = 2; i < kRounds; ++i) {
+      round(even, keys_[i]);
+      round(odd, keys_[i]);
     }
     w[0] = interleave_low(even.c0, odd.c0);
     w[1] = interleave_low(even.c1, odd.c1);
@@ -66,25 +74,30 @@ class Philox {
     w[3] = interleave_low(even.c3, odd.c3);
   }
 
-  State start(int64_t batch, int parity) const {
-    U64 c0;
+  // The state after two rounds. Word 0 alone differs between lanes at first, and what it meets in
+  // these rounds does not: the constructor has computed that.
+  STEPFUSE_INLINE State start(int64_t batch, int parity) const {
+    U64 block;
     for (int j = 0; j < kHalf; ++j) {
       const int lane = 2 * j + parity;
-      c0[j] = static_cast<uint64_t>(W / 4 * (lane % 4) + lane / 4);
+      block[j] = static_cast<uint64_t>(W / 4 * (lane % 4) + lane / 4);
     }
-    return {c0 + static_cast<uint64_t>(batch * W), U64{} + c1_, U64{} + c2_, U64{} + c3_};
+    block = block + static_cast<uint64_t>(batch * W);
+    const U64 p0 = multiply_low(block, U64{} + kMultiplier0);
+    const U64 p1 = multiply_low((p0 >> 32) ^ first_, U64{} + kMultiplier1);
+    return {(p1 >> 32) ^ second_, p1, p0 ^ third_, U64{} + fourth_};
   }
 
-  static void round(State& s, const uint64_t (&key)[2]) {
-    const U64 p0 = multiply_low(s.c0, U64{} + 0xD2511F53u);
-    const U64 p1 = multiply_low(s.c2, U64{} + 0xCD9E8D57u);
+  STEPFUSE_INLINE static void round(State& s, const uint64_t (&key)[2]) {
+    const U64 p0 = multiply_low(s.c0, U64{} + kMultiplier0);
+    const U64 p1 = multiply_low(s.c2, U64{} + kMultiplier1);
     s.c0 = xor3(p1 >> 32, s.c1, U64{} + key[0]);
     s.c1 = p1;
     s.c2 = xor3(p0 >> 32, s.c3, U64{} + key[1]);
     s.c3 = p0;
   }
 
-  static void box_muller(U a, U b, F z[2]) {
+  STEPFUSE_INLINE static void box_muller(U a, U b, F z[2]) {
     const F u = fma(from_unsigned(a), broadcast(0x1p-32f), broadcast(0x1p-33f));
     const F radius = sqrt(minus_two_log(u));
     const SinCos angle = sincospi(from_int((I)b) * 0x1p-31f);
@@ -93,7 +106,7 @@ class Philox {
   }
 
   uint64_t keys_[kRounds][2];
-  uint64_t c1_, c2_, c3_;
+  uint64_t first_, second_, third_, fourth_;  // see start()
 };
 
 }  // namespace stepfuse

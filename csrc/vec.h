@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// A vector passed to a function that is not inlined goes through memory.
+#define STEPFUSE_INLINE inline __attribute__((always_inline))
+
 namespace stepfuse {
 
 #if defined(STEPFUSE_AVX512)
@@ -45,54 +48,41 @@ struct Partial {
   int count;
 };
 
-inline F broadcast(float v) { return v - F{}; }
-
-// max and min give b where a or b is NaN: with the value as b, a NaN passes through a clamp.
-inline F max(F a, F b) { return a > b ? a : b; }
-inline F min(F a, F b) { return a < b ? a : b; }
-
-// Sum of the lanes, always in the same tree.
-inline float sum(F v) {
-  float lane[W];
-  std::memcpy(lane, &v, sizeof lane);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
+STEPFUSE_INLINE F broadcast(float v) { return v - F{}; }
 
 // Little loads and stores that every instruction set shares: a tail goes through a full-size buffer,
 // so that no byte outside the first `count` elements is touched.
 template <class T>
-inline F load(const T* p, Full);
+STEPFUSE_INLINE F load(const T* p, Full);
 template <class T>
-inline void store(T* p, F v, Full);
+STEPFUSE_INLINE void store(T* p, F v, Full);
 
 template <class T>
-inline F load_through_buffer(const T* p, int count) {
+STEPFUSE_INLINE F load_through_buffer(const T* p, int count) {
   T lanes[W] = {};
   std::memcpy(lanes, p, sizeof(T) * static_cast<unsigned>(count));
   return load(lanes, Full{});
 }
 template <class T>
-inline void store_through_buffer(T* p, F v, int count) {
+STEPFUSE_INLINE void store_through_buffer(T* p, F v, int count) {
   T lanes[W];
   store(lanes, v, Full{});
   std::memcpy(p, lanes, sizeof(T) * static_cast<unsigned>(count));
 }
 
 template <>
-inline F load(const float* p, Full) {
+STEPFUSE_INLINE F load(const float* p, Full) {
   F v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 template <>
-inline void store(float* p, F v, Full) {
+STEPFUSE_INLINE void store(float* p, F v, Full) {
   std::memcpy(p, &v, sizeof v);
 }
 
 // bfloat16 bits of v in the low half of every lane: round to nearest even, NaN stays NaN.
-inline U bfloat16_bits(F v) {
+STEPFUSE_INLINE U bfloat16_bits(F v) {
   U u = (U)v;
   U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return v == v ? rounded : (u >> 16) | 0x40u;

@@ -7,15 +7,16 @@ namespace stepfuse {
 
 // c[0] + c[1] x + ... + c[N-1] x^(N-1)
 template <int N>
-inline F polynomial(const float (&c)[N], F x) {
+STEPFUSE_INLINE F polynomial(const float (&c)[N], F x) {
   F p = broadcast(c[N - 1]);
+#pragma GCC unroll 16
   for (int i = N - 2; i >= 0; --i) p = fma(p, x, broadcast(c[i]));
   return p;
 }
 
 // 2^t for -126 <= t <= 127: within 1e-7 relative, or 8e-5 where `coarse`.
 template <bool coarse>
-inline F exp2(F t) {
+STEPFUSE_INLINE F exp2(F t) {
   if constexpr (coarse && kFloorReduction) {
     constexpr float c[] = {0.999925196f, 0.695833743f, 0.226066723f, 0.0780247822f};
     return scale_by_power(polynomial(c, fraction(t)), t);
@@ -34,7 +35,7 @@ inline F exp2(F t) {
 }
 
 // e^x; 0 or infinity beyond the range of float32, NaN for NaN.
-inline F exp(F x) {
+STEPFUSE_INLINE F exp(F x) {
   const F t = min(broadcast(128.0f), x * 1.44269504f);
   const F in_range = max(broadcast(-126.0f), min(broadcast(127.0f), t));
   const F e = exp2<false>(in_range);
@@ -42,32 +43,23 @@ inline F exp(F x) {
   return t < -126.0f ? F{} : large;
 }
 
-// 1 / v for normal v: one Newton step on the estimate, or the estimate itself where that is enough.
-template <bool coarse>
-inline F reciprocal(F v) {
-  const F r = reciprocal_estimate(v);
-  if constexpr (kReciprocalBits >= (coarse ? 13 : 24)) return r;
-  return fma(r, fnma(v, r, broadcast(1.0f)), r);
-}
-
 // y sigmoid(y) = y / (1 + 2^t) with t = -y log2(e); for |t| > 126 the quotient is as good as 0 or y.
 template <bool coarse>
-inline F silu(F y) {
+STEPFUSE_INLINE F silu(F y) {
   F t = y * -1.44269504f;
-  t = min(broadcast(126.0f), t);
-  if constexpr (!kFloorReduction) t = max(broadcast(-126.0f), t);
-  return y * reciprocal<coarse>(exp2<coarse>(t) + 1.0f);
+  if constexpr (!kFloorReduction) t = max(broadcast(-126.0f), min(broadcast(126.0f), t));
+  return y / (exp2<coarse>(t) + 1.0f);
 }
 
 // sigmoid(y) within 2e-7.
-inline F sigmoid(F y) {
+STEPFUSE_INLINE F sigmoid(F y) {
   const F t = max(broadcast(-126.0f), min(broadcast(126.0f), y * -1.44269504f));
-  return reciprocal<false>(exp2<false>(t) + 1.0f);
+  return 1.0f / (exp2<false>(t) + 1.0f);
 }
 
 // -2 ln u for u in (0, 1], of full relative accuracy up to u = 1.
 //   u = 2^e (1 + f), 3/4 <= 1 + f < 3/2;   ln(1 + f) = f - f^2/2 + f^3 P(f)
-inline F minus_two_log(F u) {
+STEPFUSE_INLINE F minus_two_log(F u) {
   constexpr float p[] = {0.333334506f,  -0.250001043f, 0.199908212f, -0.166469872f,
                          0.144782528f, -0.131639972f, 0.104697376f, -0.0451212041f};
   constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // e ln2_high is exact
@@ -85,7 +77,7 @@ struct SinCos {
 
 // sin(pi v) and cos(pi v) for -1 <= v <= 1.
 //   v = q/2 + r, |r| <= 1/4;   q turns by quarters: swap where odd, signs from its second bit
-inline SinCos sincospi(F v) {
+STEPFUSE_INLINE SinCos sincospi(F v) {
   constexpr float s[] = {-8.74227801e-8f, -5.16770887f, 2.54979467f, -0.589276493f};
   constexpr float c[] = {-4.93480206f, 4.05869675f, -1.33475816f, 0.228988484f};
   const F quarter = round_even(v + v);

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from stepfuse.kernels.cpp.module import DTYPES, native, threads
 
-Parameter = tuple[int, int, int] | None  # address, dtype code, elements from sample to sample
+_NONE = (0, 0, 0)  # address, dtype code, elements from sample to sample
 
 
 def run(
@@ -25,15 +23,16 @@ def run(
     out: Tensor,
 ) -> None:
     """Write the result into ``out``, of the shape, strides and dtype of x; may be x itself."""
-    if not x.numel():
-        return
-    last = _channels_last(x)
     dense, dense_out = x, out
-    if last is None or out.stride() != x.stride():
-        last, dense = False, x.contiguous()
-        dense_out = torch.empty(x.shape, dtype=x.dtype)
-    arguments, _kept = _arguments(dense, last, weight, bias, groups, eps, scale, shift, add, silu)
-    native.group_norm_silu(arguments, dense_out.data_ptr(), threads())
+    if x.is_contiguous() and out.is_contiguous():
+        last = False
+    elif _channels_last(x) and _channels_last(out):
+        last = True
+    else:
+        last, dense, dense_out = False, x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    values, kept = _arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
+    native.group_norm_silu(values, eps, dense_out.data_ptr(), threads())
+    del kept
     if dense_out is not out:
         out.copy_(dense_out)
 
@@ -61,73 +60,60 @@ def backward(
     grad: dL/dy, like x; dx: like x; dweight, dbias: float32 [C]; dscale, dshift, dadd: float32
     [N, C]. The statistics are computed again from x.
     """
-    last = _channels_last(x)
-    if last is None:
-        last, x = False, x.contiguous()
-    like = torch.empty_like(x) if grad.stride() != x.stride() or grad.dtype != x.dtype else grad
-    if like is not grad:
-        like.copy_(grad)
-    dense_dx = dx if dx is None or dx.stride() == x.stride() else torch.empty_like(x)
-    arguments, _kept = _arguments(x, last, weight, bias, groups, eps, scale, shift, add, silu)
-    outputs = (dense_dx, dweight, dbias, dscale, dshift, dadd)
-    dense = [v if v is None or v is dense_dx else v.contiguous() for v in outputs]
+    last = not x.is_contiguous() and _channels_last(x)
+    dense = x if last else x.contiguous()
+    dense_grad = grad
+    if grad.stride() != dense.stride() or grad.dtype != x.dtype:
+        dense_grad = torch.empty_like(dense).copy_(grad)
+    outputs = (dx, dweight, dbias, dscale, dshift, dadd)
+    written = [v if v is None or v.is_contiguous() else v.contiguous() for v in outputs]
+    if dx is not None:
+        written[0] = dx if dx.stride() == dense.stride() else torch.empty_like(dense)
+    values, kept = _arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
     native.group_norm_silu_backward(
-        arguments, like.data_ptr(), *(0 if v is None else v.data_ptr() for v in dense), threads()
+        values,
+        eps,
+        dense_grad.data_ptr(),
+        *(0 if v is None else v.data_ptr() for v in written),
+        threads(),
     )
-    for wanted, written in zip((dx, *outputs[1:]), dense, strict=True):
-        if wanted is not None and written is not None and written is not wanted:
-            wanted.copy_(written)
+    del kept
+    for wanted, source in zip(outputs, written, strict=True):
+        if wanted is not None and source is not None and source is not wanted:
+            wanted.copy_(source)
 
 
-def _channels_last(x: Tensor) -> bool | None:
-    """Whether x is [N, S, C] in memory; False for [N, C, S], None for neither."""
-    if x.is_contiguous():
-        return False
-    return True if x.movedim(1, -1).is_contiguous() else None
+def _channels_last(x: Tensor) -> bool:
+    """Whether x is [N, S, C] in memory."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _arguments(
     x: Tensor,
     channels_last: bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
     groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
     silu: bool,
-) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The native arguments, and the tensors that must live as long as they are used."""
-    samples, channels = x.shape[:2]
-    spatial = x.numel() // (samples * channels)
-    kept = tuple(_readable(v) for v in (weight, bias, scale, shift, add))
-    native_arguments = native.GroupNorm(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        channels_last or spatial == 1,
-        samples,
-        channels,
-        spatial,
-        groups,
-        eps,
-        *(_parameter(v) for v in kept),
-        silu,
-    )
-    return native_arguments, kept
-
-
-def _readable(value: Tensor | None) -> Tensor | None:
-    """``value`` with neighbouring channels side by side, in a dtype the module reads."""
-    if value is None:
-        return None
-    if value.dtype not in DTYPES:
-        value = value.to(torch.float32)
-    return value if value.stride(-1) == 1 else value.contiguous()
-
-
-def _parameter(value: Tensor | None) -> Parameter:
-    if value is None:
-        return None
-    stride = value.stride(0) if value.dim() == 2 else 0
-    return value.data_ptr(), DTYPES[value.dtype], stride
+    parameters: tuple[Tensor | None, ...],
+) -> tuple[list[int], list[Tensor]]:
+    """What the module wants to know of x and of weight, bias, scale, shift and add, one number
+    after the other, and the copies that must live while it runs.
+    """
+    shape = x.shape
+    samples, channels = shape[0], shape[1]
+    spatial = x.numel() // max(1, samples * channels)
+    last = channels_last or spatial == 1
+    values = [x.data_ptr(), DTYPES[x.dtype], last, samples, channels, spatial, groups, silu]
+    kept = []
+    for value in parameters:
+        if value is None:
+            values += _NONE
+            continue
+        code, strides = DTYPES.get(value.dtype), value.stride()
+        if code is None or strides[-1] != 1:
+            value = value.to(torch.float32).contiguous()
+            code, strides = DTYPES[value.dtype], value.stride()
+            kept.append(value)
+        values += (value.data_ptr(), code, strides[0])
+    return values, kept
