@@ -28,6 +28,7 @@ DEFERRED = {
     ),
 }
 
+HELP = {"help_option_names": ["-h", "--help"]}
 EPILOG = (
     "[bold]Start with[/bold]  stepfuse sample --out digits.png\n\n"
     "[bold]Something missing?[/bold]  stepfuse doctor says what this machine can run, and why not."
@@ -39,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     epilog=EPILOG,
 )
 
@@ -77,10 +78,8 @@ def _register(name: str, module: str, function: str, help_line: str) -> None:
     """Add a command that is imported, and parses its arguments itself, only when it is called."""
 
     def deferred(context: typer.Context) -> None:
-        command = typer.Typer(
-            rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False
-        )
-        command.command()(getattr(importlib.import_module(module), function))
+        command = typer.Typer(rich_markup_mode="rich", add_completion=False)
+        command.command(context_settings=HELP)(getattr(importlib.import_module(module), function))
         status = typer.main.get_command(command).main(
             args=list(context.args), prog_name=f"stepfuse {name}", standalone_mode=False
         )
@@ -115,7 +114,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return 130
     except Exception as error:
-        # no arguments at all: the help was printed, and is not an error to be shown
+        # the line is empty where no arguments were given: the help has been printed
         line, status = describe(error)
         if debug:
             traceback.print_exc()

@@ -74,15 +74,17 @@ def report() -> Iterator[tuple[str, list[Finding]]]:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
+    # older versions of PyTorch know one word only
+    known = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = known() if known else {}
     yield Finding("stepfuse", None, f"{__version__}, Python {platform.python_version()}")
     yield Finding("PyTorch", None, torch.__version__)
     name = capabilities.get("cpu_name") or platform.processor() or "unknown model"
     yield Finding("CPU", None, f"{name}, {platform.machine()}, {os.cpu_count()} logical cores")
-    missing = [feature for feature in CPU_FEATURES if not capabilities.get(feature)]
-    present = [feature for feature in CPU_FEATURES if feature not in missing]
-    without = f"; not {', '.join(missing)}" if missing else ""
-    yield Finding("instructions", None, f"{', '.join(present) or 'none of interest'}{without}")
+    present = [feature for feature in CPU_FEATURES if capabilities.get(feature)]
+    missing = [feature for feature in CPU_FEATURES if feature not in present]
+    words = f"{', '.join(present) or 'none of interest'}; not there: {', '.join(missing) or 'none'}"
+    yield Finding("instructions", None, words if known else torch.backends.cpu.get_cpu_capability())
     yield Finding("threads", None, f"{torch.get_num_threads()} (--threads, OMP_NUM_THREADS)")
 
 
