@@ -27,7 +27,8 @@ from stepfuse.kernels.triton.group_norm_silu_forward import row_stride, statisti
 from stepfuse.kernels.triton.group_norm_silu_plan import ceil_power, plan
 
 ONE_PASS = 8192  # two tiles are held, so half of the forward's
-COLS_OF_PARAMETERS = 128
+TILE_OF_SUMS = tl.constexpr(1024)  # elements of a tile of partial sums
+PARAMETER_COLS, PARAMETER_ROWS = 32, 32
 
 
 @triton.jit
@@ -127,6 +128,18 @@ def _sums(
 
 
 @triton.jit
+def _total(top, exists, DOWN: tl.constexpr, STRIDE: tl.constexpr, COLS: tl.constexpr):
+    """Sum of DOWN rows [COLS], some of them at a time so that their loads overlap."""
+    ROWS: tl.constexpr = max(TILE_OF_SUMS // COLS, 1)
+    total = tl.zeros((COLS,), tl.float32)
+    for start in range(0, DOWN, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < DOWN)[:, None] & exists[None, :]
+        total += tl.sum(tl.load(top[None, :] + row[:, None] * STRIDE, mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit
 def _finish(
     weight, bias, scale, shift, dscale, dshift, dadd, sums, totals, finished, partials, plane,
     sums_plane, totals_plane, finished_plane, eps, scale_stride, shift_stride,
@@ -143,14 +156,10 @@ def _finish(
     exists = offset < GROUP
     channel = group * GROUP + offset
     mean, variance = tile.combine_parts(partials, plane, n, group, GROUPS, PARTS, PADDED, 1)
-    q = tl.zeros((COLS,), tl.float32)
-    p = tl.zeros((COLS,), tl.float32)
-    r = tl.zeros((COLS,), tl.float32)
-    top = sums + n.to(tl.int64) * DOWN * CHANNELS + channel
-    for i in range(DOWN):
-        q += tl.load(top + i * CHANNELS, mask=exists, other=0.0)
-        p += tl.load(top + sums_plane + i * CHANNELS, mask=exists, other=0.0)
-        r += tl.load(top + 2 * sums_plane + i * CHANNELS, mask=exists, other=0.0)
+    top = sums + n.to(tl.int64) * (DOWN * CHANNELS) + channel
+    q = _total(top, exists, DOWN, CHANNELS, COLS)
+    p = _total(top + sums_plane, exists, DOWN, CHANNELS, COLS)
+    r = _total(top + 2 * sums_plane, exists, DOWN, CHANNELS, COLS)
     total = totals + n.to(tl.int64) * CHANNELS + channel
     tl.store(total, q, mask=exists)
     tl.store(total + totals_plane, p, mask=exists)
@@ -212,18 +221,20 @@ def _dx(
 @triton.jit
 def _parameters(
     scale, totals, dweight, dbias, samples, plane, scale_stride,
-    CHANNELS: tl.constexpr, COLS: tl.constexpr,
+    CHANNELS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dweight, dbias: sums over the samples, one after the other."""
+    """dweight, dbias: sums over the samples, ROWS of them at a time."""
     channel = tl.program_id(0) * COLS + tl.arange(0, COLS)
     exists = channel < CHANNELS
     weight_sum = tl.zeros((COLS,), tl.float32)
     bias_sum = tl.zeros((COLS,), tl.float32)
-    for n in range(samples):
-        one_plus = 1.0 + tile.per_channel(scale, n * scale_stride + channel, exists, 0.0)
-        position = totals + n * CHANNELS + channel
-        bias_sum += one_plus * tl.load(position, mask=exists, other=0.0)
-        weight_sum += one_plus * tl.load(position + plane, mask=exists, other=0.0)
+    for start in range(0, samples, ROWS):
+        n = (start + tl.arange(0, ROWS))[:, None]
+        mask = (n < samples) & exists[None, :]
+        one_plus = 1.0 + tile.per_channel(scale, n * scale_stride + channel[None, :], mask, 0.0)
+        position = totals + n * CHANNELS + channel[None, :]
+        bias_sum += tl.sum(one_plus * tl.load(position, mask=mask, other=0.0), 0)
+        weight_sum += tl.sum(one_plus * tl.load(position + plane, mask=mask, other=0.0), 0)
     if dweight is not None:
         tl.store(dweight + channel, weight_sum, mask=exists)
     if dbias is not None:
@@ -289,7 +300,7 @@ def backward(
                     p.samples * p.groups, *strides, **constants, SILU=silu, **p.options(),
                 )  # fmt: skip
         if parameters:
-            _parameters[(triton.cdiv(p.channels, COLS_OF_PARAMETERS),)](
+            _parameters[(triton.cdiv(p.channels, PARAMETER_COLS),)](
                 scale, totals, dweight, dbias, p.samples, p.samples * p.channels, strides[0],
-                CHANNELS=p.channels, COLS=COLS_OF_PARAMETERS, **flat.OPTIONS,
+                CHANNELS=p.channels, COLS=PARAMETER_COLS, ROWS=PARAMETER_ROWS, **flat.OPTIONS,
             )  # fmt: skip

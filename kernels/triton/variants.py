@@ -7,6 +7,7 @@ as separate PyTorch operators. The compile checks and the static table are made 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,11 @@ from stepfuse.kernels.triton.group_norm_silu_plan import plan
 Launch = Callable[[], None]
 # arguments of the size of x: what memory bandwidth is spent on
 BULK = {"x", "x0", "out", "noise", "target", "model_output", "uncond", "x0_out", "grad", "dx"}
+# arrays in local memory and constant tables, which a slow sine or logarithm brings, library calls,
+# float64 division and roots
+UNWANTED = re.compile(
+    r"^[^/]*((?<!\w)\.(local|const)\b|\.(local|const)\.|\bcall\b|(div|sqrt)\.rn\.f64)"
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +73,7 @@ def compiled(arch: int) -> list[Kernel]:
 
 
 def _facts(variant: Variant, item: Compiled) -> Kernel:
-    # .local: arrays a thread indexes, such as the table of a slow sine; call: library functions
-    lines = [line.strip() for line in item.ptx.splitlines()]
-    bad = (
-        ".local",
-        "ld.local",
-        "st.local",
-        "call",
-        "ld.const",
-        ".const",
-        "sin.",
-        "cos.",
-        "ex2.f64",
-    )
-    found = tuple(line for line in lines if line.startswith(bad))
+    found = tuple(line.strip() for line in item.ptx.splitlines() if UNWANTED.search(line))
     return Kernel(
         variant.name, item.name.strip("_"), item.arch, item.programs, item.warps, item.resources,
         item.accesses(), found,
