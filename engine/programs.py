@@ -29,6 +29,8 @@ class Runner:
 
     def check_weights(self) -> None:
         """RuntimeError where a weight is no longer the tensor that was captured."""
+        if self.captured:
+            self.program.denoiser.check_weights()
         if self.captured and self._weights != self.program.denoiser.fingerprint():
             raise RuntimeError(
                 "the model's weights were replaced after its step was captured; call "

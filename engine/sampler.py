@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance
+from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
 from stepfuse.engine.request import Part, Request
@@ -72,6 +73,8 @@ class Sampler:
         graph: "auto" or "step" capture one step and replay it, "loop" captures the whole loop where
             there are CUDA graphs, None runs eagerly. What cannot be captured runs eagerly;
             `explain` says why.
+        optimize: run the model through `stepfuse.optimize`: True in its own dtype, torch.bfloat16
+            for its convolutions and matrix products. Call `refresh` after changing weights.
         dtype: of x between the steps; float64 needs the reference backend.
         max_programs: how many shapes keep their buffers and captured step.
 
@@ -99,6 +102,7 @@ class Sampler:
         guidance: Guidance | None = None,
         backend: str = "auto",
         graph: GraphMode | None = "auto",
+        optimize: bool | torch.dtype = False,
         dtype: torch.dtype = torch.float32,
         max_programs: int = 4,
     ) -> None:
@@ -117,7 +121,7 @@ class Sampler:
             rederive_epsilon,
             final_alpha_one,
         )
-        self.denoiser = Denoiser(model)
+        self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
         self._programs = Programs(self._build, self.denoiser, graph, max_programs)
@@ -146,6 +150,8 @@ class Sampler:
         )
         plan = Plan.of(step_table(self.schedule, chosen, update), self.guidance)
         with self._lock:
+            if isinstance(self.denoiser.model, Optimized):
+                self.denoiser.model.prepare(chosen)
             self.update, self.timesteps, self.plan = update, chosen, plan
 
     @torch.no_grad()
@@ -287,6 +293,15 @@ class Sampler:
         with self._lock:
             self._programs.clear()
 
+    def refresh(self) -> None:
+        """Read the weights again, after they were changed, into an optimised model's packed copies.
+
+        Captured steps are kept. Not needed for other models: there a changed weight is in force.
+        """
+        with self._lock:
+            if isinstance(self.denoiser.model, Optimized):
+                self.denoiser.model.refresh()
+
     def _run(
         self,
         request: Request,
@@ -352,6 +367,16 @@ class Sampler:
             *arguments,
             **named,
         )
+
+
+def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
+    if isinstance(model, Optimized):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize needs an nn.Module; got {type(model).__name__}")
+    dtype = optimize if isinstance(optimize, torch.dtype) else None
+    # guidance may need two shapes for each of the sampler's
+    return Optimized(model, dtype, (), 2 * max_programs)
 
 
 def _snapshot(index: int, plan: Plan, program: Program) -> Step:

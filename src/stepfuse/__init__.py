@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.checkpoint import Checkpoint, load
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
+    from stepfuse.engine.optimize import Optimized, optimize
     from stepfuse.engine.sampler import Sampler, Step
     from stepfuse.engine.schedule import Schedule
     from stepfuse.engine.timesteps import spaced_timesteps
@@ -19,12 +20,14 @@ __all__ = [
     "BackendUnavailable",
     "Checkpoint",
     "ClassifierGuidance",
+    "Optimized",
     "Sampler",
     "Schedule",
     "Step",
     "__version__",
     "interpolate",
     "load",
+    "optimize",
     "slerp",
     "spaced_timesteps",
 ]
@@ -34,6 +37,7 @@ _HOMES = {
     "engine.checkpoint": ("Checkpoint", "load"),
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
+    "engine.optimize": ("Optimized", "optimize"),
     "engine.sampler": ("Sampler", "Step"),
     "engine.schedule": ("Schedule",),
     "engine.timesteps": ("spaced_timesteps",),
