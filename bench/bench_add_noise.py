@@ -60,14 +60,17 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool) -
     def make() -> dict[str, Any]:
         x0 = torch.randn(shape).to(dtype)
         noise = None if inside else torch.randn(shape).to(dtype)
-        return fixed | {"x0": x0, "noise": noise, "t": torch.randint(0, 1000, (count,))}
+        t, buffer = torch.randint(0, 1000, (count,)), torch.empty_like(x0)
+        return fixed | {"x0": x0, "noise": noise, "t": t, "buffer": buffer}
 
-    def ours(inputs: dict[str, Any]) -> Any:
+    def ours(inputs: dict[str, Any], out: Tensor | None = None) -> Any:
+        x0, noise, t = inputs["x0"], inputs["noise"], inputs["t"]
         if not inside:
-            return add_noise(inputs["x0"], inputs["noise"], inputs["t"], ABAR)
-        return add_noise(
-            inputs["x0"], None, inputs["t"], ABAR, seed=inputs["seed"], sample=inputs["sample"]
-        )
+            return add_noise(x0, noise, t, ABAR, out=out)
+        return add_noise(x0, None, t, ABAR, seed=inputs["seed"], sample=inputs["sample"], out=out)
+
+    def into(inputs: dict[str, Any]) -> Any:
+        return ours(inputs, inputs["buffer"])
 
     def verify() -> None:
         inputs = make()
@@ -84,7 +87,7 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool) -
         f"{model} {'x'.join(map(str, shape))}",
         dtype,
         make,
-        {harness.OURS: ours, "eager": expression},
+        {harness.OURS: ours, harness.INTO: into, "eager": expression},
         tensors * size * dtype.itemsize,
         verify,
         expression,

@@ -3,8 +3,7 @@
     python -m bench.bench_denoise_step [--json FILE] [--match TEXT] [--no-compile]
 
 DDIM with eta 0 (no noise) against `DDIMScheduler.step`, DDPM with its noise drawn inside against
-`DDPMScheduler.step`. Ours returns a new tensor, as theirs does; "out=" writes into a buffer, as the
-sampler calls it. The DDIM results are compared with diffusers' own before anything is timed.
+`DDPMScheduler.step`. The DDIM results are compared with diffusers' own before anything is timed.
 """
 
 from __future__ import annotations
@@ -36,12 +35,7 @@ STEPS, ROW = 50, 20  # a step in the middle of 50
 # float32 arithmetic on coefficients up to 2; diffusers does its own in float32 too, in another
 # order, from a schedule it accumulated in float32
 TOLERANCE, PEER_TOLERANCE = 4e-6, 5e-5
-COLUMNS = {
-    "diffusers": "vs diffusers",
-    "eager": "vs eager",
-    "compile": "vs compile",
-    "out=": "out= vs new",
-}
+COLUMNS = {"diffusers": "vs diffusers", "eager": "vs eager", "compile": "vs compile"}
 
 
 def _tables() -> dict[str, Tensor]:
@@ -108,7 +102,10 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str) ->
         if peer is not None and not noisy and dtype == torch.float32:
             harness.assert_close(peer(inputs), exact, PEER_TOLERANCE, "diffusers")
 
-    candidates: dict[str, Callable[[dict[str, Any]], Any]] = {harness.OURS: ours, "out=": into}
+    candidates: dict[str, Callable[[dict[str, Any]], Any]] = {
+        harness.OURS: ours,
+        harness.INTO: into,
+    }
     candidates["eager"] = plain = expression(table[ROW], noisy)
     if peer is not None:
         candidates["diffusers"] = peer

@@ -49,10 +49,13 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) ->
 
     def make() -> dict[str, Any]:
         x = torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
-        return {"x": x, "weight": weight, "bias": bias}
+        return {"x": x, "weight": weight, "bias": bias, "buffer": torch.empty_like(x)}
 
-    def ours(inputs: dict[str, Any]) -> Tensor:
-        return group_norm_silu(inputs["x"], inputs["weight"], inputs["bias"], 32)
+    def ours(inputs: dict[str, Any], out: Tensor | None = None) -> Tensor:
+        return group_norm_silu(inputs["x"], inputs["weight"], inputs["bias"], 32, out=out)
+
+    def into(inputs: dict[str, Any]) -> Tensor:
+        return ours(inputs, inputs["buffer"])
 
     def verify() -> None:
         inputs = make()
@@ -63,7 +66,7 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) ->
 
     size = "x".join(map(str, shape))
     traffic = 2 * torch.Size(shape).numel() * dtype.itemsize
-    candidates = {harness.OURS: ours, "eager": expression}
+    candidates = {harness.OURS: ours, harness.INTO: into, "eager": expression}
     return harness.Case(
         f"{model} {size}", dtype, make, candidates, traffic, verify, expression, layout
     )

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 OURS = "stepfuse"
+INTO = "out="  # ours, into a buffer that is there already
 COPY = "copy"
 ROTATED_BYTES = 128 << 20  # larger than a last-level cache that one process may count on
 MOST_BUFFERS = 32
@@ -41,7 +42,8 @@ class Case:
     Args:
         label: the shape and what model has it.
         make: draws one set of inputs.
-        candidates: name -> the work, given a set of inputs; "stepfuse" is ours.
+        candidates: name -> the work, given a set of inputs; "stepfuse" is ours and returns a new
+            tensor, as the others do; "out=" is ours and writes inputs["buffer"], as a copy does.
         traffic: bytes that have to move through memory, each input and output once.
         verify: raises AssertionError where "stepfuse" does not agree with the reference.
         compiled: an expression to be timed under torch.compile too, as "compile".
@@ -184,20 +186,22 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
 
 
 def show(console: Console, title: str, results: list[Result], columns: dict[str, str]) -> None:
-    """Print medians and ratios."""
+    """Print medians and ratios; bandwidth is that of "out=", as a copy allocates nothing."""
     table = Table(title=title, caption=", ".join(f"{k} {v}" for k, v in machine().items()))
     table.add_column("case")
     table.add_column("dtype")
     table.add_column("us", justify="right")
+    table.add_column("us out=", justify="right")
     table.add_column("GB/s", justify="right")
     table.add_column("% of copy", justify="right")
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for result in results:
-        case, seconds = result.case, result.median(OURS)
+        case, seconds = result.case, result.median(INTO)
         table.add_row(
             f"{case.label} {case.note}".strip(),
             DTYPES[case.dtype],
+            f"{result.median(OURS) * 1e6:.1f}",
             f"{seconds * 1e6:.1f}",
             f"{case.traffic / seconds / 1e9:.1f}",
             f"{100 * result.median(COPY) / seconds:.0f}",
@@ -208,7 +212,7 @@ def show(console: Console, title: str, results: list[Result], columns: dict[str,
         statistics.median(ratios) if (ratios := _ratios(results, name)) else None
         for name in columns
     ]
-    table.add_row("median over the cases", "", "", "", "", *map(_times, medians))
+    table.add_row("median over the cases", "", "", "", "", "", *map(_times, medians))
     console.print(table)
 
 
