@@ -29,7 +29,8 @@ def words(seed, sample, timestep, block):
     c2, c3 = sample.to(tl.uint32) + zero, (sample >> 32).to(tl.uint32) + zero
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        # one widening multiplication gives both halves of the product
+        # ptxas makes one widening multiplication (IMAD.WIDE) of this, where umulhi and a 32-bit
+        # product stay two, one of them slower
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0

@@ -79,6 +79,33 @@ def test_philox_words_are_bit_equal(arch: int, index: int) -> None:
     assert torch.equal(out.to(torch.int64), expected)
 
 
+@triton.jit
+def _pairs(first, second, a, b, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cosine, sine = philox.box_muller(tl.load(a + at), tl.load(b + at))
+    tl.store(first + at, cosine)
+    tl.store(second + at, sine)
+
+
+def test_box_muller_at_its_edges(arch: int) -> None:
+    """Every pair of words near 0, 2^31 and 2^32, where logarithm and quadrants change, and more."""
+    near = torch.arange(-6, 6)
+    edges = torch.cat([near + k * 2**29 for k in range(9)] + [near * 129 + 2**32]).remainder(2**32)
+    edges = torch.cat([edges, 2 ** torch.arange(32)])[:152]
+    grid = torch.cartesian_prod(edges, edges)
+    words = torch.cat([grid, torch.randint(0, 2**32, (2**15 - len(grid), 2))])
+    a, b = (v.to(torch.uint32) for v in words.unbind(1))
+    results = [torch.full((2**15,), math.nan) for _ in range(2)]
+    with simulated(arch):
+        _pairs[(32,)](*results, a, b, BLOCK=1024, num_warps=4, enable_fp_fusion=True)
+    # the definition, from the two roundings to float32 on
+    u = words[:, 0].float() * 2.0**-32 + 2.0**-33
+    v = (words[:, 1] - (words[:, 1] >> 31 << 32)).float() * 2.0**-31
+    radius, angle = (-2 * u.double().log()).sqrt(), math.pi * v.double()
+    for result, exact in zip(results, (radius * angle.cos(), radius * angle.sin()), strict=True):
+        assert (result - exact).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16, 24), (3, 3, 11, 13)], ids=["rows", "odd"])
 def test_philox_normals(arch: int, shape: tuple[int, ...]) -> None:
     seed, sample = keys(shape[0])
@@ -176,9 +203,10 @@ def test_denoise_step(arch: int, case: str) -> None:
         assert moved(launches[0], "x0_out", "st").bytes == x.nbytes
     if not case.startswith("odd"):
         assert moved(launches[0], "x", "ld").efficiency == 1.0
-    multiplications = launches[0].stats.opcodes["mul.wide.u32"]
-    if case == "sigma-zero":
-        assert multiplications < 20, "ten rounds of Philox for noise nobody wants"
+    rounds = sum(n for name, n in launches[0].stats.opcodes.items() if name.startswith("xor"))
+    warps = launches[0].stats.threads // 32
+    # a round has four exclusive ors (two of three operands), ten rounds make four normals
+    assert (rounds >= 40 * warps) if "drawn" in case else (rounds < 10 * warps)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +248,10 @@ def test_group_norm_silu(
     one_pass = plan(x, groups).one_pass
     assert [launch.name for launch in launches] == ["_statistics"] * (not one_pass) + ["_apply"]
     for launch in launches:
-        assert moved(launch, "x", "ld").bytes == x.nbytes, "each element is read once a pass"
+        read = moved(launch, "x", "ld")
+        assert read.bytes == x.nbytes, "each element is read once a pass"
+        # rows of an odd size start anywhere in a sector; lanes still read side by side
+        assert read.efficiency == 1.0 if math.prod(shape[2:]) % 16 == 0 else read.efficiency > 0.6
     assert moved(launches[-1], "out", "st").bytes == x.nbytes
     if not one_pass:
         partials = moved(launches[0], "partials", "st").bytes
