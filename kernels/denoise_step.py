@@ -77,12 +77,16 @@ def denoise_step(
     _check_outputs(x, model_output, uncond_output, learned_variance)
     if table.dim() != 2 or table.shape[1] != COLUMNS:
         raise ValueError(f"table must have shape [S, {COLUMNS}]; got {tuple(table.shape)}")
+    if table.device != device:
+        raise ValueError(f"table must be on {device} like x; got {table.device}")
     if isinstance(step, int):
         if not 0 <= step < table.shape[0]:
             raise IndexError(f"step must be in 0 .. {table.shape[0] - 1}; got {step}")
         step = torch.full((1,), step, dtype=torch.int64, device=device)
     elif step.dtype is not torch.int64 or step.numel() != 1:
         raise ValueError(f"step must be an int or int64 [1]; got {step.dtype} {tuple(step.shape)}")
+    elif step.device != device:
+        raise ValueError(f"step must be on {device} like x; got {step.device}")
     seeds = samples = None
     if noise is not None:
         if seed is not None:

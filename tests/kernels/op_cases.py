@@ -120,7 +120,7 @@ def _truncation() -> Iterator[None]:
 
 def assert_within(actual: Tensor, exact: Tensor, absolute: Tensor | float, what: str = "") -> None:
     """``actual`` is within ``absolute`` of ``exact``, beyond the rounding of its own dtype."""
-    exact = exact.double()
+    actual, exact = actual.detach(), exact.detach().double()
     rounding = ROUNDING[actual.dtype] * exact.abs() if actual.dtype in ROUNDING else 0.0
     if actual.dtype == torch.float16:
         rounding = rounding + SMALLEST_HALF

@@ -274,6 +274,25 @@ def test_gradient_modes(mode: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("dispatched", [False, True])
+def test_inference_tensors_take_results(dispatched: bool) -> None:
+    """They have no version to raise."""
+    x = torch.zeros(SHAPE)
+    with torch.inference_mode(), torch.device("cpu") if dispatched else torch.no_grad():
+        out = torch.full(SHAPE, torch.nan)
+        denoise_step(x, x, TABLE, 0, out=out)
+        add_noise(x, None, 3, ABAR, seed=1, out=out)
+    assert out.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:Converting a tensor")
+def test_jit_trace_keeps_the_operator() -> None:
+    """The tracer follows storages, which a kernel on raw pointers would escape."""
+    x, other = torch.randn(2, *SHAPE)
+    traced = torch.jit.trace(lambda v: group_norm_silu(v, None, None, 2), x)
+    assert torch.equal(traced(other), group_norm_silu(other, None, None, 2))
+
+
+@pytest.mark.parametrize("dispatched", [False, True])
 def test_writing_raises_the_version(dispatched: bool) -> None:
     """Autograd refuses to use a saved tensor that one of our kernels has overwritten since."""
     x, saved = leaf(*SHAPE), torch.randn(SHAPE)
