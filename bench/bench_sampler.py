@@ -30,6 +30,7 @@ from stepfuse.engine.unet import UNet, UNetConfig
 peers_setup.prepare()
 
 PARITY = 2e-3  # of images in [-1, 1]: float32 sums in another order, through S clipped steps
+OURS = ("eager", "captured", "optimized")
 Samples = dict[str, list[float]]
 
 
@@ -107,7 +108,7 @@ class Network:
         x_T = torch.randn(self.shape(batch), generator=torch.Generator().manual_seed(0))
         return sampler.sample(self.shape(batch), condition=self.condition(batch), x_T=x_T)
 
-    def verify(self, batch: int, steps: int) -> float:
+    def verify(self, batch: int, steps: int, sampler: sf.Sampler | None = None) -> float:
         """Largest difference of the images, in [-1, 1]; AssertionError above `PARITY`."""
         theirs = self.theirs(batch, steps)
         if self.labels is None:  # the pipeline gives [0, 1]
@@ -115,7 +116,9 @@ class Network:
             if theirs.shape[-1] == self.channels:
                 theirs = theirs.permute(0, 3, 1, 2)
         difference = float(
-            (self.ours(self.sampler(steps), batch).clamp(-1, 1) - theirs.clamp(-1, 1)).abs().max()
+            (self.ours(sampler or self.sampler(steps), batch).clamp(-1, 1) - theirs.clamp(-1, 1))
+            .abs()
+            .max()
         )
         assert difference <= PARITY, f"images differ by {difference:.2g}: nothing is timed"
         return difference
@@ -125,11 +128,14 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
     """Our loop, captured and eager, against diffusers' on the same weights."""
     difference = network.verify(batch, steps)
     captured, eager = network.sampler(steps), network.sampler(steps, graph=None)
+    optimized = network.sampler(steps, optimize=True)
+    difference = max(difference, network.verify(batch, steps, optimized))
     samples = alternate(
         {
             "diffusers": lambda: network.theirs(batch, steps),
-            "stepfuse": lambda: network.ours(captured, batch),
-            "stepfuse eager": lambda: network.ours(eager, batch),
+            "captured": lambda: network.ours(captured, batch),
+            "eager": lambda: network.ours(eager, batch),
+            "optimized": lambda: network.ours(optimized, batch),
         },
         rounds,
     )
@@ -139,17 +145,19 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
         "steps": steps,
         "difference": difference,
         "ms": {name: statistics.median(s) * 1e3 for name, s in samples.items()},
-        "diffusers / stepfuse": ratio(samples, "diffusers", "stepfuse"),
-        "eager / captured": ratio(samples, "stepfuse eager", "stepfuse"),
+        "times faster": {n: ratio(samples, "diffusers", n) for n in samples if n != "diffusers"},
         "samples": samples,
     }
 
 
-def outside_the_network(network: Network, batch: int, rounds: int) -> dict[str, Any]:
+def outside_the_network(
+    network: Network, batch: int, rounds: int, optimize: bool
+) -> dict[str, Any]:
     """The share of a captured step that is not the captured network."""
-    sampler = network.sampler(50)
+    sampler = network.sampler(50, optimize=optimize)
     network.ours(sampler, batch)
-    (part,) = sampler._request(network.shape(batch), condition=network.condition(batch)).parts(None)
+    request = sampler._request(network.shape(batch), condition=network.condition(batch))
+    (part,) = request.parts(None)
     runner = sampler._load(part, sampler.plan)
     program = runner.program
     with torch.no_grad():
@@ -167,6 +175,7 @@ def outside_the_network(network: Network, batch: int, rounds: int) -> dict[str, 
     return {
         "network": network.name,
         "batch": batch,
+        "optimize": optimize,
         "share": 1 - ratio(samples, "network", "step"),
         "samples": samples,
     }
@@ -227,27 +236,17 @@ def _r_squared(samples: Samples) -> float:
 
 def report(results: dict[str, Any], console: Console) -> None:
     """The tables."""
-    table = Table(title="the whole loop, medians of one alternating run")
-    for column in (
-        "network",
-        "batch",
-        "steps",
-        "diffusers ms",
-        "stepfuse ms",
-        "diffusers / stepfuse",
-        "eager / captured",
-        "max difference",
-    ):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    table = Table(title="the whole loop against diffusers, medians of one alternating run")
+    table.add_column("network")
+    for column in ("batch", "steps", "diffusers", *OURS, "max difference"):
+        table.add_column(column, justify="right")
     for row in results["loops"]:
         table.add_row(
             row["network"],
             str(row["batch"]),
             str(row["steps"]),
-            f"{row['ms']['diffusers']:.0f}",
-            f"{row['ms']['stepfuse']:.0f}",
-            f"{row['diffusers / stepfuse']:.2f}x",
-            f"{row['eager / captured']:.2f}x",
+            f"{row['ms']['diffusers']:.0f} ms",
+            *(f"{row['times faster'][name]:.2f}x" for name in OURS),
             f"{row['difference']:.1e}",
         )
     console.print(table)
@@ -255,9 +254,8 @@ def report(results: dict[str, Any], console: Console) -> None:
     for column in ("network", "figure", "value"):
         table.add_column(column)
     for row in results["outside"]:
-        table.add_row(
-            row["network"], f"time outside the network, batch {row['batch']}", f"{row['share']:.2%}"
-        )
+        where = f"time outside the network, batch {row['batch']}, optimize={row['optimize']}"
+        table.add_row(row["network"], where, f"{row['share']:.2%}")
     line, watched = results["linearity"], results["watching"]
     table.add_row(line["network"], "R^2 of time over steps", f"{line['steps']:.5f}")
     table.add_row(line["network"], "R^2 of time over batch", f"{line['batch']:.5f}")
@@ -279,7 +277,10 @@ def main() -> None:
         steps = 50 if network.name == "digits" else 5
         for batch in (1, 8):
             results["loops"].append(against_diffusers(network, batch, steps, arguments.rounds))
-            results["outside"].append(outside_the_network(network, batch, 10 * arguments.rounds))
+            results["outside"] += [
+                outside_the_network(network, batch, 10 * arguments.rounds, optimize)
+                for optimize in (False, True)
+            ]
     results["linearity"] = linearity(networks[0], arguments.rounds)
     results["watching"] = watching(networks[0], 4 * arguments.rounds)
     report(results, Console())
