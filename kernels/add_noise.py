@@ -105,8 +105,7 @@ def add_noise(
     velocity = target == "v_prediction"
     if direct:
         _write(out, target_out, *inputs, velocity, backend)
-        if written:
-            raise_versions(written)
+        raise_versions(written)
     elif out is x0:
         _OP_INPLACE(*inputs, velocity, backend, target_out)
     else:
@@ -156,11 +155,12 @@ def _write(
 
 def _write_out(*args: Any, out: Tensor, target_out: Tensor | None) -> None:
     _write(out, target_out, *args)
+    raise_versions([out] if target_out is None else [out, target_out])
 
 
 def _write_over(x0: Tensor, *args: Any) -> None:
     *rest, target_out = args
-    _write(x0, target_out, x0, *rest)
+    _write_out(x0, *rest, out=x0, target_out=target_out)
 
 
 def _functional(x0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -119,8 +119,7 @@ def denoise_step(
         x0_out = torch.empty_like(x)
     if direct:
         _write(out, x0_out, *inputs, learned_variance, backend)
-        if written:
-            raise_versions(written)
+        raise_versions(written)
     elif out is x:
         _OP_INPLACE(*inputs, learned_variance, backend, x0_out)
     else:
@@ -204,11 +203,12 @@ def _write(
 
 def _write_out(*args: Any, out: Tensor, x0_out: Tensor | None) -> None:
     _write(out, x0_out, *args)
+    raise_versions([out] if x0_out is None else [out, x0_out])
 
 
 def _write_over(x: Tensor, *args: Any) -> None:
     *rest, x0_out = args
-    _write(x, x0_out, x, *rest)
+    _write_out(x, *rest, out=x, x0_out=x0_out)
 
 
 def _functional(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

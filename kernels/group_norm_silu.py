@@ -67,8 +67,7 @@ def group_norm_silu(
         raise ValueError("out= records no gradient; call under torch.no_grad()")
     check_out("out", out, x)
     if eager(*tensors, out):
-        _write(out, *args)
-        raise_versions((out,))
+        _write_out(*args, out=out)
     elif out is x:
         _OP_INPLACE(*args)
     else:
@@ -162,10 +161,11 @@ def _functional(x: Tensor, *args: Any) -> Tensor:
 
 def _write_out(*args: Any, out: Tensor) -> None:
     _write(out, *args)
+    raise_versions((out,))
 
 
 def _write_over(x: Tensor, *args: Any) -> None:
-    _write(x, x, *args)
+    _write_out(x, *args, out=x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -63,11 +63,8 @@ def normal(
         return drawn if many else drawn[0]
     check_like("out", out, (count, *shape) if many else shape, counters[1])
     target = out if many else out[None]
-    if eager(*counters, target):
-        _write(*counters, backend, target)
-        raise_versions((target,))
-    else:
-        _OP_OUT(*counters, backend, out=target)
+    call = _write_out if eager(*counters, target) else _OP_OUT
+    call(*counters, backend, out=target)
     return out
 
 
@@ -116,6 +113,7 @@ def _write(seed: Tensor, sample: Tensor, step: Tensor, backend: str, out: Tensor
 
 def _write_out(seed: Tensor, sample: Tensor, step: Tensor, backend: str, *, out: Tensor) -> None:
     _write(seed, sample, step, backend, out)
+    raise_versions((out,))
 
 
 def _functional(

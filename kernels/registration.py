@@ -32,8 +32,8 @@ def define(
     """Register ``schema`` ("op(Tensor x) -> Tensor") and return the operator to call.
 
     ``run`` serves CPU and CUDA tensors, ``fake`` gives the shapes, ``setup`` and ``backward`` are
-    those of `torch.library.register_autograd`. Arguments the schema marks as mutated have their
-    version counters raised, so that autograd notices a saved tensor that was overwritten.
+    those of `torch.library.register_autograd`. A ``run`` that writes into its arguments raises
+    their versions itself.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema[: schema.index("(")]
@@ -43,31 +43,14 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if operator._schema.is_mutable:
-        kernel = _raising_versions(operator)
-        _LIBRARY.impl(name, kernel, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
-    return operator
-
-
-def _raising_versions(operator: Any) -> Callable[..., None]:
-    """The kernel that raises version counters: raw-pointer kernels do not."""
-    arguments = operator._schema.arguments
-    positions = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
-    names = {arguments[i].name for i in positions}
-
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> None:
-        written = [args[i] for i in positions if i < len(args)]
-        written += [value for name, value in kwargs.items() if name in names]
-        raise_versions([tensor for tensor in written if tensor is not None])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-
-    return kernel
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def raise_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that these tensors were written."""
+    """Tell autograd that these tensors were written, which raw-pointer kernels do not.
+
+    It then refuses to use what it saved of them, instead of returning wrong gradients.
+    """
     torch._C._increment_version(tensors)
 
 
