@@ -35,9 +35,9 @@ struct Piece {
     T* x0_out = row(static_cast<T*>(a.x0), at_x);
 
     std::optional<Philox> philox;
-    if (noise == nullptr && a.seed != nullptr)
+    const bool noisy = c[SIGMA] != 0 && (noise != nullptr || a.seed != nullptr);
+    if (noisy && noise == nullptr)
       philox.emplace(a.seed[n], a.sample[n], static_cast<int64_t>(c[TIMESTEP]));
-    const bool noisy = philox.has_value() || noise != nullptr;
 
     const F p_x = broadcast(c[P_X]), p_o = broadcast(c[P_O]), clip = broadcast(c[CLIP]);
     const F c_x = broadcast(c[C_X]), c_o = broadcast(c[C_O]), c_0 = broadcast(c[C_0]);
@@ -71,7 +71,7 @@ struct Piece {
 }  // namespace
 
 void denoise_step(const DenoiseStep& a, int threads) {
-  const bool drawn = a.noise == nullptr && a.seed != nullptr;
+  const bool drawn = a.row[SIGMA] != 0 && a.noise == nullptr && a.seed != nullptr;
   with_type(a.dtype, [&](auto type) {
     with_type(a.output_dtype, [&](auto output_type) {
       for_pieces(a.count, a.elements, threads, drawn ? kNoiseGrain : kGrain,
