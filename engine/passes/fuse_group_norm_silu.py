@@ -135,7 +135,7 @@ def _one_plus(node: object) -> Node | None:
 
 def _has_alpha(node: object) -> bool:
     assert isinstance(node, Node)
-    return node.kwargs.get("alpha", 1) != 1
+    return bool(node.kwargs.get("alpha", 1) != 1)
 
 
 def _other(node: Node, one: Node) -> object:
