@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.passes.attention import attention
 from stepfuse.engine.passes.channels_last import channels_last
 from stepfuse.engine.passes.emit import emit
 from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
@@ -31,6 +32,7 @@ PASSES = (
     "hoist_timestep",
     "lower_precision",
     "channels_last",
+    "attention",
     "prepack_convolutions",
     "fuse_residual_add",
 )
@@ -46,6 +48,7 @@ def rewrite(
         "fuse_group_norm_silu": fuse_group_norm_silu,
         "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),
         "channels_last": channels_last,
+        "attention": attention,
         "prepack_convolutions": prepack_convolutions,
         "fuse_residual_add": fuse_residual_add,
     }

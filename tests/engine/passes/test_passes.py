@@ -11,6 +11,7 @@ from tests.engine.passes.networks import distance, only, own, small
 from torch import Tensor, nn
 
 from stepfuse.engine.optimize import Optimized, optimize
+from stepfuse.engine.passes.attention import SDPA, attention, batched, one_by_one
 from stepfuse.engine.passes.fuse_group_norm_silu import OP, fuse_group_norm_silu
 from stepfuse.engine.passes.graph import aten, calls
 from stepfuse.engine.passes.lower_precision import lower_precision
@@ -22,6 +23,7 @@ from stepfuse.engine.passes.trace import CannotTrace, Traced, trace
 
 # float32 sums in another order: 1e-7 each, over a few hundred terms
 REORDERED = 2e-6
+ALONE = [name for name in PASSES if name not in ("lower_precision", "attention")]
 
 
 def report(fast: Optimized, name: str) -> Any:
@@ -42,7 +44,7 @@ def traced(function: Any, *inputs: Tensor) -> Traced:
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
-@pytest.mark.parametrize("name", [name for name in PASSES if name != "lower_precision"])
+@pytest.mark.parametrize("name", ALONE)
 @torch.no_grad()
 def test_a_pass_alone_keeps_the_function(name: str, scale_shift: bool) -> None:
     model, inputs = small(scale_shift)
@@ -143,6 +145,33 @@ def test_residuals_are_written_over_only_what_nobody_reads() -> None:
     assert distance(fast(x), model(x)) < REORDERED
     assert torch.equal(x, before)
     assert torch.equal(fast(x), fast(x))
+
+
+@pytest.mark.parametrize("width", [8, 40, 512])
+@pytest.mark.parametrize("form", [batched, one_by_one])
+@torch.no_grad()
+def test_attention_written_out_is_attention(form: Any, width: int) -> None:
+    heads = 1 if form is one_by_one else 3
+    parts = [torch.randn(2, n, heads, width).transpose(1, 2) for n in (7, 5, 5)]
+    written = form(lambda target, *args: target(*args), *parts, 0.3)
+    assert distance(written, F.scaled_dot_product_attention(*parts, scale=0.3)) < REORDERED
+
+
+@torch.no_grad()
+def test_attention_is_written_out_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plain = F.scaled_dot_product_attention(q, k, v)
+        return plain + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = [torch.randn(2, 1, 6, 10) for _ in range(3)]
+    for times, matched in (([3.0, 2.0, 1.0], 1), ([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], 0)):
+        monkeypatch.setattr("stepfuse.engine.passes.attention._seconds", lambda *_, t=times: t)
+        found = traced(function, *inputs)
+        done = attention(found.gm)
+        assert done.matched == matched
+        assert done.left["masked, causal or with dropout"] == 1
+        assert len(calls(found.gm, SDPA)) == 2 - matched
+        assert distance(found.gm(*inputs)[0], function(*inputs)) < REORDERED
 
 
 def test_time_alone_is_hoisted_and_the_class_is_not() -> None:
