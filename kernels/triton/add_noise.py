@@ -80,7 +80,7 @@ def run(
     with flat.on_device(x0):
         _kernel[(grid.programs,)](
             x0, noise, t, alphas_cumprod, seed, sample, out, target,
-            grid.length, grid.total, grid.blocks, x0[0].numel() // channels, channels,
+            grid.length, grid.total, grid.blocks, grid.length // channels, channels,
             VELOCITY=velocity, BLOCK=flat.BLOCK, ROWS=grid.rows, LAST=flat.is_channels_last(x0),
             **flat.OPTIONS,
         )  # fmt: skip

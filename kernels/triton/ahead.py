@@ -2,7 +2,7 @@
 
     with compiling(90) as kernels:                          # sm_90
         denoise_step.run(x, ...)                            # meta tensors: nothing is computed
-    kernels[0].resources(), kernels[0].accesses()
+    kernels[0].resources, kernels[0].accesses()
 
 The launchers themselves run, so a kernel is specialised exactly as it would be on the card; only
 Triton's driver is exchanged for one that knows a target and no device.
@@ -36,7 +36,6 @@ class Resources:
     stack: int
     local: int
     shared: int
-    instructions: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +63,13 @@ class Compiled:
         """Registers, spills and shared memory, read from the machine code."""
         usage = _tool("cuobjdump", self.kernel.asm["cubin"], "--dump-resource-usage")
         found = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
-        code = _tool("nvdisasm", self.kernel.asm["cubin"], "-c")
-        # a stack frame is where spills go, and local memory is what a thread cannot index in
+        # a stack frame is where spills go, and local memory is what a thread cannot hold in
         # registers; Triton adds its shared memory at the launch, so ptxas knows none
         return Resources(
             registers=found["REG"],
             stack=found["STACK"],
-            local=found["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+            local=found["LOCAL"],
             shared=int(self.kernel.metadata.shared),
-            instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
         )
 
     def accesses(self) -> dict[str, dict[str, set[int]]]:
@@ -115,7 +112,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
     """
     log: list[Compiled] = []
     real = JITFunction.run
-    active = driver._active
+    active = driver._active  # the public property would look for a GPU
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
         kernel = real(self, *args, grid=grid, warmup=True, **options)

@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepfuse.kernels import step_row
+from stepfuse.kernels.step_row import Column
 from stepfuse.kernels.triton import flat, philox
+
+# a kernel sees globals only where they are declared constant
+COLUMNS = tl.constexpr(step_row.COLUMNS)
+P_X, P_O = tl.constexpr(int(Column.P_X)), tl.constexpr(int(Column.P_O))
+C_X, C_O = tl.constexpr(int(Column.C_X)), tl.constexpr(int(Column.C_O))
+C_0, CLIP = tl.constexpr(int(Column.C_0)), tl.constexpr(int(Column.CLIP))
+L_0, L_1 = tl.constexpr(int(Column.L_0)), tl.constexpr(int(Column.L_1))
+SIGMA, GUIDANCE = tl.constexpr(int(Column.SIGMA)), tl.constexpr(int(Column.GUIDANCE))
+TIMESTEP = tl.constexpr(int(Column.TIMESTEP))
 
 
 @triton.jit
@@ -28,21 +39,21 @@ def _block(
     o = tl.load(model_output + output_first + output_offset, mask=mask).to(tl.float32)
     if uncond is not None:
         base = tl.load(uncond + output_first + output_offset, mask=mask).to(tl.float32)
-        o = base + tl.load(row + 9) * (o - base)
-    clip = tl.load(row + 6)
-    x0 = tl.load(row + 0) * x_t + tl.load(row + 1) * o
+        o = base + tl.load(row + GUIDANCE) * (o - base)
+    clip = tl.load(row + CLIP)
+    x0 = tl.load(row + P_X) * x_t + tl.load(row + P_O) * o
     # torch's clamp lets NaN through, and so does this
     x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
     x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
-    x_s = tl.load(row + 2) * x_t + tl.load(row + 3) * o + tl.load(row + 4) * x0
+    x_s = tl.load(row + C_X) * x_t + tl.load(row + C_O) * o + tl.load(row + C_0) * x0
     if noise is not None:
         z = tl.load(noise + first + offset, mask=mask).to(tl.float32)
     if DRAWN or noise is not None:
-        std = tl.load(row + 5)
+        std = tl.load(row + SIGMA)
         if LEARNED:
             w = tl.load(model_output + output_first + variance + output_offset, mask=mask)
-            log_variance = tl.load(row + 7) + tl.load(row + 8) * w.to(tl.float32)
-            std = std * tl.exp(0.5 * log_variance)
+            log_variance = tl.load(row + L_0) + tl.load(row + L_1) * w.to(tl.float32)
+            std = std * tl.exp(0.5 * log_variance)  # ex2.approx, 2 ulp
         x_s += std * z
     tl.store(out + first + offset, x_s.to(out.dtype.element_ty), mask=mask)
     if x0_out is not None:
@@ -57,13 +68,14 @@ def _kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     number, first, start, limit, element = flat.place(length, total, blocks, BLOCK, ROWS)
-    row = table + tl.load(step) * 16
+    row = table + tl.load(step) * COLUMNS
     z = None
     if DRAWN:
         z = tl.zeros((BLOCK,), tl.float32)
-        if tl.load(row + 5) != 0:  # the one captured launch serves steps without noise too
+        if tl.load(row + SIGMA) != 0:  # the one captured launch serves steps without noise too
             z = philox.draw(
-                tl.load(seed + number), tl.load(sample + number), tl.load(row + 10).to(tl.int64),
+                tl.load(seed + number), tl.load(sample + number),
+                tl.load(row + TIMESTEP).to(tl.int64),
                 start, element, pixels, channels, BLOCK, ROWS, LAST,
             )  # fmt: skip
     # where the model output of an element stands: beside x or, with twice the channels (WIDE), in
@@ -111,12 +123,13 @@ def run(
     """
     drawn = noise is None and seed is not None
     wide = model_output.shape != x.shape
+    count, channels = x.shape[:2]
     grid = flat.Grid.of(x, per_sample=drawn or wide)
     with flat.on_device(x):
         _kernel[(grid.programs,)](
             x, model_output, uncond_output, table, step, noise,
             seed if drawn else None, sample if drawn else None, out, x0_out,
-            grid.length, grid.total, grid.blocks, x[0, 0].numel(), x.shape[1],
+            grid.length, grid.total, grid.blocks, grid.total // (count * channels), channels,
             DRAWN=drawn, LEARNED=learned_variance, WIDE=wide,
             BLOCK=flat.BLOCK, ROWS=grid.rows, LAST=flat.is_channels_last(x), **flat.OPTIONS,
         )  # fmt: skip

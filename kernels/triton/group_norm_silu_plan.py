@@ -7,6 +7,7 @@ tiles are written as partials and combined by every program of a second pass.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ ONE_PASS, SPLIT = 16384, 8192
 NARROW = 16
 # a program of the second pass reads the partials of its groups: few against its tile
 PARTIALS = 256
+# ... and twice that where the first pass would leave a large card idle (a B200 has 148 processors)
+PROGRAMS = 512
 VECTOR = 8  # 16-bit elements of a 128-bit access
 RUNS = (32, 16)  # channels side by side that fill two 32-byte sectors, or one
 
@@ -108,6 +111,7 @@ def plan(x: Tensor, groups: int, limit: int = ONE_PASS) -> Plan:
     )
 
 
+@functools.cache
 def plan_of(
     samples: int, channels: int, pixels: int, groups: int, last: bool, limit: int = ONE_PASS
 ) -> Plan:
@@ -126,7 +130,10 @@ def plan_of(
         rows = min(rows, max(SPLIT // cols, 1))
         tiles = -(-pixels // rows)
         held = 1 if parts > 1 else ceil_power(-(-block // group))
-        most = max(PARTIALS // held // 4 if held == 1 else PARTIALS // held, 1)
+        blocks = groups * parts if parts > 1 else -(-channels // block)
+        most = max(min(PARTIALS // held, PARTIALS // 4), 1)
+        while samples * blocks * most < PROGRAMS * parts and held * most < 2 * PARTIALS:
+            most *= 2
         per_part = -(-tiles // max(most // parts, 1))
         warps = min(max(rows * cols // 1024, 1), 8)
     return Plan(

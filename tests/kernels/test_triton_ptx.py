@@ -6,6 +6,7 @@ No GPU is needed: the launchers run on meta tensors and Triton compiles for a ta
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -15,9 +16,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 import torch
-from bench.roofline import CARDS, static_table, traffic
 
 pytest.importorskip("triton")
+
+from bench.roofline import CARDS, static_table, traffic
 
 from stepfuse.kernels.triton import flat, group_norm_silu_plan, variants
 from stepfuse.kernels.triton.ahead import compiling
@@ -144,6 +146,37 @@ def test_one_kernel_serves_every_step() -> None:
         "DRAWN", "LEARNED", "WIDE", "BLOCK", "ROWS", "LAST",
     }  # fmt: skip
     assert (values["length"], values["total"], values["BLOCK"]) == (3072, 12288, flat.BLOCK)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("groups", [1, 2, 32])
+@pytest.mark.parametrize("samples", [1, 16])
+def test_every_shape_has_a_plan(samples: int, groups: int, last: bool) -> None:
+    """Tiles cover all channels and pixels, fit into registers, and split ones fill a card."""
+    for group, pixels in itertools.product(
+        (1, 3, 4, 6, 10, 30, 64, 127), (1, 4, 49, 256, 1024, 4096, 65536, 10**6)
+    ):
+        p = group_norm_silu_plan.plan_of(samples, group * groups, pixels, groups, last)
+        where = (samples, group, groups, pixels, last, p)
+        assert p.cols >= p.block, where
+        assert p.rows * p.tiles >= pixels, where
+        assert (p.tiles - 1) * p.rows < pixels, where
+        if p.channel_parts > 1:
+            assert p.block * p.channel_parts >= group > p.block * (p.channel_parts - 1), where
+        else:
+            assert p.block % group == 0 or p.block == group * groups, where
+            assert p.block * p.blocks >= group * groups, where
+        wide = p.cols > group_norm_silu_plan.NARROW or last
+        limit = group_norm_silu_plan.ONE_PASS * (1 if wide else 2)
+        assert p.rows * p.cols <= (limit if p.one_pass else group_norm_silu_plan.SPLIT), where
+        assert p.rows * p.cols <= 64 * 32 * p.warps, where
+        assert p.tiles_per_part * p.pixel_parts >= p.tiles, where
+        assert p.held * p.parts <= 2 * group_norm_silu_plan.PARTIALS, where
+        size = samples * group * groups * pixels
+        programs = samples * p.blocks * p.pixel_parts
+        if not p.one_pass and size >= 2**22:
+            # channels-last groups of one or two channels share a tile, and its partials, with many
+            assert programs >= (128 if p.held <= 8 else 16), where
 
 
 def test_static_table(compilations: dict[int, Future[list[Kernel]]]) -> None:
