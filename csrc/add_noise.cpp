@@ -27,7 +27,7 @@ void noise_piece(const AddNoise& a, int64_t n, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kBatch) {
     F z[4] = {};
     if (philox) philox->normals(i / kBatch, z);
-    for_vectors(i, end, [&](int64_t at, int k, auto lanes) {
+    for_vectors(i, end, [&](int64_t at, int k, auto lanes) __attribute__((always_inline)) {
       const F x = load(x0 + at, lanes);
       const F eps = noise == nullptr ? z[k] : load(noise + at, lanes);
       store(out + at, fma(signal, x, sigma * eps), lanes);

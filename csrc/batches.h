@@ -6,8 +6,8 @@
 
 namespace stepfuse {
 
-// Calls vector(offset, i, lanes) for the vectors i = 0 .. 3 of the batch at `offset` that hold
-// some of the first `end` elements.
+// Calls vector(offset, i, lanes) for the vectors i = 0 .. 3 of the batch at `offset`, of which the
+// elements before `end` are memory.
 template <class Vector>
 STEPFUSE_INLINE void for_vectors(int64_t offset, int64_t end, const Vector& vector) {
   if (offset + kBatch <= end) {
@@ -17,9 +17,8 @@ STEPFUSE_INLINE void for_vectors(int64_t offset, int64_t end, const Vector& vect
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const int64_t left = end - offset - i * W;
-    if (left >= W) vector(offset + i * W, i, Full{});
-    if (left > 0 && left < W) vector(offset + i * W, i, Partial{static_cast<int>(left)});
+    const int64_t left = std::min<int64_t>(W, end - offset - i * W);
+    if (left > 0) vector(offset + i * W, i, Partial{static_cast<int>(left)});
   }
 }
 

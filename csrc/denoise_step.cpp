@@ -44,7 +44,7 @@ struct Piece {
     for (int64_t i = begin; i < end; i += kBatch) {
       F z[4] = {};
       if (philox) philox->normals(i / kBatch, z);
-      for_vectors(i, end, [&](int64_t at, int k, auto lanes) {
+      for_vectors(i, end, [&](int64_t at, int k, auto lanes) __attribute__((always_inline)) {
         const F xt = load(x + at, lanes);
         F o = load(cond + at, lanes);
         if (uncond != nullptr) {

@@ -116,12 +116,13 @@ void for_whole_units(const GroupNorm& a, int64_t units, int threads, const Work&
   });
 }
 
-// Calls work(unit, piece) for every piece of every unit.
+// Calls work(unit, piece) for every piece of every unit, backwards: what was summed last is still in
+// the cache.
 template <class Unit, class Work>
 void for_units(const GroupNorm& a, int threads, const Work& work) {
   const int64_t units = Unit::units(a), whole = units - units % threads;
   for_whole_units<Unit>(a, whole, threads, [&](const Unit& unit) {
-    for (int64_t p = 0; p < unit.pieces(); ++p) work(unit, p);
+    for (int64_t p = unit.pieces(); p-- > 0;) work(unit, p);
   });
   if (whole == units) return;
   Unit unit(a);
@@ -132,7 +133,7 @@ void for_units(const GroupNorm& a, int threads, const Work& work) {
     });
     unit.finish();
     parallel_for(threads, unit.pieces(), [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) work(unit, p);
+      for (int64_t p = last; p-- > first;) work(unit, p);
     });
   }
 }

@@ -17,7 +17,9 @@ void fill(const Fill& a, int threads) {
       for (int64_t i = begin; i < end; i += kBatch) {
         F z[4];
         philox.normals(i / kBatch, z);
-        for_vectors(i, end, [&](int64_t at, int k, auto lanes) { store(row + at, z[k], lanes); });
+        for_vectors(i, end, [&](int64_t at, int k, auto lanes) __attribute__((always_inline)) {
+          store(row + at, z[k], lanes);
+        });
       }
     });
   });

@@ -42,7 +42,7 @@ struct float16 {
 template <class T>
 constexpr bool kHalfPrecision = sizeof(T) == 2;
 
-// How many lanes of a vector are memory: all of them, or the first `count` (1 .. W-1) at a tail.
+// How many lanes of a vector are memory: all of them, or the first `count` at a tail.
 struct Full {};
 struct Partial {
   int count;

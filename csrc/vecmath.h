@@ -43,11 +43,38 @@ STEPFUSE_INLINE F exp(F x) {
   return t < -126.0f ? F{} : large;
 }
 
+#if defined(STEPFUSE_AVX512)
+
+// 2^(i / 32)
+alignas(64) constexpr float kRoots[32] = {
+    1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f,
+    1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f,
+    1.35425555f, 1.38390988f, 1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f,
+    1.57598085f, 1.61049033f, 1.64575548f, 1.68179283f, 1.7186193f,  1.75625216f, 1.79470908f,
+    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+
+// 2^t within 2e-7 relative, 0 or infinity beyond the range; t finite or NaN. Two table registers
+// leave a polynomial of degree 2 on |f| <= 1/64: fewer instructions than exp2 of degree 5.
+STEPFUSE_INLINE F exp2_by_table(F t) {
+  // the last bit of 1.5 2^18 is worth 1/32: the sum holds round(32 t) in its low bits
+  const F shifted = t + 0x1.8p18f, steps = shifted - 0x1.8p18f, f = t - steps;
+  const F root = _mm512_permutex2var_ps(load(kRoots, Full{}), (__m512i)shifted,
+                                        load(kRoots + W, Full{}));
+  const F slope = fma(f, broadcast(0.240228832f), broadcast(0.693157315f));
+  return scale_by_power(fma(root * f, slope, root), steps);
+}
+
+#endif
+
 // y sigmoid(y) = y / (1 + 2^t) with t = -y log2(e); for |t| > 126 the quotient is as good as 0 or y.
 template <bool coarse>
 STEPFUSE_INLINE F silu(F y) {
   F t = y * -1.44269504f;
-  if constexpr (!kFloorReduction) t = max(broadcast(-126.0f), min(broadcast(126.0f), t));
+#if defined(STEPFUSE_AVX512)
+  if constexpr (!coarse) return y / (exp2_by_table(t) + 1.0f);
+#else
+  t = max(broadcast(-126.0f), min(broadcast(126.0f), t));
+#endif
   return y / (exp2<coarse>(t) + 1.0f);
 }
 
