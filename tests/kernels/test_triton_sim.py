@@ -23,7 +23,13 @@ from stepfuse.kernels.reference import add_noise as add_noise_reference
 from stepfuse.kernels.reference import denoise_step as denoise_reference
 from stepfuse.kernels.reference import group_norm_silu as group_norm_reference
 from stepfuse.kernels.reference import philox as philox_reference
-from stepfuse.kernels.triton import add_noise, denoise_step, group_norm_silu, philox
+from stepfuse.kernels.triton import (
+    add_noise,
+    denoise_step,
+    group_norm_silu,
+    group_norm_silu_plan,
+    philox,
+)
 from stepfuse.kernels.triton.group_norm_silu_plan import plan
 
 pytestmark = [needs_ptxsim, pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")]
@@ -269,6 +275,28 @@ def test_group_norm_silu_in_place_and_repeatable(arch: int) -> None:
     exact = [v.double() for v in (x,)]
     expected = group_norm_reference.formula(*exact, None, None, 1, 1e-5, None, None, None, True)
     close(first, expected)
+
+
+@pytest.mark.parametrize(("channels", "last"), [(20, False), (8, True)], ids=["first", "last"])
+def test_statistics_over_runs_of_tiles(
+    arch: int, channels: int, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few partials of many tiles, the last run cut short, as an image of 1000 x 1000 has them."""
+    for name, value in (("SPLIT", 1024), ("PARTIALS", 20), ("PROGRAMS", 1)):
+        monkeypatch.setattr(group_norm_silu_plan, name, value)
+    group_norm_silu_plan.plan_of.cache_clear()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(1, channels, 50, 46) + torch.linspace(-3, 9, 50)[:, None]
+    x = x.contiguous(memory_format=layout)
+    cut = group_norm_silu_plan.plan(x, 1)
+    out = poisoned(x)
+    with simulated(arch, racecheck=True):
+        group_norm_silu.run(x, None, None, 1, 1e-5, None, None, None, True, out)
+    monkeypatch.undo()
+    group_norm_silu_plan.plan_of.cache_clear()
+    assert cut.tiles_per_part > 1
+    assert cut.tiles_per_part * cut.pixel_parts > cut.tiles or not last
+    close(out, group_norm_reference.formula(x.double(), None, None, 1, 1e-5, *[None] * 3, True))
 
 
 def test_group_norm_silu_survives_a_large_mean(arch: int) -> None:
