@@ -147,12 +147,12 @@ class Optimized(nn.Module):
         parts = []
         for key, network in self._networks.items():
             shapes = ", ".join(_described(part) for part in key[1])
-            lines = [f"inputs                {shapes}", *(str(r) for r in network.reports)]
+            lines = [f"inputs                 {shapes}", *(str(r) for r in network.reports)]
             parts.append("\n".join(lines))
         if self.timesteps:
-            parts.append(f"timesteps             {len(self.timesteps)} announced")
+            parts.append(f"timesteps              {len(self.timesteps)} announced")
         if self.without:
-            parts.append(f"left out              {', '.join(self.without)}")
+            parts.append(f"left out               {', '.join(self.without)}")
         return "\n\n".join(parts) or "nothing compiled yet"
 
     def _check(self, network: Network | _Exchanged) -> None:

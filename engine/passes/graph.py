@@ -37,7 +37,7 @@ class PassReport:
         return not problem
 
     def __str__(self) -> str:
-        line = f"{self.name:<22}{self.matched} of {self.candidates}"
+        line = f"{self.name:<23}{self.matched} of {self.candidates}"
         if self.note:
             line += f"; {self.note}"
         return line + "".join(f"; {n} left: {why}" for why, n in sorted(self.left.items()))

@@ -25,6 +25,7 @@ from stepfuse.engine.passes.stages import assign
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.weights import Weights
+from stepfuse.engine.passes.winograd_convolutions import winograd_convolutions
 
 PASSES = (
     "remove_no_ops",
@@ -33,6 +34,7 @@ PASSES = (
     "lower_precision",
     "channels_last",
     "attention",
+    "winograd_convolutions",
     "prepack_convolutions",
     "fuse_residual_add",
 )
@@ -49,6 +51,7 @@ def rewrite(
         "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),
         "channels_last": channels_last,
         "attention": attention,
+        "winograd_convolutions": winograd_convolutions,
         "prepack_convolutions": prepack_convolutions,
         "fuse_residual_add": fuse_residual_add,
     }

@@ -205,7 +205,7 @@ class Branch(nn.Module):
 def test_what_cannot_be_exported_has_its_norms_exchanged() -> None:
     model, x, t = Branch().eval(), torch.rand(2, 4, 5, 3), torch.tensor([1, 2])
     fast = optimize(model, (x, t))
-    assert "module replacement    2 of 2; no graph: " in fast.explain()
+    assert "module replacement     2 of 2; no graph: " in fast.explain()
     for image in (x, -x):
         assert distance(fast(image, t), model(image, t)) < REORDERED
     assert type(model.body[0]) is nn.GroupNorm
