@@ -63,9 +63,10 @@ struct Modulation {
 struct Statistics {
   double mean, rstd;
 
-  // From the sums of x - K and (x - K)^2 over n elements.
-  static Statistics of(double K, double sum, double squares, double n, double eps) {
-    const double offset = sum / n, variance = std::max(0.0, squares / n - offset * offset);
+  // From the sums of x - K and (x - K)^2 over 1 / per_element elements.
+  static Statistics of(double K, double sum, double squares, double per_element, double eps) {
+    const double offset = sum * per_element;
+    const double variance = std::max(0.0, squares * per_element - offset * offset);
     return {K + offset, 1.0 / std::sqrt(variance + eps)};
   }
 };

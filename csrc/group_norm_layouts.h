@@ -10,6 +10,7 @@ template <class T>
 struct UnitState {
   const GroupNorm& a;
   const int64_t width, groups, group_width;  // channels, groups of the unit; channels of a group
+  const double per_element;                  // 1 / (elements of a group)
   int64_t pieces, sample = 0, channel = 0, offset = 0;  // offset: elements before the unit
   std::vector<float> space, coefficients, partials;
   std::vector<Statistics> statistics;
@@ -20,6 +21,7 @@ struct UnitState {
         width(unit_width),
         groups(unit_width * a.groups / a.channels),
         group_width(a.channels / a.groups),
+        per_element(1.0 / static_cast<double>(group_width * a.spatial)),
         pieces(unit_pieces),
         space(static_cast<size_t>(5 * width)),
         coefficients(static_cast<size_t>(2 * width)),
@@ -35,9 +37,8 @@ struct UnitState {
   const T* x() const { return static_cast<const T*>(a.x) + offset; }
 
   void set(int64_t group, double K, double sum, double squares) {
-    const double n = static_cast<double>(group_width * a.spatial);
     Statistics& s = statistics[static_cast<size_t>(group)];
-    s = Statistics::of(K, sum, squares, n, static_cast<double>(a.eps));
+    s = Statistics::of(K, sum, squares, per_element, static_cast<double>(a.eps));
     affine(s, modulation, group * group_width, group_width, coefficients.data(),
            coefficients.data() + width);
   }
@@ -49,7 +50,15 @@ class FirstUnit {
  public:
   explicit FirstUnit(const GroupNorm& a)
       : size_(a.channels / a.groups * a.spatial),
-        state_(a, a.channels / a.groups, (size_ + kPiece - 1) / kPiece, 2 * ((size_ - 1) / kPiece + 1)) {}
+        state_(a, a.channels / a.groups, (size_ + kPiece - 1) / kPiece, 2 * ((size_ - 1) / kPiece + 1)) {
+    int64_t elements = 0;
+    for (int64_t k = 0; k < 4; ++k) {
+      const int64_t at = k * size_ / 4, channel = at / a.spatial;
+      runs_[k] = {at, channel, std::min<int64_t>(W, (channel + 1) * a.spatial - at)};
+      elements += runs_[k].count;
+    }
+    per_element_ = 1.0f / static_cast<float>(elements);
+  }
 
   static int64_t units(const GroupNorm& a) { return a.samples * a.groups; }
   int64_t pieces() const { return state_.pieces; }
@@ -58,7 +67,7 @@ class FirstUnit {
   const UnitState<T>& state() const { return state_; }
 
   void begin(int64_t unit) {
-    const int64_t n = unit / state_.a.groups, group = unit % state_.a.groups;
+    const int64_t n = unit / state_.a.groups, group = unit - n * state_.a.groups;
     state_.begin(n, group * state_.width, unit * size_);
     K_ = estimate();
   }
@@ -132,31 +141,35 @@ class FirstUnit {
   void for_rows(int64_t piece, const Function& f) const {
     const int64_t spatial = state_.a.spatial, end = std::min(size_, (piece + 1) * kPiece);
     int64_t at = piece * kPiece;
-    for (int64_t c = at / spatial; at < end; ++c) {
+    for (int64_t c = at == 0 ? 0 : at / spatial; at < end; ++c) {
       const int64_t count = std::min(end, (c + 1) * spatial) - at;
       f(c, at, count);
       at += count;
     }
   }
 
-  // The mean of up to four runs of W elements.
+  // The mean of four runs of up to W elements.
   float estimate() const {
     F total = {};
-    float added = 0.0f, elements = 0.0f;
-    for (int64_t k = 0; k < 4; ++k) {
-      const int64_t at = k * size_ / 4, c = at / state_.a.spatial;
-      const int64_t count = std::min<int64_t>(W, (c + 1) * state_.a.spatial - at);
-      each_vector(at, at + count, [&](int64_t i, auto lanes) {
+    float added = 0.0f;
+    for (const Run& run : runs_) {
+      each_vector(run.at, run.at + run.count, [&](int64_t i, auto lanes) {
         total = total + keep(load(state_.x() + i, lanes), lanes);
       });
-      added += static_cast<float>(count) * state_.modulation.added(c);
-      elements += static_cast<float>(count);
+      added += static_cast<float>(run.count) * state_.modulation.added(run.channel);
     }
-    return (sum(total) + added) / elements;
+    return (sum(total) + added) * per_element_;
   }
+
+  // Elements of one channel that are looked at before the sums: the same ones in every group.
+  struct Run {
+    int64_t at, channel, count;
+  };
 
   int64_t size_;
   UnitState<T> state_;
+  Run runs_[4];
+  float per_element_;  // 1 / (elements of the runs)
   float K_ = 0.0f;
 };
 
