@@ -54,8 +54,13 @@ py::list supported() {
 void bind_noise(py::module_& m) {
   m.def("fill", [](uintptr_t out, int dtype, uintptr_t seed, uintptr_t sample, uintptr_t timestep,
                    int64_t count, int64_t elements, int threads) {
-    const Fill a{pointer<void>(out), static_cast<DType>(dtype), pointer<int64_t>(seed),
-                 pointer<int64_t>(sample), pointer<int64_t>(timestep), count, elements};
+    const Fill a{pointer<void>(out),
+                 static_cast<DType>(dtype),
+                 pointer<int64_t>(seed),
+                 pointer<int64_t>(sample),
+                 pointer<int64_t>(timestep),
+                 count,
+                 elements};
     run(count * elements, [&] { fill(a, threads); });
   });
   m.def("integers", [](uintptr_t seed, uintptr_t sample, uintptr_t timestep, int64_t count,
@@ -65,34 +70,52 @@ void bind_noise(py::module_& m) {
                elements, pointer<int64_t>(out), threads);
     });
   });
-  m.def("add_noise", [](uintptr_t x0, uintptr_t noise, uintptr_t t, uintptr_t alphas_cumprod,
-                        int64_t timesteps, uintptr_t seed, uintptr_t sample, uintptr_t out,
-                        uintptr_t target, bool velocity, int dtype, int64_t count,
-                        int64_t elements, int threads) {
-    const int64_t* indices = pointer<int64_t>(t);
-    for (int64_t n = 0; n < count; ++n) check_rows(indices[n], timesteps);
-    const AddNoise a{pointer<void>(x0), pointer<void>(noise), indices,
-                     pointer<double>(alphas_cumprod), pointer<int64_t>(seed),
-                     pointer<int64_t>(sample), pointer<void>(out), pointer<void>(target), velocity,
-                     static_cast<DType>(dtype), count, elements};
-    run(count * elements, [&] { add_noise(a, threads); });
-  });
+  m.def("add_noise",
+        [](uintptr_t x0, uintptr_t noise, uintptr_t t, uintptr_t alphas_cumprod, int64_t timesteps,
+           uintptr_t seed, uintptr_t sample, uintptr_t out, uintptr_t target, bool velocity,
+           int dtype, int64_t count, int64_t elements, int threads) {
+          const int64_t* indices = pointer<int64_t>(t);
+          for (int64_t n = 0; n < count; ++n) check_rows(indices[n], timesteps);
+          const AddNoise a{pointer<void>(x0),
+                           pointer<void>(noise),
+                           indices,
+                           pointer<double>(alphas_cumprod),
+                           pointer<int64_t>(seed),
+                           pointer<int64_t>(sample),
+                           pointer<void>(out),
+                           pointer<void>(target),
+                           velocity,
+                           static_cast<DType>(dtype),
+                           count,
+                           elements};
+          run(count * elements, [&] { add_noise(a, threads); });
+        });
 }
 
 void bind_denoise_step(py::module_& m) {
   m.def("denoise_step",
         [](uintptr_t x, uintptr_t cond, uintptr_t uncond, uintptr_t table, int64_t rows,
            uintptr_t step, uintptr_t noise, uintptr_t seed, uintptr_t sample, uintptr_t out,
-           uintptr_t x0, int dtype, int output_dtype, bool learned, int64_t count,
-           int64_t elements, int64_t cond_stride, int64_t uncond_stride, int threads) {
+           uintptr_t x0, int dtype, int output_dtype, bool learned, int64_t count, int64_t elements,
+           int64_t cond_stride, int64_t uncond_stride, int threads) {
           const int64_t row = *pointer<int64_t>(step);
           check_rows(row, rows);
-          const DenoiseStep a{pointer<void>(x), pointer<void>(cond), pointer<void>(uncond),
-                              pointer<void>(noise), pointer<float>(table) + row * 16,
-                              pointer<int64_t>(seed), pointer<int64_t>(sample),
-                              pointer<void>(out), pointer<void>(x0), static_cast<DType>(dtype),
-                              static_cast<DType>(output_dtype), learned, count, elements,
-                              cond_stride, uncond_stride};
+          const DenoiseStep a{pointer<void>(x),
+                              pointer<void>(cond),
+                              pointer<void>(uncond),
+                              pointer<void>(noise),
+                              pointer<float>(table) + row * 16,
+                              pointer<int64_t>(seed),
+                              pointer<int64_t>(sample),
+                              pointer<void>(out),
+                              pointer<void>(x0),
+                              static_cast<DType>(dtype),
+                              static_cast<DType>(output_dtype),
+                              learned,
+                              count,
+                              elements,
+                              cond_stride,
+                              uncond_stride};
           run(count * elements, [&] { denoise_step(a, threads); });
         });
 }
@@ -109,9 +132,20 @@ GroupNorm group_norm(const py::list& values, float eps) {
     return Parameter{pointer<void>(static_cast<uintptr_t>(v[i])), static_cast<DType>(v[i + 1]),
                      v[i + 2]};
   };
-  return {pointer<void>(static_cast<uintptr_t>(v[0])), static_cast<DType>(v[1]), v[2] != 0, v[3],
-          v[4], v[5], v[6], eps, parameter(8), parameter(11), parameter(14), parameter(17),
-          parameter(20), v[7] != 0};
+  return {pointer<void>(static_cast<uintptr_t>(v[0])),
+          static_cast<DType>(v[1]),
+          v[2] != 0,
+          v[3],
+          v[4],
+          v[5],
+          v[6],
+          eps,
+          parameter(8),
+          parameter(11),
+          parameter(14),
+          parameter(17),
+          parameter(20),
+          v[7] != 0};
 }
 
 void bind_group_norm_silu(py::module_& m) {
@@ -124,12 +158,11 @@ void bind_group_norm_silu(py::module_& m) {
         [](const py::list& values, float eps, uintptr_t grad, uintptr_t dx, uintptr_t dweight,
            uintptr_t dbias, uintptr_t dscale, uintptr_t dshift, uintptr_t dadd, int threads) {
           const GroupNorm a = group_norm(values, eps);
-          const GroupNormGradients g{pointer<void>(grad), pointer<void>(dx),
+          const GroupNormGradients g{pointer<void>(grad),     pointer<void>(dx),
                                      pointer<float>(dweight), pointer<float>(dbias),
-                                     pointer<float>(dscale), pointer<float>(dshift),
+                                     pointer<float>(dscale),  pointer<float>(dshift),
                                      pointer<float>(dadd)};
-          run(a.samples * a.channels * a.spatial,
-              [&] { group_norm_silu_backward(a, g, threads); });
+          run(a.samples * a.channels * a.spatial, [&] { group_norm_silu_backward(a, g, threads); });
         });
 }
 

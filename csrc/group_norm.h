@@ -117,8 +117,8 @@ void for_whole_units(const GroupNorm& a, int64_t units, int threads, const Work&
   });
 }
 
-// Calls work(unit, piece) for every piece of every unit, backwards: what was summed last is still in
-// the cache.
+// Calls work(unit, piece) for every piece of every unit, backwards: what was summed last is still
+// in the cache.
 template <class Unit, class Work>
 void for_units(const GroupNorm& a, int threads, const Work& work) {
   const int64_t units = Unit::units(a), whole = units - units % threads;

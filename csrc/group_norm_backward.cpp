@@ -83,7 +83,8 @@ class Backward {
       const int64_t at = state.sample * a_.channels + state.channel + i;
       const double bias = m.bias == nullptr ? 0.0 : static_cast<double>(m.bias[i]);
       if (out_.dshift != nullptr) out_.dshift[at] = static_cast<float>(P);
-      if (out_.dscale != nullptr) out_.dscale[at] = static_cast<float>(m.weighted(i) * Q + bias * P);
+      if (out_.dscale != nullptr)
+        out_.dscale[at] = static_cast<float>(m.weighted(i) * Q + bias * P);
       per_sample_[static_cast<size_t>(at)] = scaled * P;
       per_sample_[static_cast<size_t>(a_.samples * a_.channels + at)] = scaled * Q;
     }
@@ -106,8 +107,8 @@ class Backward {
             static_cast<double>(c[i]) * sums[i] - s.rstd * (S * p + q * sums[2 * width + i]));
       const double slope = -s.rstd * s.rstd * q;
       c[2 * width + i] = static_cast<float>(slope);
-      c[3 * width + i] =
-          static_cast<float>(slope * (static_cast<double>(state.modulation.added(i)) - s.mean) - s.rstd * p);
+      c[3 * width + i] = static_cast<float>(
+          slope * (static_cast<double>(state.modulation.added(i)) - s.mean) - s.rstd * p);
     }
   }
 

@@ -50,7 +50,8 @@ class FirstUnit {
  public:
   explicit FirstUnit(const GroupNorm& a)
       : size_(a.channels / a.groups * a.spatial),
-        state_(a, a.channels / a.groups, (size_ + kPiece - 1) / kPiece, 2 * ((size_ - 1) / kPiece + 1)) {
+        state_(a, a.channels / a.groups, (size_ + kPiece - 1) / kPiece,
+               2 * ((size_ - 1) / kPiece + 1)) {
     int64_t elements = 0;
     for (int64_t k = 0; k < 4; ++k) {
       const int64_t at = k * size_ / 4, channel = at / a.spatial;
@@ -76,7 +77,8 @@ class FirstUnit {
     F first[4] = {}, second[4] = {};  // four of each, so that additions overlap
     const float* add = state_.modulation.add;
     if (add == nullptr)
-      sum_run(state_.x() + piece * kPiece, std::min(kPiece, size_ - piece * kPiece), K_, first, second);
+      sum_run(state_.x() + piece * kPiece, std::min(kPiece, size_ - piece * kPiece), K_, first,
+              second);
     else
       for_rows(piece, [&](int64_t c, int64_t at, int64_t count) {
         sum_run(state_.x() + at, count, K_ - add[c], first, second);
@@ -133,7 +135,8 @@ class FirstUnit {
     for (; i + 4 * W <= count; i += 4 * W)
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) term(k, load(x + i + k * W, Full{}) - K);
-    each_vector(i, count, [&](int64_t at, auto lanes) { term(0, keep(load(x + at, lanes) - K, lanes)); });
+    each_vector(i, count,
+                [&](int64_t at, auto lanes) { term(0, keep(load(x + at, lanes) - K, lanes)); });
   }
 
   // f(channel, offset in the unit, count) for the runs of one channel that a piece holds.
@@ -295,7 +298,8 @@ class LastUnit {
     float* shifts = shifts_.data();
     each_vector(0, C, [&](int64_t c, auto lanes) {
       F total = {};
-      for (int64_t k = 0; k < count; ++k) total = total + load(state_.x() + k * S / count * C + c, lanes);
+      for (int64_t k = 0; k < count; ++k)
+        total = total + load(state_.x() + k * S / count * C + c, lanes);
       store(shifts + C + c, total * (1.0f / static_cast<float>(count)), lanes);
     });
     for (int64_t first = 0; first < C; first += state_.group_width) {

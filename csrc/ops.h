@@ -40,9 +40,9 @@ struct AddNoise {
   const void *x0, *noise;  // [count, elements]; noise null: drawn from seed and sample
   const int64_t* t;        // [count]
   const double* alphas_cumprod;
-  const int64_t *seed, *sample;   // [count]
-  void *out, *target;             // [count, elements]; out may be x0; target null: not wanted
-  bool velocity;                  // target is v, not eps
+  const int64_t *seed, *sample;  // [count]
+  void *out, *target;            // [count, elements]; out may be x0; target null: not wanted
+  bool velocity;                 // target is v, not eps
   DType dtype;
   int64_t count, elements;
 };
@@ -82,8 +82,8 @@ void group_norm_silu(const GroupNorm&, void* out, int threads);  // out: like x,
 
 // Outputs of the backward; any may be null.
 struct GroupNormGradients {
-  const void* grad;  // like x
-  void* dx;          // like x
+  const void* grad;               // like x
+  void* dx;                       // like x
   float *dweight, *dbias;         // [C]
   float *dscale, *dshift, *dadd;  // [N, C]
 };

@@ -50,8 +50,8 @@ struct Partial {
 
 STEPFUSE_INLINE F broadcast(float v) { return v - F{}; }
 
-// Little loads and stores that every instruction set shares: a tail goes through a full-size buffer,
-// so that no byte outside the first `count` elements is touched.
+// Little loads and stores that every instruction set shares: a tail goes through a full-size
+// buffer, so that no byte outside the first `count` elements is touched.
 template <class T>
 STEPFUSE_INLINE F load(const T* p, Full);
 template <class T>

@@ -18,7 +18,9 @@ STEPFUSE_INLINE __m128i to_bits(F v, bfloat16) {
   const __m256i u = (__m256i)bfloat16_bits(v);
   return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 }
-STEPFUSE_INLINE __m128i to_bits(F v, float16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+STEPFUSE_INLINE __m128i to_bits(F v, float16) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
 
 template <class T>
 STEPFUSE_INLINE F load(const T* p, Full) {
@@ -66,7 +68,9 @@ STEPFUSE_INLINE F fraction(F t) { return t - round_even(t); }
 STEPFUSE_INLINE F scale_by_power(F p, F t) { return (F)((U)p + ((U)to_int(t) << 23)); }
 
 // Product of the low 32 bits of every 64-bit lane.
-STEPFUSE_INLINE U64 multiply_low(U64 a, U64 b) { return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+STEPFUSE_INLINE U64 multiply_low(U64 a, U64 b) {
+  return (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+}
 STEPFUSE_INLINE U64 xor3(U64 a, U64 b, U64 c) { return a ^ b ^ c; }
 // 32-bit lanes 2j from the low half of even[j], 2j+1 from the low half of odd[j].
 STEPFUSE_INLINE U interleave_low(U64 even, U64 odd) {

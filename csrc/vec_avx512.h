@@ -10,7 +10,9 @@ STEPFUSE_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 STEPFUSE_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 STEPFUSE_INLINE F sqrt(F v) { return _mm512_sqrt_ps(v); }
 
-STEPFUSE_INLINE __mmask16 mask(Partial lanes) { return static_cast<__mmask16>((1u << lanes.count) - 1u); }
+STEPFUSE_INLINE __mmask16 mask(Partial lanes) {
+  return static_cast<__mmask16>((1u << lanes.count) - 1u);
+}
 
 STEPFUSE_INLINE F from_bits(__m256i v, bfloat16) {
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
@@ -29,8 +31,12 @@ template <class T>
 STEPFUSE_INLINE void store(T* p, F v, Full) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bits(v, T{}));
 }
-STEPFUSE_INLINE F load(const float* p, Partial lanes) { return _mm512_maskz_loadu_ps(mask(lanes), p); }
-STEPFUSE_INLINE void store(float* p, F v, Partial lanes) { _mm512_mask_storeu_ps(p, mask(lanes), v); }
+STEPFUSE_INLINE F load(const float* p, Partial lanes) {
+  return _mm512_maskz_loadu_ps(mask(lanes), p);
+}
+STEPFUSE_INLINE void store(float* p, F v, Partial lanes) {
+  _mm512_mask_storeu_ps(p, mask(lanes), v);
+}
 template <class T>
 STEPFUSE_INLINE F load(const T* p, Partial lanes) {
   return from_bits(_mm256_maskz_loadu_epi16(mask(lanes), p), T{});
@@ -48,7 +54,9 @@ STEPFUSE_INLINE F keep(F v, Partial lanes) { return _mm512_maskz_mov_ps(mask(lan
 
 // 2^t p(t - floor(t)): vscalefps takes the floor itself, saturates, and keeps NaN.
 constexpr bool kFloorReduction = true;
-STEPFUSE_INLINE F fraction(F t) { return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+STEPFUSE_INLINE F fraction(F t) {
+  return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 STEPFUSE_INLINE F scale_by_power(F p, F t) { return _mm512_scalef_ps(p, t); }
 
 STEPFUSE_INLINE F round_even(F v) {
@@ -59,7 +67,9 @@ STEPFUSE_INLINE F from_int(I v) { return _mm512_cvtepi32_ps((__m512i)v); }
 STEPFUSE_INLINE F from_unsigned(U v) { return _mm512_cvtepu32_ps((__m512i)v); }
 
 // Product of the low 32 bits of every 64-bit lane.
-STEPFUSE_INLINE U64 multiply_low(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+STEPFUSE_INLINE U64 multiply_low(U64 a, U64 b) {
+  return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+}
 STEPFUSE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
   return (U64)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
 }

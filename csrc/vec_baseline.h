@@ -12,7 +12,9 @@ STEPFUSE_INLINE F fma(F a, F b, F c) {
   return c;
 }
 #else
-STEPFUSE_INLINE F fma(F a, F b, F c) { return a * b + c; }  // two roundings: x86-64 has no fused one here
+STEPFUSE_INLINE F fma(F a, F b, F c) {
+  return a * b + c;
+}  // two roundings: x86-64 has no fused one here
 #endif
 STEPFUSE_INLINE F fnma(F a, F b, F c) { return fma(-a, b, c); }  // c - a b
 // b where a or b is NaN: with the value as b, a NaN passes through a clamp.
@@ -93,7 +95,9 @@ STEPFUSE_INLINE F scale_by_power(F p, F t) { return (F)((U)p + ((U)to_int(t) << 
 STEPFUSE_INLINE U64 multiply_low(U64 a, U64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 STEPFUSE_INLINE U64 xor3(U64 a, U64 b, U64 c) { return a ^ b ^ c; }
 // 32-bit lanes 2j from the low half of even[j], 2j+1 from the low half of odd[j].
-STEPFUSE_INLINE U interleave_low(U64 even, U64 odd) { return (U)((even & 0xffffffffu) | odd << 32); }
+STEPFUSE_INLINE U interleave_low(U64 even, U64 odd) {
+  return (U)((even & 0xffffffffu) | odd << 32);
+}
 // Transposes the 4x4 block that four vectors hold.
 STEPFUSE_INLINE void transpose_parts(F v[4]) {
   for (int i = 0; i < W; ++i)

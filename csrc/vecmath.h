@@ -58,15 +58,16 @@ alignas(64) constexpr float kRoots[32] = {
 STEPFUSE_INLINE F exp2_by_table(F t) {
   // the last bit of 1.5 2^18 is worth 1/32: the sum holds round(32 t) in its low bits
   const F shifted = t + 0x1.8p18f, steps = shifted - 0x1.8p18f, f = t - steps;
-  const F root = _mm512_permutex2var_ps(load(kRoots, Full{}), (__m512i)shifted,
-                                        load(kRoots + W, Full{}));
+  const F root =
+      _mm512_permutex2var_ps(load(kRoots, Full{}), (__m512i)shifted, load(kRoots + W, Full{}));
   const F slope = fma(f, broadcast(0.240228832f), broadcast(0.693157315f));
   return scale_by_power(fma(root * f, slope, root), steps);
 }
 
 #endif
 
-// y sigmoid(y) = y / (1 + 2^t) with t = -y log2(e); for |t| > 126 the quotient is as good as 0 or y.
+// y sigmoid(y) = y / (1 + 2^t) with t = -y log2(e); for |t| > 126 the quotient is as good as 0 or
+// y.
 template <bool coarse>
 STEPFUSE_INLINE F silu(F y) {
   F t = y * -1.44269504f;
@@ -87,7 +88,7 @@ STEPFUSE_INLINE F sigmoid(F y) {
 // -2 ln u for u in (0, 1], of full relative accuracy up to u = 1.
 //   u = 2^e (1 + f), 3/4 <= 1 + f < 3/2;   ln(1 + f) = f - f^2/2 + f^3 P(f)
 STEPFUSE_INLINE F minus_two_log(F u) {
-  constexpr float p[] = {0.333334506f,  -0.250001043f, 0.199908212f, -0.166469872f,
+  constexpr float p[] = {0.333334506f, -0.250001043f, 0.199908212f, -0.166469872f,
                          0.144782528f, -0.131639972f, 0.104697376f, -0.0451212041f};
   constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // e ln2_high is exact
   const I exponent = ((I)u - 0x3f400000) >> 23;
