@@ -20,11 +20,13 @@ import torch
 pytest.importorskip("triton")
 
 from bench.roofline import CARDS, static_table, traffic
+from triton_modes import needs_compiler
 
 from stepfuse.kernels.triton import flat, group_norm_silu_plan, variants
 from stepfuse.kernels.triton.ahead import compiling
 from stepfuse.kernels.triton.variants import BULK, Kernel
 
+pytestmark = needs_compiler
 ARCHITECTURES = (80, 90, 100, 120)
 # 64 registers keep half of the threads a multiprocessor can hold; 128 are what 512 threads can have
 # at most, so that a tile in registers always finds room for one program

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from triton_modes import needs_ptxsim, simulated
+from triton_modes import needs_compiler, needs_ptxsim, simulated
 
 from stepfuse.kernels.reference import add_noise as add_noise_reference
 from stepfuse.kernels.reference import denoise_step as denoise_reference
@@ -32,7 +32,11 @@ from stepfuse.kernels.triton import (
 )
 from stepfuse.kernels.triton.group_norm_silu_plan import plan
 
-pytestmark = [needs_ptxsim, pytest.mark.parametrize("arch", [80, 90], ids=lambda a: f"sm_{a}")]
+pytestmark = [
+    needs_ptxsim,
+    needs_compiler,
+    pytest.mark.parametrize("arch", [80, 90], ids=lambda arch: f"sm_{arch}"),
+]
 
 # float32 arithmetic of a handful of operations on values around 1; one rounding of the result
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
