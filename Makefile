@@ -28,6 +28,7 @@ bench-kernels: $(VENV)/benched
 	@$(BIN)/python -m bench.bench_group_norm_silu
 	@$(BIN)/python -m bench.bench_denoise_step
 	@$(BIN)/python -m bench.bench_add_noise
+	@$(BIN)/python -m bench.bench_philox
 	@$(BIN)/python -m bench.roofline
 
 bench-sampler: $(VENV)/benched

@@ -14,11 +14,8 @@ LONGEST = 400  # lines
 FOLDERS = ("csrc", "kernels", "engine", "bench", "tests", "src", "scripts")
 SUFFIXES = {".py", ".cpp", ".h", ".md", ".sh"}
 
-# The reference defines what an op is. Philox is one like the others: it has a public module, a
-# kernel in each backend and tests of its own. It is timed inside the ops that draw noise, which is
-# how it is used, so that it has no benchmark of its own.
+# The reference defines what an op is. Philox is one like the others.
 OPS = sorted(path.stem for path in (ROOT / "kernels" / "reference").glob("[!_]*.py"))
-NOT_TIMED_ALONE = {"philox"}
 
 
 def sources() -> list[Path]:
@@ -48,11 +45,7 @@ def test_the_ops_are_known() -> None:
     ],
 )
 def test_every_op_has_a_home_everywhere(op: str, home: str) -> None:
-    if home.startswith("bench/") and op in NOT_TIMED_ALONE:
-        users = [path for path in ROOT.glob("bench/bench_*.py") if "seed=" in path.read_text()]
-        assert users, "no benchmark draws noise"
-    else:
-        assert list(ROOT.glob(home.format(op=op))), home.format(op=op)
+    assert list(ROOT.glob(home.format(op=op))), home.format(op=op)
 
 
 def test_no_file_is_too_long() -> None:
