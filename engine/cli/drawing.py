@@ -143,6 +143,7 @@ def build_sampler(options: Options, checkpoint: Checkpoint) -> Sampler:
         if options.guidance == 1
         else CFG(options.guidance, unconditional={"labels": None}),
         backend=options.backend,
+        optimize={"off": False, "float32": True, "bfloat16": torch.bfloat16}[options.optimize],
     )
 
 
@@ -252,6 +253,8 @@ def report(
     """Say on stdout what was written and how fast."""
     _, height, width = checkpoint.sample_shape
     where = f"{sampler.backend} on {sampler.device}"
+    if options.optimize != "off":
+        where += f", network compiled for {options.optimize}"
     if sampler.device.type == "cpu":
         threads = torch.get_num_threads()
         where += f", {threads} thread{'s' if threads > 1 else ''}"

@@ -28,6 +28,8 @@ EXAMPLES = (
 
 SAMPLING, WRITING, MACHINE = "What is drawn", "What is written", "How it runs"
 
+OPTIMIZE = ("off", "float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -45,12 +47,17 @@ class Options:
     first_index: int
     batch_size: int | None
     backend: str
+    optimize: str
     device: str
     threads: int | None
     scale: int | None
     columns: int | None
 
     def __post_init__(self) -> None:
+        if self.optimize not in OPTIMIZE:
+            raise ValueError(
+                f"--optimize must be one of {', '.join(OPTIMIZE)}; got {self.optimize!r}"
+            )
         for name, value, least in (
             ("-n", self.count, 1),
             ("--first-index", self.first_index, 0),
@@ -193,6 +200,15 @@ def sample(
             rich_help_panel=MACHINE,
         ),
     ] = "auto",
+    optimize: Annotated[
+        str,
+        typer.Option(
+            metavar="off|float32|bfloat16",
+            help="Compile the network first, for this type of matrix product: takes seconds, then "
+            "images come faster, equal to rounding.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "off",
     device: Annotated[
         str,
         typer.Option(
@@ -227,6 +243,7 @@ def sample(
         first_index,
         batch_size,
         backend,
+        optimize,
         device,
         threads,
         scale,

@@ -115,6 +115,15 @@ def test_the_sampler_gets_what_was_asked_for(
     assert second["variance_type"] == "learned_range"
 
 
+@pytest.mark.parametrize(("dtype", "levels"), [("float32", 1), ("bfloat16", 16)])
+def test_a_compiled_network_draws_the_same(tiny: str, dtype: str, levels: int) -> None:
+    assert sample(tiny, "-n", "3", "-o", "plain.npz") == 0
+    assert sample(tiny, "-n", "3", "-o", "fast.npz", "--optimize", dtype) == 0
+    plain, fast = (arrays(f"{name}.npz")["images"].astype(int) for name in ("plain", "fast"))
+    assert plain.std() > 0
+    assert abs(plain - fast).max() <= levels, "of 256"
+
+
 def test_a_folder_is_never_overwritten_unasked(tiny: str, capsys: Any) -> None:
     assert sample(tiny, "-n", "2", "--first-index", "5", "-o", "images") == 0
     assert sorted(os.listdir("images")) == ["000005.png", "000006.png"]

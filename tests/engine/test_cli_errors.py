@@ -47,6 +47,7 @@ USAGE = [
     (["--guidance", "inf"], "--guidance must be a finite number; got inf"),
     (["--guidance", "2", "-l", "none"], "--guidance 2 needs labels .* no label is asked for"),
     (["--backend", "fpga"], "backend must be one of auto, .*; got 'fpga'"),
+    (["--optimize", "fp8"], "--optimize must be one of off, float32, bfloat16; got 'fp8'"),
     (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N; got 'tpu'"),
     (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
     (["--first-index", "-1"], "--first-index must be at least 0; got -1"),
