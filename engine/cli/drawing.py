@@ -143,8 +143,13 @@ def build_sampler(options: Options, checkpoint: Checkpoint) -> Sampler:
         if options.guidance == 1
         else CFG(options.guidance, unconditional={"labels": None}),
         backend=options.backend,
-        optimize={"off": False, "float32": True, "bfloat16": torch.bfloat16}[options.optimize],
+        optimize=compiled_for(options.optimize),
     )
+
+
+def compiled_for(word: str) -> bool | torch.dtype:
+    """`Sampler`'s ``optimize`` for the command line's: the embedded weights are float32."""
+    return torch.bfloat16 if word == "bfloat16" else word == "float32"
 
 
 class Film:
