@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# a thread that spins at a barrier while another process has its core makes small operations slower
+# by orders of magnitude; read when torch loads OpenMP, in the processes that tests start too
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # for bench.*; last, so that it shadows nothing
