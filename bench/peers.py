@@ -102,7 +102,12 @@ def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None 
     try:
         frozen = copy.deepcopy(model).eval()
         compiled: Any = torch.compile(frozen, dynamic=False)
-        with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=bool(dtype)):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", dtype or torch.bfloat16, enabled=bool(dtype)),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             compiled(x, t)
     finally:
         inductor_config.freezing = False

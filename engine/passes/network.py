@@ -92,11 +92,18 @@ class Network:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
-        if self._time is None:
-            results = self._main(*leaves)
+        if torch._C._len_torch_dispatch_stack():
+            results = self._results(leaves)  # whoever records wants to see every view as a view
         else:
-            results = self._main(*leaves, *self._embedding(leaves[self._time]))
+            # nothing here has a gradient: operators need not ask for one
+            with torch._C._AutoDispatchBelowAutograd():
+                results = self._results(leaves)
         return pytree.tree_unflatten(results, self.out_spec)
+
+    def _results(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        if self._time is None:
+            return self._main(*leaves)
+        return self._main(*leaves, *self._embedding(leaves[self._time]))
 
     def prepare(self, timesteps: Iterable[int]) -> None:
         """Fill the table for these timesteps; nothing to do without one."""
