@@ -12,7 +12,6 @@ summation in float32; in bfloat16 the logits are rounded too, relative 2^-9.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
+from stepfuse.engine.passes.stopwatch import best_times
 
 mkldnn = torch.ops.mkldnn
 SDPA = aten.scaled_dot_product_attention.default
@@ -126,13 +126,4 @@ def _seconds(
     )
     runs: list[Callable[[], Tensor]] = [lambda: F.scaled_dot_product_attention(q, k, v)]
     runs += [functools.partial(form, _directly, q, k, v, 1.0) for form in forms]
-    times = []
-    for run in runs:
-        run()
-        best = float("inf")
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - start)
-        times.append(best)
-    return times
+    return best_times(runs, _REPEATS)

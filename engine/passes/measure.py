@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.fx import Node
 
 from stepfuse.engine.passes.graph import aten, value
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.stopwatch import best_times
 
 _REPEATS = 3
 _MARGIN = 1.2  # float32 must win clearly: staying in one dtype saves the casts around it
@@ -51,10 +51,4 @@ def _seconds(
         weight, padding, stride, dilation, groups, list(x_shape)
     )
     args: tuple[Any, ...] = (x, packed, None, padding, stride, dilation, groups, "none", [], "")
-    mkldnn._convolution_pointwise(*args)
-    best = float("inf")
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        mkldnn._convolution_pointwise(*args)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return best_times([lambda: mkldnn._convolution_pointwise(*args)], _REPEATS)[0]

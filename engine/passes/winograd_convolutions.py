@@ -11,7 +11,6 @@ network come from memory. Float32 on the CPU; relative error 3e-6 a layer.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.graph import PassReport, aten, calls, finish, replace, stage, value
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.stopwatch import best_times
 from stepfuse.engine.passes.winograd import (
     FREQUENCIES,
     filters,
@@ -100,11 +100,5 @@ def _seconds(shape: tuple[int, ...], channels_out: int, threads: int) -> tuple[f
         lambda: convolution(x, direct, None, ones, ones, ones, 1, "none", [], ""),
         lambda: winograd(x, tiled, None, channels_out),
     ]
-    best = [float("inf")] * 2
-    for repeat in range(-1, _REPEATS):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            if repeat >= 0:
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best[0], best[1]
+    first, second = best_times(runs, _REPEATS)
+    return first, second
