@@ -258,3 +258,16 @@ def test_a_module_with_control_flow_on_values_has_no_graph() -> None:
 
     with pytest.raises(CannotTrace):
         trace(Branch(), (torch.randn(2, 2),), {})
+
+
+def test_on_another_device_the_same_passes_apply_without_oneDNN() -> None:
+    model, (x, t) = own(scale_shift=True, head_channels=16)
+    found = trace(model.to("meta"), (x.to("meta"), t.to("meta")), {})
+    done = {r.name: r for r in rewrite(found, torch.bfloat16, [])}
+    for name in ("hoist_timestep", "lower_precision", "channels_last"):
+        assert done[name].matched > 0, str(done[name])
+    for name in ("attention", "prepack_convolutions"):
+        assert (done[name].matched, set(done[name].left)) == (0, {"not on the CPU"})
+    assert done["winograd_convolutions"].matched == done["fuse_residual_add"].matched == 0
+    called = {str(n.target) for n in found.gm.graph.nodes if n.op == "call_function"}
+    assert not [name for name in called if name.startswith("mkldnn")]
