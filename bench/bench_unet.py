@@ -37,6 +37,7 @@ from stepfuse.engine.optimize import optimize
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
 OURS = {"fp32": None, "bf16": torch.bfloat16}
 TIMESTEP = 500
+SETTLE_SECONDS = 0.02  # idle threads of the candidate before stop spinning
 
 
 @dataclass
@@ -141,16 +142,20 @@ def compare_images(found: list[Candidate], model: nn.Module, x: Tensor) -> None:
 def alternate(
     found: list[Candidate], x: Tensor, t: Tensor, sums: dict[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-    """Time every candidate and every sum of products in turn."""
+    """Time every candidate and every sum of products in turn, each after an untimed call."""
     alone: dict[str, list[float]] = {name: [] for name in sums}
     for counted in range(-1, rounds):
         for c in found:
+            time.sleep(SETTLE_SECONDS)
+            c.call(x, t)
             start, busy = time.perf_counter(), time.process_time()
             c.call(x, t)
             if counted >= 0:
                 c.seconds.append(time.perf_counter() - start)
                 c.cpu_seconds.append(time.process_time() - busy)
         for name, run in sums.items():
+            time.sleep(SETTLE_SECONDS)
+            run()
             seconds = run()
             if counted >= 0:
                 alone[name].append(seconds)

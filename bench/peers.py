@@ -123,6 +123,8 @@ def onnxruntime(model: nn.Module, x: Tensor, t: Tensor) -> Call:
         options.intra_op_num_threads = torch.get_num_threads()
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        # threads that spin after a run would take the processors from the next candidate
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = runtime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
