@@ -30,6 +30,9 @@ COPY = "copy"
 ROTATED_BYTES = 128 << 20  # larger than a last-level cache that one process may count on
 MOST_BUFFERS = 32
 BLOCK_SECONDS = 0.004
+# torch.compile links an OpenMP of its own: threads of one pool spin for some milliseconds after
+# their last work, on cores that the other pool is then timed on
+SETTLE_SECONDS = 0.02
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Inputs = dict[str, Any]
@@ -95,6 +98,8 @@ def measure(case: Case, rounds: int, with_compile: bool) -> Result:
         for _ in range(rounds):
             for name, call in candidates.items():
                 chosen = list(itertools.islice(turn, calls[name]))
+                time.sleep(SETTLE_SECONDS)
+                call(next(turn))  # wakes its own threads
                 start = time.perf_counter()
                 for inputs in chosen:
                     call(inputs)
