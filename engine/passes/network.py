@@ -124,12 +124,17 @@ class Network:
         table = self.table
         assert table is not None
         if table.table is not None:
-            if t.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
-                return table.lookup(t)  # being recorded: no way to tell an unknown timestep
+            if t.device.type != "cpu":
+                return table.lookup(t)
             try:
                 return table.lookup(t)
-            except IndexError:
-                pass  # not announced
+            except IndexError as error:
+                if torch._C._len_torch_dispatch_stack():
+                    # being recorded: what is recorded now would be replayed for other timesteps too
+                    raise IndexError(
+                        f"a timestep is not among the {len(table.filled)} announced ones, which a "
+                        "recorded step reads from a table; call prepare(timesteps)"
+                    ) from error
         return self._time_stage(t)
 
     def _compile(self, traced: Traced, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from tests.engine.passes.networks import Small, distance, own, small
 from torch import Tensor, nn
 
 from stepfuse import CFG, Sampler, Schedule
+from stepfuse.engine.capture import Recording
 from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
 
 # float32 sums in another order, through some twenty layers
@@ -230,6 +231,21 @@ def test_a_captured_sampler_replays_it(announced: bool, guided: bool) -> None:
         images.append(sampler.sample((2, 3, 10, 6), seed=1, condition=condition))
         assert sampler.stats()["replays"] == 5, sampler.explain()
     assert distance(images[1], images[0]) < 1e-4
+
+
+@torch.no_grad()
+def test_a_recorded_step_knows_the_announced_timesteps() -> None:
+    model, (x, t) = small()
+    fast = optimize(model, (x, t), timesteps=[1, 2])
+    with pytest.raises(IndexError, match=r"2 announced ones.*prepare\(timesteps\)"):
+        Recording(lambda: x.copy_(fast(x, t)))
+    fast.prepare(t.tolist())
+    out = torch.empty_like(x)
+    step = Recording(lambda: out.copy_(fast(x, t)))
+    for timesteps in ([1, 1, 2], [999, 0, 5]):
+        t.copy_(torch.tensor(timesteps))
+        step.replay()
+        assert distance(out, model(x, t)) < REORDERED
 
 
 def test_a_captured_step_follows_refreshed_weights() -> None:
