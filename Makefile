@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 # says what is done and how long it took
 STEP = t=$$(date +%s); printf '== %s\n' $(1); $(2) || exit 1; printf '   %s s\n' $$(($$(date +%s) - t))
 
-.PHONY: sample test lint types bench bench-kernels bench-sampler clean
+.PHONY: sample test lint types bench bench-kernels bench-sampler bench-unet clean
 
 sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoint
 	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
@@ -22,7 +22,7 @@ lint: $(VENV)/tested
 types: $(VENV)/tested
 	@$(call STEP,'mypy --strict',$(BIN)/mypy)
 
-bench: bench-kernels bench-sampler  ## every benchmark; each verifies before it times
+bench: bench-kernels bench-sampler bench-unet  ## every benchmark; each verifies before it times
 
 bench-kernels: $(VENV)/benched
 	@$(BIN)/python -m bench.bench_group_norm_silu
@@ -33,6 +33,9 @@ bench-kernels: $(VENV)/benched
 
 bench-sampler: $(VENV)/benched
 	@$(BIN)/python -m bench.bench_sampler
+
+bench-unet: $(VENV)/benched
+	@$(BIN)/python -m bench.bench_unet
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -51,7 +54,5 @@ $(VENV)/tested: $(VENV)/installed
 	@touch $@
 
 $(VENV)/benched: $(VENV)/installed
-	@$(call STEP,'installing the bench extras',$(PIP) --editable '.[bench$(COMMA)adapters$(COMMA)triton]')
+	@$(call STEP,'installing the bench extras',$(PIP) --editable '.[bench]')
 	@touch $@
-
-COMMA := ,

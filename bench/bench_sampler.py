@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.engine.capture import Recording
+from stepfuse.engine.programs import Runner
 from stepfuse.engine.unet import UNet, UNetConfig
 
 peers_setup.prepare()
@@ -73,7 +73,7 @@ class Network:
                     torch.nn.init.normal_(weight, std=0.02)
             self.channels = 3
         self.model.requires_grad_(False)
-        self.twin = diffusers_twin(self.model)
+        self.twin = diffusers_twin(self.model, sample_size=32)
         self.pipeline = DDIMPipeline(self.twin, DDIMScheduler(clip_sample=True, steps_offset=0))
         self.pipeline.set_progress_bar_config(disable=True)
         self.settings = {"rederive_epsilon": False}  # as diffusers clips
@@ -86,6 +86,13 @@ class Network:
 
     def sampler(self, steps: int, **more: Any) -> sf.Sampler:
         return sf.Sampler(self.model, self.schedule, steps=steps, **(self.settings | more))
+
+    def idle_sampler(self, batch: int) -> sf.Sampler:
+        """The same loop over a network that does nothing."""
+        output = torch.zeros(self.shape(batch))
+        return sf.Sampler(
+            lambda x, t, labels=None: output, self.schedule, steps=50, **self.settings
+        )
 
     def theirs(self, batch: int, steps: int) -> Tensor:
         """DDIMPipeline where the network needs no labels, else the lines of its loop."""
@@ -153,32 +160,38 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
 def outside_the_network(
     network: Network, batch: int, rounds: int, optimize: bool
 ) -> dict[str, Any]:
-    """The share of a captured step that is not the captured network."""
-    sampler = network.sampler(50, optimize=optimize)
-    network.ours(sampler, batch)
-    request = sampler._request(network.shape(batch), condition=network.condition(batch))
-    (part,) = request.parts(None)
-    runner = sampler._load(part, sampler.plan)
-    program = runner.program
-    with torch.no_grad():
+    """The share of a captured step that is not the network.
 
-        def network_step() -> None:
-            sampler.denoiser(program.x, program.t, program.condition)
+    The rest is timed by itself, with a network that does nothing: as the difference of two large
+    times it would drown in their noise.
+    """
+    runners = {
+        "step": _ready(network.sampler(50, optimize=optimize), network, batch),
+        "outside": _ready(network.idle_sampler(batch), network, batch),
+    }
 
-        network_only = Recording(network_step)
-
-        def step() -> None:
-            program.step.zero_()
+    def step(runner: Runner) -> None:
+        for _ in range(10):
+            runner.program.step.zero_()
             runner.run_step(False)
 
-        samples = alternate({"step": step, "network": network_only.replay}, rounds)
+    with torch.no_grad():
+        samples = alternate({n: (lambda r=r: step(r)) for n, r in runners.items()}, rounds)
     return {
         "network": network.name,
         "batch": batch,
         "optimize": optimize,
-        "share": 1 - ratio(samples, "network", "step"),
+        "share": statistics.median(samples["outside"]) / statistics.median(samples["step"]),
         "samples": samples,
     }
+
+
+def _ready(sampler: sf.Sampler, network: Network, batch: int) -> Runner:
+    """A runner with its captured step, at the start of a loop."""
+    network.ours(sampler, batch)
+    request = sampler._request(network.shape(batch), condition=network.condition(batch))
+    (part,) = request.parts(None)
+    return sampler._load(part, sampler.plan)
 
 
 def linearity(network: Network, rounds: int) -> dict[str, Any]:
@@ -202,28 +215,34 @@ def linearity(network: Network, rounds: int) -> dict[str, Any]:
 
 
 def watching(network: Network, rounds: int) -> dict[str, Any]:
-    """What a progress bar and a callback add to the captured loop."""
-    sampler, shape, condition = network.sampler(50), network.shape(1), network.condition(1)
+    """What a progress bar and a callback add to a captured loop of 50 steps.
+
+    Timed with a network that does nothing, and divided by the time of the real loop.
+    """
+    shape, condition = network.shape(1), network.condition(1)
+    real, idle = network.sampler(50), network.idle_sampler(1)
     seen: list[int] = []
 
     def with_bar() -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # drawn, but not on this terminal
-            sampler.sample(shape, condition=condition, progress=True)
+            idle.sample(shape, condition=condition, progress=True)
 
     samples = alternate(
         {
-            "plain": lambda: sampler.sample(shape, condition=condition),
+            "real": lambda: real.sample(shape, condition=condition),
+            "plain": lambda: idle.sample(shape, condition=condition),
             "progress": with_bar,
-            "callback": lambda: sampler.sample(
+            "callback": lambda: idle.sample(
                 shape, condition=condition, callback=lambda step: seen.append(step.index)
             ),
         },
         rounds,
     )
+    median = {name: statistics.median(times) for name, times in samples.items()}
     return {
         "network": network.name,
-        "progress": ratio(samples, "progress", "plain") - 1,
-        "callback": ratio(samples, "callback", "plain") - 1,
+        "progress": (median["progress"] - median["plain"]) / median["real"],
+        "callback": (median["callback"] - median["plain"]) / median["real"],
         "samples": samples,
     }
 
@@ -281,7 +300,7 @@ def main() -> None:
                 outside_the_network(network, batch, 10 * arguments.rounds, optimize)
                 for optimize in (False, True)
             ]
-    results["linearity"] = linearity(networks[0], arguments.rounds)
+    results["linearity"] = linearity(networks[0], 3 * arguments.rounds)
     results["watching"] = watching(networks[0], 4 * arguments.rounds)
     report(results, Console())
     if arguments.json is not None:

@@ -27,11 +27,14 @@ from torch import Tensor
 OURS = "stepfuse"
 INTO = "out="  # ours, into a buffer that is there already
 COPY = "copy"
+COMPILE = "compile"
+BESIDE = "stepfuse beside compile"
 ROTATED_BYTES = 128 << 20  # larger than a last-level cache that one process may count on
 MOST_BUFFERS = 32
 BLOCK_SECONDS = 0.004
-# torch.compile links an OpenMP of its own: threads of one pool spin for some milliseconds after
-# their last work, on cores that the other pool is then timed on
+# torch.compile brings an OpenMP of its own: threads of one pool spin for some milliseconds after
+# their last work, on cores that the other pool is then timed on. So it is timed apart from the
+# others, against ours once more, with a pause before each turn.
 SETTLE_SECONDS = 0.02
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -77,35 +80,51 @@ class Result:
 
     def ratio(self, name: str) -> float | None:
         """How many times longer ``name`` takes than ours; None where it was not timed."""
-        return self.median(name) / self.median(OURS) if name in self.samples else None
+        base = BESIDE if name == COMPILE else OURS
+        return self.median(name) / self.median(base) if name in self.samples else None
 
 
-def measure(case: Case, rounds: int, with_compile: bool) -> Result:
-    """Time every candidate of a case that is correct."""
+def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> Result:
+    """Time every candidate of a case that is correct; torch.compile afterwards, beside ours.
+
+    ``hot`` gives every call the same inputs, which a cache then holds where they fit.
+    """
     case.verify()
     first = case.make()
     held = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
     count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // max(held, 1)))
-    buffers = [first, *(case.make() for _ in range(count - 1))]
+    buffers = [first, *(case.make() for _ in range(0 if hot else count - 1))]
     candidates = dict(case.candidates) | {COPY: _copy(case.traffic)}
+    result = Result(case, _alternated(candidates, buffers, rounds, settle=0))
     if with_compile and case.compiled is not None:
         torch._dynamo.reset()
-        candidates["compile"] = torch.compile(case.compiled, fullgraph=True, dynamic=False)
-    result = Result(case)
+        compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False)
+        pair = {BESIDE: case.candidates[OURS], COMPILE: compiled}
+        result.samples |= _alternated(pair, buffers, rounds, SETTLE_SECONDS)
+    return result
+
+
+def _alternated(
+    candidates: dict[str, Callable[[Inputs], Any]],
+    buffers: list[Inputs],
+    rounds: int,
+    settle: float,
+) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
         calls = {name: _calls_per_block(call, buffers) for name, call in candidates.items()}
         turn = itertools.cycle(buffers)
         for _ in range(rounds):
             for name, call in candidates.items():
                 chosen = list(itertools.islice(turn, calls[name]))
-                time.sleep(SETTLE_SECONDS)
-                call(next(turn))  # wakes its own threads
+                if settle:
+                    time.sleep(settle)
+                    call(next(turn))  # wakes its own threads
                 start = time.perf_counter()
                 for inputs in chosen:
                     call(inputs)
-                seconds = time.perf_counter() - start
-                result.samples.setdefault(name, []).append(seconds / len(chosen))
-    return result
+                samples[name].append((time.perf_counter() - start) / len(chosen))
+    return samples
 
 
 def _copy(traffic: int) -> Callable[[Inputs], Any]:
@@ -171,6 +190,11 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
     parser.add_argument("--rounds", type=int, default=21, help="blocks a candidate (default 21)")
     parser.add_argument("--threads", type=int, help="threads of torch and of ours")
     parser.add_argument("--match", default="", help="only cases whose label contains this")
+    parser.add_argument(
+        "--hot",
+        action="store_true",
+        help="the same tensors again and again, as a layer finds what the one before just wrote",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     if options.threads:
@@ -184,7 +208,7 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
         for case in cases:
             if options.match in str(case):
                 status.update(str(case))
-                results.append(measure(case, options.rounds, not options.no_compile))
+                results.append(measure(case, options.rounds, not options.no_compile, options.hot))
     show(console, title, results, columns)
     if options.json:
         options.json.write_text(json.dumps(_as_json(results), indent=1))

@@ -10,14 +10,18 @@ from stepfuse.engine.unet import UNet
 from stepfuse.engine.unet_blocks import Downsample, ResidualBlock, Stage, Upsample
 
 
-def diffusers_twin(model: UNet) -> nn.Module:
-    """diffusers' network with the configuration and the weights of ours."""
+def diffusers_twin(model: UNet, sample_size: int | None = None) -> nn.Module:
+    """diffusers' network with the configuration and the weights of ours.
+
+    ``sample_size`` is what its pipelines draw; the network itself takes any.
+    """
     from diffusers import UNet2DModel
 
     c = model.config
     attends = [2**level in c.attention_factors for level in range(len(c.channel_multipliers))]
     resampling = {"conv": "conv", "resblock": "resnet"}[c.updown]
     twin = UNet2DModel(
+        sample_size=sample_size,
         in_channels=c.in_channels,
         out_channels=c.out_channels,
         block_out_channels=c.level_channels,

@@ -71,10 +71,12 @@ struct Statistics {
   }
 };
 
-// Calls f(offset, lanes) for the vectors of [begin, end).
-template <class Function>
+// Calls f(offset, lanes) for the vectors of [begin, end), `paired` two at a time while they last.
+template <bool paired = false, class Function>
 inline void each_vector(int64_t begin, int64_t end, const Function& f) {
   int64_t i = begin;
+  if constexpr (paired)
+    for (; i + 2 * W <= end; i += 2 * W) f(i, Paired{});
   for (; i + W <= end; i += W) f(i, Full{});
   if (i < end) f(i, Partial{static_cast<int>(end - i)});
 }

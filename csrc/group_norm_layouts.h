@@ -97,14 +97,15 @@ class FirstUnit {
     state_.set(0, static_cast<double>(K_), total, squares);
   }
 
-  // f(offset, c, lanes) for the vectors of a piece, where c[k] holds coefficient k of [K, width].
-  template <int K, class Function>
+  // f(offset, c, lanes) for the vectors of a piece, where c[k] holds coefficient k of [K, width];
+  // `paired` says that f takes Paired lanes.
+  template <int K, bool paired = false, class Function>
   void for_vectors(int64_t piece, const float* coefficients, const Function& f) const {
     for_rows(piece, [&](int64_t channel, int64_t at, int64_t count) {
       F c[K];
       for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k * state_.width + channel]);
-      each_vector(state_.offset + at, state_.offset + at + count,
-                  [&](int64_t i, auto lanes) { f(i, c, lanes); });
+      each_vector<paired>(state_.offset + at, state_.offset + at + count,
+                          [&](int64_t i, auto lanes) { f(i, c, lanes); });
     });
   }
 
@@ -132,9 +133,18 @@ class FirstUnit {
       second[k] = fma(d, d, second[k]);
     };
     int64_t i = 0;
-    for (; i + 4 * W <= count; i += 4 * W)
+    for (; i + 4 * W <= count; i += 4 * W) {
+      if constexpr (kPaired<T>) {
+        F v[4];
+        load_pair(x + i, v[0], v[1]);
+        load_pair(x + i + 2 * W, v[2], v[3]);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) term(k, load(x + i + k * W, Full{}) - K);
+        for (int k = 0; k < 4; ++k) term(k, v[k] - K);
+      } else {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) term(k, load(x + i + k * W, Full{}) - K);
+      }
+    }
     each_vector(i, count,
                 [&](int64_t at, auto lanes) { term(0, keep(load(x + at, lanes) - K, lanes)); });
   }
@@ -228,7 +238,7 @@ class LastUnit {
   }
 
   // As FirstUnit.
-  template <int K, class Function>
+  template <int K, bool = false, class Function>
   void for_vectors(int64_t piece, const float* coefficients, const Function& f) const {
     const int64_t C = state_.width, end = std::min(state_.a.spatial, (piece + 1) * pixels_);
     for (int64_t pixel = piece * pixels_; pixel < end; ++pixel) {

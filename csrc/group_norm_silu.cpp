@@ -11,12 +11,22 @@ void forward(const GroupNorm& a, T* out, int threads) {
   const T* x = static_cast<const T*>(a.x);
   for_units<Unit>(a, threads, [&](const Unit& unit, int64_t piece) {
     const float* coefficients = unit.state().coefficients.data();
-    unit.template for_vectors<2>(piece, coefficients, [&](int64_t i, const F(&c)[2], auto lanes) {
+    const auto result = [](F v, const F(&c)[2]) {
+      const F y = fma(v, c[0], c[1]);
+      return act ? silu<kHalfPrecision<T>>(y) : y;
+    };
+    const auto step = [&](int64_t i, const F(&c)[2], auto lanes) {
       // arithmetic here leaves the memory time to bring in what is summed next
       if (const int64_t ahead = unit.ahead(); ahead != 0) __builtin_prefetch(x + i + ahead, 0, 2);
-      const F y = fma(load(x + i, lanes), c[0], c[1]);
-      store(out + i, act ? silu<kHalfPrecision<T>>(y) : y, lanes);
-    });
+      if constexpr (std::is_same_v<decltype(lanes), Paired>) {
+        F even, odd;
+        load_pair(x + i, even, odd);
+        store_pair(out + i, result(even, c), result(odd, c));
+      } else {
+        store(out + i, result(load(x + i, lanes), c), lanes);
+      }
+    };
+    unit.template for_vectors<2, kPaired<T>>(piece, coefficients, step);
   });
 }
 

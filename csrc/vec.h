@@ -47,6 +47,9 @@ struct Full {};
 struct Partial {
   int count;
 };
+// Twice the lanes at once, as the even and the odd elements: for storage types with kPaired<T>,
+// whose elements an instruction set separates and joins more cheaply than it widens and narrows.
+struct Paired {};
 
 STEPFUSE_INLINE F broadcast(float v) { return v - F{}; }
 

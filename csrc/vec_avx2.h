@@ -3,6 +3,9 @@
 
 namespace stepfuse {
 
+template <class T>
+constexpr bool kPaired = false;
+
 STEPFUSE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 STEPFUSE_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 // b where a or b is NaN: with the value as b, a NaN passes through a clamp.

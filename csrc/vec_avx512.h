@@ -23,6 +23,22 @@ STEPFUSE_INLINE __m256i to_bits(F v, float16) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// Two bfloat16 are one lane: the odd one is its upper half, the even one its lower half shifted up.
+template <class T>
+constexpr bool kPaired = std::is_same_v<T, bfloat16>;
+STEPFUSE_INLINE void load_pair(const bfloat16* p, F& even, F& odd) {
+  const __m512i v = _mm512_loadu_si512(p);
+  even = (F)_mm512_slli_epi32(v, 16);
+  odd = (F)_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+STEPFUSE_INLINE void store_pair(bfloat16* p, F even, F odd) {
+  alignas(64) static constexpr uint16_t kJoin[2 * W] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // even ones first
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kJoin), halves));
+}
+
 template <class T>
 STEPFUSE_INLINE F load(const T* p, Full) {
   return from_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});

@@ -6,6 +6,9 @@
 
 namespace stepfuse {
 
+template <class T>
+constexpr bool kPaired = false;
+
 #if defined(__aarch64__)
 STEPFUSE_INLINE F fma(F a, F b, F c) {
   for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);

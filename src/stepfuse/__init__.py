@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.checkpoint import Checkpoint, load
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
-    from stepfuse.engine.optimize import Optimized, optimize
+    from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
     from stepfuse.engine.sampler import Sampler, Step
     from stepfuse.engine.schedule import Schedule
     from stepfuse.engine.timesteps import spaced_timesteps
@@ -24,6 +24,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Step",
+    "WeightsChanged",
     "__version__",
     "interpolate",
     "load",
@@ -37,7 +38,7 @@ _HOMES = {
     "engine.checkpoint": ("Checkpoint", "load"),
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
-    "engine.optimize": ("Optimized", "optimize"),
+    "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
     "engine.sampler": ("Sampler", "Step"),
     "engine.schedule": ("Schedule",),
     "engine.timesteps": ("spaced_timesteps",),
