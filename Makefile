@@ -26,6 +26,7 @@ bench: bench-kernels bench-sampler bench-unet  ## every benchmark; each verifies
 
 bench-kernels: $(VENV)/benched
 	@$(BIN)/python -m bench.bench_group_norm_silu
+	@$(BIN)/python -m bench.bench_group_norm_silu --hot --no-compile
 	@$(BIN)/python -m bench.bench_denoise_step
 	@$(BIN)/python -m bench.bench_add_noise
 	@$(BIN)/python -m bench.bench_philox

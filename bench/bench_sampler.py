@@ -30,7 +30,8 @@ from stepfuse.engine.unet import UNet, UNetConfig
 peers_setup.prepare()
 
 PARITY = 2e-3  # of images in [-1, 1]: float32 sums in another order, through S clipped steps
-OURS = ("eager", "captured", "optimized")
+OURS = ("eager", "captured", "optimized", "in bfloat16")
+LEAST_PSNR = 25.0  # dB of bfloat16's images to float32's, which a chaotic loop takes apart
 Samples = dict[str, list[float]]
 
 
@@ -130,6 +131,12 @@ class Network:
         assert difference <= PARITY, f"images differ by {difference:.2g}: nothing is timed"
         return difference
 
+    @staticmethod
+    def psnr(images: Tensor, reference: Tensor) -> float:
+        """Peak signal-to-noise ratio in dB, of images in [-1, 1]."""
+        error = (images.clamp(-1, 1) - reference.clamp(-1, 1)).square().mean()
+        return float(10 * torch.log10(4 / error))
+
 
 def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> dict[str, Any]:
     """Our loop, captured and eager, against diffusers' on the same weights."""
@@ -137,12 +144,16 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
     captured, eager = network.sampler(steps), network.sampler(steps, graph=None)
     optimized = network.sampler(steps, optimize=True)
     difference = max(difference, network.verify(batch, steps, optimized))
+    half = network.sampler(steps, optimize=torch.bfloat16)
+    psnr = network.psnr(network.ours(half, batch), network.ours(captured, batch))
+    assert psnr > LEAST_PSNR, f"bfloat16 images at {psnr:.1f} dB: nothing is timed"
     samples = alternate(
         {
             "diffusers": lambda: network.theirs(batch, steps),
             "captured": lambda: network.ours(captured, batch),
             "eager": lambda: network.ours(eager, batch),
             "optimized": lambda: network.ours(optimized, batch),
+            "in bfloat16": lambda: network.ours(half, batch),
         },
         rounds,
     )
@@ -151,6 +162,7 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
         "batch": batch,
         "steps": steps,
         "difference": difference,
+        "psnr of bfloat16": psnr,
         "ms": {name: statistics.median(s) * 1e3 for name, s in samples.items()},
         "times faster": {n: ratio(samples, "diffusers", n) for n in samples if n != "diffusers"},
         "samples": samples,
