@@ -25,18 +25,18 @@ types: $(VENV)/tested
 bench: bench-kernels bench-sampler bench-unet  ## every benchmark; each verifies before it times
 
 bench-kernels: $(VENV)/benched
-	@$(BIN)/python -m bench.bench_group_norm_silu
-	@$(BIN)/python -m bench.bench_group_norm_silu --hot --no-compile
-	@$(BIN)/python -m bench.bench_denoise_step
-	@$(BIN)/python -m bench.bench_add_noise
-	@$(BIN)/python -m bench.bench_philox
-	@$(BIN)/python -m bench.roofline
+	@$(BIN)/python -m stepfuse.bench.bench_group_norm_silu
+	@$(BIN)/python -m stepfuse.bench.bench_group_norm_silu --hot --no-compile
+	@$(BIN)/python -m stepfuse.bench.bench_denoise_step
+	@$(BIN)/python -m stepfuse.bench.bench_add_noise
+	@$(BIN)/python -m stepfuse.bench.bench_philox
+	@$(BIN)/python -m stepfuse.bench.roofline
 
 bench-sampler: $(VENV)/benched
-	@$(BIN)/python -m bench.bench_sampler
+	@$(BIN)/python -m stepfuse.bench.bench_sampler
 
 bench-unet: $(VENV)/benched
-	@$(BIN)/python -m bench.bench_unet
+	@$(BIN)/python -m stepfuse.bench.bench_unet
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,6 @@
 """add_noise against torch.randn_like, two multiplications and an add, and against a copy.
 
-    python -m bench.bench_add_noise [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_add_noise [--json FILE] [--match TEXT] [--no-compile]
 
 With the noise drawn inside, and given; a timestep for each sample.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench import harness
 from torch import Tensor
 
+from stepfuse.bench import harness
 from stepfuse.kernels import philox
 from stepfuse.kernels.add_noise import add_noise
 

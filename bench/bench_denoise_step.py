@@ -1,6 +1,6 @@
 """denoise_step against diffusers' schedulers, plain torch, torch.compile, and a copy.
 
-    python -m bench.bench_denoise_step [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_denoise_step [--json FILE] [--match TEXT] [--no-compile]
 
 DDIM with eta 0 (no noise) against `DDIMScheduler.step`, DDPM with its noise drawn inside against
 `DDPMScheduler.step`. The DDIM results are compared with diffusers' own before anything is timed.
@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench import harness, peers_setup
 from torch import Tensor
 
+from stepfuse.bench import harness, peers_setup
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import Update, step_table
 from stepfuse.engine.timesteps import spaced_timesteps

@@ -1,6 +1,6 @@
 """group_norm_silu against F.silu(F.group_norm(x)), eager and compiled, and against a copy.
 
-    python -m bench.bench_group_norm_silu [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_group_norm_silu [--json FILE] [--match TEXT] [--no-compile]
 
 The shapes are the GroupNorm inputs of DDPM's CIFAR-10 network, ADM's 64x64 network and Stable
 Diffusion 1.5 at 64x64 latents; both layouts, float32 and bfloat16.
@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import harness
 from torch import Tensor
 
+from stepfuse.bench import harness
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 from stepfuse.kernels.reference.group_norm_silu import formula
 

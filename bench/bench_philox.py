@@ -1,6 +1,6 @@
 """Counter-based noise against torch.randn and against writing as many bytes.
 
-python -m bench.bench_philox [--json FILE] [--match TEXT] [--no-compile]
+python -m stepfuse.bench.bench_philox [--json FILE] [--match TEXT] [--no-compile]
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench import harness
 from torch import Tensor
 
+from stepfuse.bench import harness
 from stepfuse.kernels import philox
 
 TITLE = "philox.normal: x_T of every sample from its seed and number"

@@ -1,4 +1,4 @@
-"""The sampler against diffusers' pipeline and the network alone: `python -m bench.bench_sampler`.
+"""The sampler against diffusers' pipeline: `python -m stepfuse.bench.bench_sampler`.
 
 Every comparison is checked before it is timed: the images of both sides agree. Candidates take
 turns in one run and medians are quoted, so that a busy machine meets them all.
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import peers_setup
-from bench.harness import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import stepfuse as sf
+from stepfuse.bench import peers_setup
+from stepfuse.bench.harness import machine
 from stepfuse.engine.programs import Runner
 from stepfuse.engine.unet import UNet, UNetConfig
 
@@ -57,8 +57,9 @@ class Network:
     """A U-Net of ours, diffusers' twin of it, and the samplers over both."""
 
     def __init__(self, name: str) -> None:
-        from bench.twin import diffusers_twin
         from diffusers import DDIMPipeline, DDIMScheduler
+
+        from stepfuse.bench.twin import diffusers_twin
 
         self.name = name
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""One evaluation of a U-Net, optimised, against every runtime: `python -m bench.bench_unet`.
+"""One evaluation of a U-Net against every runtime: `python -m stepfuse.bench.bench_unet`.
 
 A candidate is checked against the eager float32 network before it is timed, and left out where it
 is wrong. All take turns in one run; medians and ratios of one round each are reported. "products"
@@ -22,15 +22,15 @@ from typing import Any
 
 import psutil
 import torch
-from bench import peers_setup
-from bench.harness import machine
-from bench.peers import PEERS, Call, Plain
-from bench.products import products
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import stepfuse as sf
+from stepfuse.bench import peers_setup
+from stepfuse.bench.harness import machine
+from stepfuse.bench.peers import PEERS, Call, Plain
+from stepfuse.bench.products import products
 from stepfuse.engine.optimize import optimize
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers

@@ -1,6 +1,6 @@
 """What the compiled Triton kernels need, and how long memory bandwidth lets them take.
 
-    python -m bench.roofline [--arch 80 90 100 120] [--json FILE]
+    python -m stepfuse.bench.roofline [--arch 80 90 100 120] [--json FILE]
 
 No GPU is used: kernels are compiled for each architecture and the machine code is read. Bytes are
 those an op has to move at least (`tests/kernels/test_triton_sim.py` counts them in execution); the
@@ -56,11 +56,11 @@ class Row:
     unfused_microseconds: float | None
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Traffic(TorchDispatchMode):
     """Adds up what each PyTorch operator reads and writes; views move nothing."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,7 +164,7 @@ def _against(unfused: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table; write it as JSON too where asked."""
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stepfuse.bench.roofline", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # for bench.*; last, so that it shadows nothing
 
-from bench import peers_setup
+from stepfuse.bench import peers_setup
 
 peers_setup.prepare()
 # more threads than cores make small operations slower by orders of magnitude

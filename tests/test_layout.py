@@ -59,7 +59,7 @@ def test_no_file_is_too_long() -> None:
 
 def test_the_package_is_links_to_the_folders() -> None:
     package = ROOT / "src" / "stepfuse"
-    for name in ("kernels", "engine"):
+    for name in ("kernels", "engine", "bench"):
         assert (package / name).resolve() == ROOT / name
 
 
@@ -67,9 +67,10 @@ def test_kernels_is_not_a_package_of_its_own() -> None:
     """A package named ``kernels`` on PyPI is imported by diffusers and transformers."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "engine" / "__init__.py").exists()
+    assert not (ROOT / "bench" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("name", ["kernels", "engine"])
+@pytest.mark.parametrize("name", ["kernels", "engine", "bench"])
 def test_a_package_elsewhere_is_not_shadowed(name: str, tmp_path: Path) -> None:
     """Even from the repository's root, which Python searches first, theirs is imported."""
     theirs = tmp_path / name

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from bench.twin import diffusers_twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from stepfuse.bench.twin import diffusers_twin
 from stepfuse.engine.unet import UNet, UNetConfig
 from stepfuse.engine.unet_blocks import ResidualBlock, SelfAttention, timestep_embedding
 

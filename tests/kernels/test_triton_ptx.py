@@ -19,9 +19,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.roofline import CARDS, static_table, traffic
 from triton_modes import needs_compiler
 
+from stepfuse.bench.roofline import CARDS, static_table, traffic
 from stepfuse.kernels.triton import flat, group_norm_silu_plan, variants
 from stepfuse.kernels.triton.ahead import compiling
 from stepfuse.kernels.triton.variants import BULK, Kernel
