@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from stepfuse._version import __version__
 
 if TYPE_CHECKING:
+    from stepfuse.engine.adapters import accelerate, restore
     from stepfuse.engine.checkpoint import Checkpoint, load
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
@@ -26,15 +27,18 @@ __all__ = [
     "Step",
     "WeightsChanged",
     "__version__",
+    "accelerate",
     "interpolate",
     "load",
     "optimize",
+    "restore",
     "slerp",
     "spaced_timesteps",
 ]
 
 # Imported at first use, so that `stepfuse --help` does not wait two seconds for torch.
 _HOMES = {
+    "engine.adapters": ("accelerate", "restore"),
     "engine.checkpoint": ("Checkpoint", "load"),
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
