@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.bench import harness
+from stepfuse.bench.suite import Timed
 from stepfuse.kernels import philox
 from stepfuse.kernels.add_noise import add_noise
 
@@ -107,9 +108,9 @@ def cases() -> Iterator[harness.Case]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "shape"), SHAPES)
 def test_add_noise(
-    benchmark: Any, model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool
+    timed: Timed, model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool
 ) -> None:
-    harness.benchmarked(benchmark, case(model, shape, dtype, inside))
+    timed.case(case(model, shape, dtype, inside))
 
 
 main = functools.partial(harness.run, TITLE, cases(), COLUMNS)

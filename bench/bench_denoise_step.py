@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.bench import harness, peers_setup
+from stepfuse.bench.suite import Timed
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import Update, step_table
 from stepfuse.engine.timesteps import spaced_timesteps
@@ -126,9 +127,9 @@ def cases() -> Iterator[harness.Case]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "shape"), SHAPES)
 def test_denoise_step(
-    benchmark: Any, model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str
+    timed: Timed, model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str
 ) -> None:
-    harness.benchmarked(benchmark, case(model, shape, dtype, method))
+    timed.case(case(model, shape, dtype, method))
 
 
 main = functools.partial(harness.run, TITLE, cases(), COLUMNS)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepfuse.bench import harness
+from stepfuse.bench.suite import Timed
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 from stepfuse.kernels.reference.group_norm_silu import formula
 
@@ -84,9 +85,9 @@ def cases() -> Iterator[harness.Case]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "shape"), SHAPES)
 def test_group_norm_silu(
-    benchmark: Any, model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str
+    timed: Timed, model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str
 ) -> None:
-    harness.benchmarked(benchmark, case(model, shape, dtype, layout))
+    timed.case(case(model, shape, dtype, layout))
 
 
 main = functools.partial(harness.run, TITLE, cases(), COLUMNS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.bench import harness
+from stepfuse.bench.suite import Timed
 from stepfuse.kernels import philox
 
 TITLE = "philox.normal: x_T of every sample from its seed and number"
@@ -69,8 +70,8 @@ def cases() -> Iterator[harness.Case]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "shape"), SHAPES)
-def test_philox(benchmark: Any, model: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    harness.benchmarked(benchmark, case(model, shape, dtype))
+def test_philox(timed: Timed, model: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    timed.case(case(model, shape, dtype))
 
 
 main = functools.partial(harness.run, TITLE, cases(), COLUMNS)

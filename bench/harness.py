@@ -90,10 +90,7 @@ def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> R
     ``hot`` gives every call the same inputs, which a cache then holds where they fit.
     """
     case.verify()
-    first = case.make()
-    held = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
-    count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // max(held, 1)))
-    buffers = [first, *(case.make() for _ in range(0 if hot else count - 1))]
+    buffers = [case.make()] if hot else rotating(case)
     candidates = dict(case.candidates) | {COPY: _copy(case.traffic)}
     result = Result(case, _alternated(candidates, buffers, rounds, settle=0))
     if with_compile and case.compiled is not None:
@@ -102,6 +99,14 @@ def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> R
         pair = {BESIDE: case.candidates[OURS], COMPILE: compiled}
         result.samples |= _alternated(pair, buffers, rounds, SETTLE_SECONDS)
     return result
+
+
+def rotating(case: Case) -> list[Inputs]:
+    """Sets of inputs that together are larger than a cache."""
+    first = case.make()
+    held = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
+    count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // max(held, 1)))
+    return [first, *(case.make() for _ in range(count - 1))]
 
 
 def _alternated(
@@ -266,12 +271,3 @@ def _as_json(results: list[Result]) -> dict[str, Any]:
         for r in results
     ]
     return {"machine": machine(), "rows": rows}
-
-
-def benchmarked(benchmark: Any, case: Case) -> None:
-    """The same under pytest-benchmark: verify, then time ours over rotating buffers."""
-    case.verify()
-    buffers = itertools.cycle([case.make() for _ in range(4)])
-    benchmark.group = case.label
-    with torch.no_grad():
-        benchmark(lambda: case.candidates[OURS](next(buffers)))
