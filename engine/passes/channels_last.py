@@ -17,6 +17,7 @@ from stepfuse.engine.passes.graph import PassReport, aten, call, calls, infer, s
 _FORMATS = {
     aten.conv2d.default: torch.channels_last,
     aten.conv2d.padding: torch.channels_last,
+    aten.conv_transpose2d.input: torch.channels_last,
     aten.conv3d.default: torch.channels_last_3d,
 }
 

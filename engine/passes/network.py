@@ -24,11 +24,13 @@ from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
+from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
 from stepfuse.engine.passes.weights import Weights
 from stepfuse.engine.passes.winograd_convolutions import winograd_convolutions
 
 PASSES = (
     "remove_no_ops",
+    "upsampled_convolutions",
     "fuse_group_norm_silu",
     "hoist_timestep",
     "lower_precision",
@@ -47,6 +49,7 @@ def rewrite(
     gm = traced.gm
     passes = {
         "remove_no_ops": remove_no_ops,
+        "upsampled_convolutions": upsampled_convolutions,
         "fuse_group_norm_silu": fuse_group_norm_silu,
         "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),
         "channels_last": channels_last,

@@ -1,6 +1,6 @@
 """Bring convolution and linear weights into the order oneDNN computes with, once.
 
-    conv2d(x, w, b) ──► _convolution_pointwise(x, packed(w), b)
+    conv2d(x, w, b) ──► _convolution_pointwise(x, packed(w), b)        conv_transpose2d likewise
 
 Without it every call reorders its weights first. The packed weight is a "weights" node: computed
 when the program is built and after `Optimized.refresh`. CPU tensors only. Exact up to the order of
@@ -36,6 +36,9 @@ def prepack_convolutions(gm: GraphModule) -> PassReport:
     for node in calls(gm, aten.conv2d.default):
         if report.count(_problem(node)):
             _pack_convolution(gm, node)
+    for node in calls(gm, aten.conv_transpose2d.input):
+        if report.count(_problem(node)):
+            _pack_transposed(gm, node)
     for node in calls(gm, aten.linear.default):
         x = node.args[0]
         assert isinstance(x, Node)
@@ -95,6 +98,36 @@ def _pack_convolution(gm: GraphModule, node: Node) -> None:
             *(x, packed, bias, padding, stride, dilation, groups, "none", [], ""),
         )
     replace(node, fused)
+
+
+def _pack_transposed(gm: GraphModule, node: Node) -> None:
+    given: dict[str, Any] = dict(zip(_TRANSPOSED, node.args, strict=False))
+    given.update(node.kwargs)
+    x, weight = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    geometry = (
+        *(_pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS),
+        given.get("groups", 1),
+    )
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(
+            mkldnn._reorder_convolution_transpose_weight.default,
+            (weight, *geometry, list(value(x).shape)),
+        )
+        packed.meta["val"] = weight.meta["val"]
+        fused = gm.graph.call_function(
+            mkldnn._convolution_transpose_pointwise.default,
+            (x, packed, given.get("bias"), *geometry, "none", [], ""),
+        )
+        fused.meta["val"] = node.meta["val"]
+    replace(node, fused)
+
+
+_TRANSPOSED = (
+    "input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation",
+)  # fmt: skip
+_TRANSPOSED_DEFAULTS = (("padding", 0), ("output_padding", 0), ("stride", 1), ("dilation", 1))
 
 
 def _pack_linear(gm: GraphModule, node: Node) -> None:

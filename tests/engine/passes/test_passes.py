@@ -23,9 +23,9 @@ from stepfuse.engine.passes.trace import CannotTrace, Traced, trace
 
 # float32 sums in another order: 1e-7 each, over a few hundred terms
 REORDERED = 2e-6
-ALONE = [
-    name for name in PASSES if name not in ("lower_precision", "attention", "winograd_convolutions")
-]
+# these need a dtype, attention or a stopwatch
+NOT_ALONE = ("lower_precision", "upsampled_convolutions", "attention", "winograd_convolutions")
+ALONE = [name for name in PASSES if name not in NOT_ALONE]
 
 
 def report(fast: Optimized, name: str) -> Any:
