@@ -26,3 +26,21 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
     """Verify, then time: see `stepfuse.bench.suite`."""
     return Timed(benchmark, request.config.getoption("--rounds"))
+
+
+@pytest.fixture(scope="session")
+def network(request: pytest.FixtureRequest) -> Any:
+    """A U-Net by name with samplers over it and diffusers' twin: `bench_sampler.Network`."""
+    pytest.importorskip("diffusers", reason="diffusers is the reference: pip install diffusers")
+    from stepfuse.bench.bench_sampler import Network
+
+    return Network(request.param)
+
+
+NETWORKS = ("digits", "ddpm_cifar10")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Suites that take a network run for each, one after the other."""
+    if "network" in metafunc.fixturenames:
+        metafunc.parametrize("network", NETWORKS, indirect=True, scope="session")

@@ -23,6 +23,7 @@ import torch
 from stepfuse.bench import harness
 
 Call = Callable[[], Any]
+LEAST_ROUNDS = 5
 
 
 @dataclass
@@ -32,12 +33,13 @@ class Timed:
     Args:
         benchmark: the fixture of pytest-benchmark.
         rounds: blocks of calls, for the call and for its reference.
-        block_seconds: how long a block lasts at least; one call where a call is longer.
+        budget: seconds for all blocks: calls that take long get fewer rounds, but not under
+            `LEAST_ROUNDS`.
     """
 
     benchmark: Any
     rounds: int = 21
-    block_seconds: float = harness.BLOCK_SECONDS
+    budget: float = 15.0
 
     def __call__(
         self,
@@ -65,7 +67,9 @@ class Timed:
         extra.update(found or {}, reference=reference)
         self.benchmark.group = group
         with torch.no_grad():
-            own, other = self._calls(call), self._calls(beside)
+            (own, first), (other, second) = _calls(call), _calls(beside)
+            fitting = int(self.budget / (first + second))
+            rounds = min(self.rounds, max(LEAST_ROUNDS, fitting))
             seconds: list[float] = []
 
             def turn() -> None:
@@ -73,11 +77,11 @@ class Timed:
                 _settled(call, settle)
 
             _settled(call, settle)
-            self.benchmark.pedantic(call, teardown=turn, rounds=self.rounds, iterations=own)
+            self.benchmark.pedantic(call, teardown=turn, rounds=rounds, iterations=own)
         if self.benchmark.stats is None:  # --benchmark-disable
             return
         # where a block has several calls, pytest-benchmark makes one more for its result
-        extra["reference_seconds"] = seconds[: self.rounds]
+        extra["reference_seconds"] = seconds[:rounds]
         pairs = zip(self.benchmark.stats.stats.data, seconds, strict=False)
         extra["ratio"] = statistics.median(a / b for a, b in pairs)
 
@@ -103,11 +107,13 @@ class Timed:
             verify=verify,
         )
 
-    def _calls(self, call: Call) -> int:
-        """Calls that make a block."""
-        call()
-        each = _block(call, 1, 0.0)
-        return max(1, min(2000, round(self.block_seconds / max(each, 1e-9))))
+
+def _calls(call: Call) -> tuple[int, float]:
+    """How many calls make a block, and about how many seconds they take."""
+    call()
+    each = max(_block(call, 1, 0.0), 1e-9)
+    count = max(1, min(2000, round(harness.BLOCK_SECONDS / each)))
+    return count, count * each
 
 
 def _settled(call: Call, settle: float) -> None:

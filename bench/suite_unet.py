@@ -1,0 +1,41 @@
+"""Suite: one evaluation of an optimised network beside the same network in eager float32.
+
+python -m pytest bench/suite_unet.py --benchmark-only [-k digits]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stepfuse.bench.suite import Timed
+from stepfuse.engine.optimize import optimize
+
+# relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
+TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+TIMESTEP = 500
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_unet(timed: Timed, network: Any, batch: int, dtype: str) -> None:
+    x = torch.randn(network.shape(batch), generator=torch.Generator().manual_seed(batch))
+    t, condition = torch.full((batch,), TIMESTEP), network.condition(batch)
+    fast = optimize(network.model, (x, t, condition), DTYPES[dtype], timesteps=[TIMESTEP])
+
+    def verify() -> dict[str, float]:
+        exact = network.model(x, t, **condition).double()
+        error = float((fast(x, t, **condition).double() - exact).norm() / exact.norm())
+        assert error <= TOLERANCE[dtype], f"relative error {error:.2g}: not timed"
+        return {"relative_error": error}
+
+    timed(
+        lambda: fast(x, t, **condition),
+        beside=lambda: network.model(x, t, **condition),
+        reference="eager float32",
+        group=f"unet {network.name} batch {batch}",
+        verify=verify,
+    )
