@@ -1,0 +1,44 @@
+"""Which batch sizes an exported network is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The smallest, the most frequent and the largest batch; raises ValueError unless in order."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise ValueError(f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX; got {self}")
+
+    @classmethod
+    def parse(cls, text: str | int | BatchProfile) -> BatchProfile:
+        """ "1:8:64"; "8" is the fixed batch "8:8:8". Raises ValueError for anything else."""
+        if isinstance(text, BatchProfile):
+            return text
+        words = str(text).split(":")
+        if len(words) not in (1, 3) or not all(w.isascii() and w.isdecimal() for w in words):
+            raise ValueError(f"batch must read like '1:8:64' (MIN:OPT:MAX) or '8'; got {text!r}")
+        sizes = [int(word) for word in words]
+        return cls(*sizes) if len(sizes) == 3 else cls(*sizes * 3)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is only one size."""
+        return self.minimum == self.maximum
+
+    def check(self, batch: int) -> None:
+        """Raise ValueError for a batch outside the profile."""
+        if not self.minimum <= batch <= self.maximum:
+            raise ValueError(
+                f"batch {batch} is outside the profile; accepted: {self.minimum} .. {self.maximum}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
