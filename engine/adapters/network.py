@@ -1,0 +1,72 @@
+"""The network inside another library's loop: compiled where that pays, itself where it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepfuse.engine.optimize import Optimized, WeightsChanged
+
+_LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
+
+
+class FastNetwork:
+    """``model`` through `stepfuse.optimize`, kept in step with its weights.
+
+    Copies and pickles compile again when they run.
+    """
+
+    def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
+        self.model = model
+        self._fast: Optimized | None = None
+        self._reason = ""
+        if not optimize:
+            self._reason = "optimize=False"
+        elif not isinstance(model, nn.Module):
+            self._reason = f"the model is a {type(model).__name__}, not an nn.Module"
+        else:
+            precision = None if dtype is torch.float32 else dtype
+            self._fast = Optimized(model, precision, (), 8)
+            self._settings = _settings(model)
+
+    def ready(self, timesteps: Iterable[int] = ()) -> Any:
+        """What to call for ``timesteps``, all of them, up to date with the model's weights."""
+        fast = self._fast
+        if fast is None or _drops(self.model):
+            return self.model
+        if _settings(self.model) != self._settings:
+            # moved or converted: nothing that was compiled fits any longer
+            fast = self._fast = Optimized(self.model, fast.dtype, (), 8)
+            self._settings = _settings(self.model)
+        try:
+            fast.check_weights()
+        except WeightsChanged:
+            fast.refresh()
+        new = set(timesteps).difference(fast.timesteps)
+        if new and max(new) <= _LAST_TIMESTEP:
+            fast.prepare(sorted(new))
+        return fast
+
+    def explain(self) -> str:
+        """What was compiled, or why the model runs as it is."""
+        if self._fast is None:
+            return f"as it is: {self._reason}"
+        if _drops(self.model):
+            return "as it is: dropout is on; call eval() for the compiled one"
+        return self._fast.explain()
+
+
+def _drops(model: nn.Module) -> bool:
+    """Dropout that is on draws random numbers, which a compiled network does not."""
+    return any(
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+        for module in model.modules()
+    )
+
+
+def _settings(model: nn.Module) -> Any:
+    first = next(model.parameters(), None)
+    return None if first is None else (first.dtype, first.device)

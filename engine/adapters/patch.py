@@ -1,0 +1,53 @@
+"""Methods put over those of one object, and taken away again.
+
+The replacements are methods of a second object that knows the first. They lie in the first one's
+``__dict__``, so that its class, its modules and its state dict stay as they are. Copies and pickles
+carry both objects, each copy its own pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_NAME = "_stepfuse"
+
+
+class Fast:
+    """The base of what replaces an object's methods."""
+
+    def __init__(self) -> None:
+        self.replaced: tuple[str, ...] = ()
+        self.hidden: dict[str, Any] = {}
+
+    def explain(self) -> str:
+        """What is replaced, and what is not and why."""
+        raise NotImplementedError
+
+
+def install(obj: Any, fast: Fast, names: Iterable[str]) -> None:
+    """Put the methods ``names`` of ``fast`` over those of ``obj``."""
+    held = vars(obj)
+    fast.replaced = tuple(names)
+    fast.hidden = {name: held[name] for name in fast.replaced if name in held}
+    for name in fast.replaced:
+        held[name] = getattr(fast, name)
+    held[_NAME] = fast
+
+
+def installed(obj: Any) -> Fast | None:
+    """What was installed on this object."""
+    fast: Fast | None = vars(obj).get(_NAME)
+    return fast
+
+
+def remove(obj: Any) -> None:
+    """Take away what was installed, if anything was."""
+    fast = installed(obj)
+    if fast is None:
+        return
+    held = vars(obj)
+    del held[_NAME]
+    for name in fast.replaced:
+        del held[name]
+    held.update(fast.hidden)
