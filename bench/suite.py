@@ -47,6 +47,7 @@ class Timed:
         *,
         beside: Call,
         reference: str,
+        dtype: str,
         group: str,
         verify: Callable[[], Any],
         settle: float = 0.0,
@@ -57,6 +58,7 @@ class Timed:
             call: the work.
             beside: the same work by the reference.
             reference: what the reference is called in the file.
+            dtype: of the work.
             group: benchmarks of one group stand in one table.
             verify: raises where the result of ``call`` is wrong; what it returns, a dict of
                 figures or None, is kept beside the times.
@@ -64,7 +66,7 @@ class Timed:
         """
         found = verify()
         extra = self.benchmark.extra_info
-        extra.update(found or {}, reference=reference)
+        extra.update(found or {}, reference=reference, dtype=dtype)
         self.benchmark.group = group
         with torch.no_grad():
             (own, first), (other, second) = _calls(call), _calls(beside)
@@ -103,6 +105,7 @@ class Timed:
             over(harness.OURS),
             beside=over("eager"),
             reference="eager",
+            dtype=harness.DTYPES[case.dtype],
             group=f"{op} {case.label}",
             verify=verify,
         )

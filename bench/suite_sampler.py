@@ -40,6 +40,7 @@ def test_sampler(timed: Timed, network: Any, batch: int, way: str) -> None:
         lambda: network.ours(sampler, batch),
         beside=lambda: network.theirs(batch, steps),
         reference="diffusers",
+        dtype="bfloat16" if way == "bfloat16" else "float32",
         group=f"sampler {network.name} batch {batch}, {steps} steps",
         verify=verify,
     )

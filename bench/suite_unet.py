@@ -36,6 +36,7 @@ def test_unet(timed: Timed, network: Any, batch: int, dtype: str) -> None:
         lambda: fast(x, t, **condition),
         beside=lambda: network.model(x, t, **condition),
         reference="eager float32",
+        dtype=dtype,
         group=f"unet {network.name} batch {batch}",
         verify=verify,
     )

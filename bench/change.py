@@ -1,0 +1,54 @@
+"""Whether two sets of timings differ by more than they scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+# Two runs of the same program differ by more than the samples of one run scatter: memory lies
+# elsewhere, the processor's clock has changed. Closer to 1 than this is never called a difference.
+SAME = 0.03
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians and the interval that holds it with `CONFIDENCE`."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "slower", "faster" or "within the spread", of the numerator."""
+        if self.low > 1 and self.value > 1 + SAME:
+            return "slower"
+        if self.high < 1 and self.value < 1 / (1 + SAME):
+            return "faster"
+        return "within the spread"
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio_of_medians(new: Sequence[float], old: Sequence[float]) -> Ratio:
+    """median(new) / median(old) with its percentile-bootstrap interval; always the same.
+
+    Both are resampled by themselves, as samples of two runs are not pairs. ValueError where a side
+    has no samples, or one that is not positive.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (new, old)]
+    for side in sides:
+        if side.size == 0 or not (side > 0).all():
+            raise ValueError(f"samples must be positive and at least one; got {side.tolist()}")
+    generator = np.random.default_rng(0)
+    drawn = [
+        np.median(side[generator.integers(0, side.size, (RESAMPLES, side.size))], axis=1)
+        for side in sides
+    ]
+    low, high = np.quantile(drawn[0] / drawn[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Ratio(float(np.median(sides[0]) / np.median(sides[1])), float(low), float(high))
