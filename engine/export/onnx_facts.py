@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.engine.export.libraries import library
 
 # ONNX's numbers of its floating-point types
 _PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}
@@ -32,24 +32,13 @@ class OnnxFacts:
     model: Any
 
 
-def import_onnx() -> Any:
-    """The package onnx; BackendUnavailable where it is not installed."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"onnx is not there ({error}); `pip install 'stepfuse[onnx]'`"
-        ) from None
-    return onnx
-
-
 def read_facts(path: str | os.PathLike[str]) -> OnnxFacts:
     """Parse a file.
 
     Raises OSError where it cannot be read, ValueError where it is no ONNX file or has no weights
     that are floating-point numbers.
     """
-    onnx = import_onnx()
+    onnx = library("onnx", "reading an ONNX file")
     found = Path(path)
     content = found.read_bytes()
     try:
