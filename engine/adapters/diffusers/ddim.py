@@ -1,0 +1,145 @@
+"""`DDIMScheduler` of diffusers, its update done by `denoise_step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from stepfuse.engine.adapters.diffusers.scheduler_base import NoisingScheduler
+from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, ddim_rows, variance
+
+
+class DDIMScheduler(NoisingScheduler):
+    """DDIM (Song et al. 2021) with the options, timesteps and seeded results of diffusers.
+
+        x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z          eq. 12
+
+    The parameters are those of ``diffusers.DDIMScheduler``, and its configurations load here and
+    the other way. ``strict=False`` does what is right where diffusers does not: s is the next entry
+    of ``timesteps`` instead of t - T // S, indices outside the training schedule are left out,
+    coefficients are computed in float64. It is an attribute, and no part of the configuration.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _home = "scheduling_ddim"
+    _end = "final_alpha_cumprod"
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        *,
+        strict: bool = True,
+    ) -> None:
+        self._begin(strict)
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Choose the timesteps of a loop of ``num_inference_steps``, by ``timestep_spacing``."""
+        self._space_timesteps(num_inference_steps, device)
+
+    def _ends(self, t: Array, abar: Array) -> Array:
+        """abar where steps from t end: at t - T // S, or at the next entry where not strict."""
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps first")
+        previous = t - self.config.num_train_timesteps // self.num_inference_steps
+        if not self.strict:
+            listed = self._timestep_list()
+            after = dict(zip(listed, [*listed[1:], -1], strict=True))
+            previous = np.array([after.get(s, p) for s, p in zip(t, previous, strict=True)])
+        final = abar.dtype.type(self.final_alpha_cumprod)
+        if not self.strict and not self.config.set_alpha_to_one:
+            final = abar[0]
+        ends: Array = np.where(previous >= 0, abar[np.maximum(previous, 0)], final)
+        return ends
+
+    def _rows(self, timesteps: Array, *options: Any) -> Array:
+        eta, clipped, _ = options
+        abar = self._abar()
+        return ddim_rows(
+            timesteps,
+            abar[timesteps],
+            self._ends(timesteps, abar),
+            self.config.prediction_type,
+            self._clip(),
+            eta,
+            clipped,
+        )
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """sigma^2 at eta = 1 from ``timestep`` to ``prev_timestep`` (DDIM, eq. 16)."""
+        abar = self.alphas_cumprod
+        end = abar[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        return torch.as_tensor(variance(abar[timestep].numpy(), end.numpy()))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """From x_t to x_s.
+
+        Args:
+            model_output: [N, C, ...], what ``prediction_type`` says.
+            timestep: t, an int or a tensor of one.
+            sample: x_t, of the shape of ``model_output``.
+            eta: 0 is deterministic, 1 the variance of DDPM.
+            use_clipped_model_output: re-derive epsilon from the clipped x0.
+            generator: draws z where ``eta > 0``; one, or a list of one per sample.
+            variance_noise: z itself.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+
+        Raises ValueError without `set_timesteps` before, for an unknown ``prediction_type``, and
+        for both ``generator`` and ``variance_noise``; IndexError for a t outside the schedule.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        thresholding = self.config.thresholding
+        row = self._row(
+            self._index(timestep), sample, float(eta), bool(use_clipped_model_output), thresholding
+        )
+        noise = None
+        if eta > 0:
+            if variance_noise is not None and generator is not None:
+                raise ValueError("give generator or variance_noise, not both")
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(
+                    model_output.shape,
+                    generator=generator,
+                    device=model_output.device,
+                    dtype=model_output.dtype,
+                )
+        x_s, x0 = self._update(row, sample, model_output, noise, thresholding)
+        if not return_dict:
+            return x_s, x0
+        return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x0)

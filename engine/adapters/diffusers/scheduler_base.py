@@ -1,0 +1,327 @@
+"""What the schedulers share: timesteps, cached rows of the step table, one update by a row."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, plain_step
+from stepfuse.engine.adapters.diffusers.scheduler_tables import betas_of, spaced
+from stepfuse.kernels.add_noise import add_noise
+from stepfuse.kernels.backends import FLOAT_DTYPES
+from stepfuse.kernels.denoise_step import denoise_step
+from stepfuse.kernels.step_row import Column
+
+_DTYPES = (*FLOAT_DTYPES, torch.float64)
+_DEVICES = ("cpu", "cuda")
+_COEFFICIENTS = [
+    *(Column.P_X, Column.P_O, Column.C_X, Column.C_O, Column.C_0),
+    *(Column.SIGMA, Column.L_0, Column.L_1),
+]
+_MOST_TABLES = 16  # of one scheduler: one for each eta, device and configuration in use
+# 1 - abar that float64 rows take for abar = 1, where x is x0 and every formula divides 0 by 0
+_NEARLY_ONE = 2.0**-40
+
+
+class Row(NamedTuple):
+    """One row: where it stands for `denoise_step`, and its numbers for the host."""
+
+    table: Tensor  # [S, 16] on the sample's device
+    step: Tensor | None  # int64 [1]; None where a coefficient is not finite, which no kernel takes
+    numbers: list[float]
+
+
+class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """The base of the three schedulers. Their ``step`` looks a row up and hands it to one kernel.
+
+    Rows are built at the first step of a loop, for all its timesteps, and kept until the timesteps,
+    the configuration or ``alphas_cumprod`` change. A timestep that is not in the list gets a row
+    of its own.
+    """
+
+    order = 1
+    _home = "scheduling_utils"  # the module of diffusers that holds the class of the same name
+    _end = "one"  # the attribute that holds abar beyond the list
+    _ascending = False
+    _spacings: tuple[str, ...] = ("linspace", "leading", "trailing")
+    # lets `from_config(config, strict=False)` through, though strict is no part of a configuration
+    _deprecated_kwargs = ["strict"]  # noqa: RUF012
+    ignore_for_config = ["strict"]  # noqa: RUF012
+
+    def _begin(self, strict: bool) -> None:
+        """Tables and state, from the registered configuration."""
+        config = self.config
+        self.strict = strict
+        self.betas = betas_of(config, type(self))
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        steps = np.arange(config.num_train_timesteps, dtype=np.int64)
+        self._take_timesteps(steps if self._ascending else steps[::-1].copy(), None)
+        # pipelines write this name into model_index.json: what they save loads without stepfuse
+        self.__dict__["__module__"] = f"diffusers.schedulers.{self._home}"
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """``sample`` as it is: these schedulers scale nothing."""
+        return sample
+
+    def _space_timesteps(self, steps: int, device: str | torch.device | None) -> None:
+        config = self.config
+        train_steps = config.num_train_timesteps
+        listed = spaced(
+            config.timestep_spacing, self._spacings, train_steps, steps, config.steps_offset
+        )
+        if not self.strict:
+            listed = listed[(listed >= 0) & (listed < train_steps)]
+        self.num_inference_steps = steps
+        self._take_timesteps(listed[::-1].copy() if self._ascending else listed.copy(), device)
+
+    def _take_timesteps(self, listed: Array, device: str | torch.device | None) -> None:
+        self.timesteps = torch.from_numpy(listed).to(device)
+        self._listed: list[int] = listed.tolist()
+        self._listed_of = self.timesteps
+        self._tables: dict[Any, dict[int, Row]] = {}
+        self._constants: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def _timestep_list(self) -> list[int]:
+        """``timesteps`` on the host, also where the attribute was exchanged."""
+        if self.timesteps is not self._listed_of:
+            self._take_listed()
+        return self._listed
+
+    def _take_listed(self) -> None:
+        self._listed, self._listed_of = self.timesteps.tolist(), self.timesteps
+        self._tables = {}
+
+    def _index(self, timestep: Any) -> int:
+        """The timestep as an int, without waiting for the device where it is a view of the list."""
+        if type(timestep) is int:
+            return timestep
+        if not isinstance(timestep, Tensor):
+            return operator.index(timestep)
+        listed = self.timesteps
+        if timestep.is_cuda and listed.is_cuda and timestep.dtype is listed.dtype:
+            size = listed.element_size()
+            place, rest = divmod(timestep.data_ptr() - listed.data_ptr(), size)
+            if rest == 0 and 0 <= place < len(listed) and timestep.numel() == 1:
+                return self._timestep_list()[place]
+        return timestep.item()  # type: ignore[return-value]
+
+    def _abar(self) -> Array:
+        """abar on the host: float32 as diffusers has it, float64 where not strict."""
+        if not self.strict:
+            betas = betas_of(self.config, type(self), torch.float64)
+            exact: Array = torch.cumprod(1 - betas, dim=0).numpy()
+            return np.minimum(exact, 1 - _NEARLY_ONE)
+        abar = self.alphas_cumprod.detach()
+        dtype = torch.float64 if abar.dtype is torch.float64 else torch.float32
+        values: Array = abar.to("cpu", dtype).numpy()
+        return values
+
+    def _rows(self, timesteps: Array, *options: Any) -> Array:
+        """Rows from these timesteps, float64 [S, 16]."""
+        raise NotImplementedError
+
+    def _row(self, t: int, sample: Tensor, *options: Any) -> Row:
+        """The row of timestep t for this configuration and these options."""
+        if self.timesteps is not self._listed_of:
+            self._take_listed()
+        config, abar, end = self.config, self.alphas_cumprod, getattr(self, self._end)
+        key = (
+            sample.device,
+            sample.dtype is torch.float64,
+            self.strict,
+            self.num_inference_steps,
+            config.num_train_timesteps,
+            config.prediction_type,
+            config.clip_sample,
+            config.clip_sample_range,
+            id(abar),
+            abar._version,
+            id(end),
+            options,
+        )
+        rows = self._tables.get(key)
+        if rows is not None:
+            row = rows.get(t)
+            if row is not None:
+                return row
+        return self._new_row(key, t, sample, options)
+
+    def _new_row(self, key: Any, t: int, sample: Tensor, options: tuple[Any, ...]) -> Row:
+        constants = (self.alphas_cumprod, getattr(self, self._end))
+        if any(now is not then for now, then in zip(constants, self._constants, strict=True)):
+            self._tables.clear()
+            self._constants = constants  # while they live, no other tensor has their ids
+        rows = self._tables.get(key)
+        if rows is None:
+            if len(self._tables) >= _MOST_TABLES:
+                self._tables.clear()
+            size = len(self.alphas_cumprod)
+            wanted = [s for s in self._timestep_list() if -size <= s < size]
+            rows = self._tables[key] = self._table(wanted, sample, options)
+        if t not in rows:
+            rows.update(self._table([t], sample, options))
+        return rows[t]
+
+    def _table(
+        self, timesteps: Sequence[int], sample: Tensor, options: tuple[Any, ...]
+    ) -> dict[int, Row]:
+        if not timesteps:
+            return {}
+        numbers = self._rows(np.asarray(timesteps), *options)
+        finite = [bool(np.isfinite(row).all()) for row in numbers[:, _COEFFICIENTS]]
+        if not self.strict and not all(finite):
+            raise ValueError(
+                f"no step starts at timestep {timesteps[finite.index(False)]}: abar is 0 or 1 "
+                f"there; got prediction_type {self.config.prediction_type!r}, accepted where abar "
+                "is 0: 'sample', 'v_prediction', where it is 1: 'epsilon', 'v_prediction'"
+            )
+        dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
+        table = torch.from_numpy(numbers).to(sample.device, dtype)
+        steps = torch.arange(len(numbers), device=sample.device).unbind()
+        return {
+            t: Row(table, steps[i].view(1) if finite[i] else None, values)
+            for i, (t, values) in enumerate(zip(timesteps, numbers.tolist(), strict=True))
+        }
+
+    def _clip(self) -> float | None:
+        config = self.config
+        if getattr(config, "thresholding", False) or not config.clip_sample:
+            return None
+        return float(config.clip_sample_range)
+
+    def _limit(self, x0: Tensor) -> Tensor:
+        """x0 clipped or thresholded, as the configuration says."""
+        if getattr(self.config, "thresholding", False):
+            return self._threshold_sample(x0)
+        clip = self._clip()
+        return x0 if clip is None else x0.clamp(-clip, clip)
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, section 2.3), sample by sample.
+
+        s = quantile(|x0|, ratio), at least 1 and at most ``sample_max_value``;
+        x0 = clamp(x0, -s, s) / s.
+        """
+        config = self.config
+        flat = sample if sample.dtype is torch.float64 else sample.float()
+        flat = flat.reshape(sample.shape[0], -1)
+        scale = torch.quantile(flat.abs(), config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+        scale = scale.clamp(min=1, max=config.sample_max_value)
+        return (flat.clamp(-scale, scale) / scale).reshape(sample.shape).to(sample.dtype)
+
+    def _update(
+        self,
+        row: Row,
+        sample: Tensor,
+        output: Tensor,
+        noise: Tensor | None,
+        thresholding: bool = False,
+        split: bool = False,
+        learned: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_s, x0) by one kernel, in the dtype that the tensors promote to.
+
+        ``split``: the output has twice the channels of the sample, the second half being a variance
+        that is ``learned`` by the row's L_0 and L_1, or that the noise holds already.
+        """
+        if (
+            output.dtype is sample.dtype
+            and row.step is not None
+            and not thresholding
+            and output.shape == sample.shape
+            and (noise is None or (noise.dtype is sample.dtype and noise.shape == sample.shape))
+            and sample.dim() > 1
+        ):
+            return self._fused(row, sample, output, noise, False)
+        channels = sample.shape[1] if split else 0
+        mean = output[:, :channels] if split else output
+        shape, tensors = sample.shape, [x for x in (sample, mean, noise) if x is not None]
+        if (
+            row.step is not None
+            and not thresholding
+            and sample.dim() > 1
+            and sample.numel() > 0
+            and sample.device.type in _DEVICES
+            and all(x.shape == shape and x.dtype in _DTYPES for x in tensors)
+        ):
+            x0_dtype = torch.promote_types(sample.dtype, output.dtype)
+            dtype = x0_dtype if noise is None else torch.promote_types(x0_dtype, noise.dtype)
+            x_s, x0 = self._fused(row, sample.to(dtype), output, noise, learned)
+            return x_s, x0.to(x0_dtype)
+        return plain_step(
+            row.numbers,
+            self.config.prediction_type,
+            self._limit,
+            sample,
+            mean,
+            noise,
+            output[:, channels:] if learned else None,
+        )
+
+    def _fused(
+        self, row: Row, sample: Tensor, output: Tensor, noise: Tensor | None, learned: bool
+    ) -> tuple[Tensor, Tensor]:
+        return denoise_step(  # type: ignore[return-value]
+            sample,
+            output,
+            row.table,
+            row.step,  # type: ignore[arg-type]
+            noise=noise,
+            learned_variance=learned,
+            return_x0=True,
+        )
+
+
+class NoisingScheduler(StepScheduler):
+    """Adds the forward process."""
+
+    _forward_table: tuple[Any, ...] = (None,)
+
+    def _forward_abar(self, like: Tensor) -> Tensor:
+        """abar in float64 on the device of ``like``, rounded to its dtype first as diffusers does.
+
+        Where not strict nothing is rounded: half precision takes 1 - abar for 0 at small t.
+        """
+        abar = self.alphas_cumprod = self.alphas_cumprod.to(like.device)
+        kept, *now = self._forward_table
+        if kept is not abar or now[:3] != [abar._version, like.dtype, self.strict]:
+            if self.strict:
+                table = abar.to(like.dtype).to(torch.float64)
+            else:
+                table = torch.from_numpy(self._abar()).to(like.device)
+            self._forward_table = (abar, abar._version, like.dtype, self.strict, table)
+        return self._forward_table[-1]  # type: ignore[no-any-return]
+
+    def _forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, target: str | None) -> Tensor:
+        abar = self._forward_abar(x0)
+        t = timesteps.to(x0.device, torch.int64).flatten()
+        t = torch.where(t < 0, t + len(abar), t)
+        dtype = torch.promote_types(x0.dtype, noise.dtype)
+        shape = torch.broadcast_shapes(x0.shape, noise.shape, (len(t), *(1,) * (x0.dim() - 1)))  # type: ignore[no-untyped-call]
+        x0, noise = x0.to(dtype).expand(shape), noise.to(dtype).expand(shape)
+        result = add_noise(x0, noise, t.expand(shape[0]), abar, target=target)  # type: ignore[arg-type]
+        return result[1] if isinstance(result, tuple) else result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM, eq. 4).
+
+        original_samples, noise: [N, ...]; timesteps: int64 [N] or [1].
+        """
+        return self._forward(original_samples, noise, timesteps, None)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0 (Salimans & Ho 2022, section 4)."""
+        return self._forward(sample, noise, timesteps, "v_prediction")
