@@ -6,15 +6,16 @@ What would break a capture, or freeze a value into it, is reported with the line
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,7 +73,7 @@ def check_capturable(
     outlives the step.
     """
     problems: list[str] = []
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _WithoutBindings():
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), without_bindings():
         program = _fake_program(sampler, tuple(shape), condition or {})
         for guided in sorted(set(sampler.plan.guided)):
             try:
@@ -105,13 +106,31 @@ def _fake_program(sampler: Sampler, shape: tuple[int, ...], condition: Condition
     )
 
 
-class _WithoutBindings(TorchFunctionMode):
-    """Methods whose Python binding asks for a CUDA build, said in operators instead."""
+@contextmanager
+def without_bindings() -> Iterator[None]:
+    """Inside, methods whose Python binding asks for a CUDA build are said in operators instead.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _OPERATORS.get(func, func)(*args, **(kwargs or {}))
+    For tensors on CUDA, wherever they are called: in the model, in decompositions, by an exporter.
+    """
+    before = {binding.__name__: vars(Tensor).get(binding.__name__) for binding in _OPERATORS}
+    try:
+        for binding, operator in _OPERATORS.items():
+            setattr(Tensor, binding.__name__, _method(operator, binding))
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                delattr(Tensor, name)  # it was inherited
+            else:
+                setattr(Tensor, name, method)
+
+
+def _method(operator: Callable[..., Any], binding: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = operator if self.device.type == "cuda" else binding
+        return run(self, *args, **kwargs)
+
+    return method
 
 
 def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -211,11 +230,12 @@ class _FakeDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.model)
-        module = self.module
-        if module is None:
+        if self.module is None:
             return
-        weights = dict(module.named_parameters()) | dict(module.named_buffers())
-        fakes = {name: _fake(weight) for name, weight in weights.items()}
+        module = copy.copy(self.module)  # an optimised model compiles for fake CUDA tensors apart
+        fakes = {name: _fake(buffer) for name, buffer in module.named_buffers()}
+        for name, weight in module.named_parameters():
+            fakes[name] = nn.Parameter(_fake(weight), requires_grad=False)
 
         def call(x: Tensor, t: Tensor, **condition: Any) -> Any:
             return torch.func.functional_call(module, fakes, (x, t), condition)
