@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -168,7 +169,7 @@ class Optimized(nn.Module):
         network = self._networks.get(key)
         if network is None:
             # nothing of this belongs into a step that is being recorded
-            with _disable_current_modes():
+            with _disable_current_modes(), _fakeness(leaves):
                 network = self._build(args, kwargs)
             self._networks[key] = network
             while len(self._networks) > self.max_networks:
@@ -247,6 +248,12 @@ def _key(leaf: Any) -> Any:
     except TypeError:
         return id(leaf)
     return type(leaf), leaf
+
+
+def _fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The mode of fake tensors among ``leaves``: what is made for them must be fake too."""
+    fakes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
+    return next(fakes, contextlib.nullcontext())
 
 
 def _described(part: Any) -> str:

@@ -172,22 +172,22 @@ class Network:
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
             self._bound[name] = current[target]
-        owned = {_address(tensor) for tensor in current.values()}
+        owned = {_memory(tensor) for tensor in current.values()}
         for name, new in zip(self._folded, self._weights_stage(), strict=True):
             old = self._bound[name]
             if old is not None and _alike(old, new):
                 old.copy_(new)  # a recorded step holds the tensor itself
             else:
                 # constants are copies: those of the next refresh are written over them
-                self._bound[name] = new.clone() if _address(new) in owned else new
+                self._bound[name] = new.clone() if _memory(new) in owned else new
 
 
 _ALL = ("weights", "time", "main")
 
 
-def _address(tensor: Tensor) -> int | None:
-    """Where a tensor's memory starts; None for packed weights, which own theirs."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
+def _memory(tensor: Tensor) -> int | None:
+    """The identity of a tensor's memory; None for packed weights, which own theirs."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:

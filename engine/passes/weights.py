@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,13 +32,15 @@ class Weights:
     def read(self) -> dict[str, Tensor]:
         """The weights as they are now, which from here on are the unchanged ones."""
         self.tensors = {n: _held(owner, leaf) for n, (owner, leaf) in self._owners.items()}
+        # fake tensors have no memory that could change
         self._watched = [
-            (owner._parameters if leaf in owner._parameters else owner._buffers, leaf, tensor)
-            for (owner, leaf), tensor in zip(
-                self._owners.values(), self.tensors.values(), strict=True
+            (name, owner._parameters if leaf in owner._parameters else owner._buffers, leaf, tensor)
+            for (name, (owner, leaf)), tensor in zip(
+                self._owners.items(), self.tensors.values(), strict=True
             )
+            if not isinstance(tensor, FakeTensor)
         ]
-        self._probes = [_probe(tensor) for tensor in self.tensors.values()]
+        self._probes = [_probe(tensor) for *_, tensor in self._watched]
         self._state = self._now()
         return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
@@ -46,14 +49,21 @@ class Weights:
         now = self._now()
         if now == self._state:
             return None
-        pairs = zip(self._owners, now, self._state, strict=True)
-        return next(name for name, new, old in pairs if new != old)
+        pairs = zip(self._watched, now, self._state, strict=True)
+        return next(name for (name, *_), new, old in pairs if new != old)
 
     def _now(self) -> list[tuple[Any, ...]]:
         return [
             (held[leaf] is tensor, tensor._version, tensor.data_ptr(), probe[0])
-            for (held, leaf, tensor), probe in zip(self._watched, self._probes, strict=True)
+            for (_, held, leaf, tensor), probe in zip(self._watched, self._probes, strict=True)
         ]
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where a tensor's memory starts; None for packed weights and fake tensors, which hide it."""
+    if tensor.layout is not torch.strided or isinstance(tensor, FakeTensor):
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _held(owner: nn.Module, leaf: str) -> Tensor:
