@@ -1,0 +1,123 @@
+"""diffusers: schedulers that take the place of its own, and its pipelines and U-Nets made fast.
+
+    from stepfuse.engine.adapters.diffusers import DDIMScheduler, accelerate, explain, restore
+
+    pipe = accelerate(pipe)          # the same object: same calls, same images
+    print(explain(pipe))
+    pipe = restore(pipe)             # as it was
+
+The schedulers need diffusers and are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from stepfuse.engine.adapters.diffusers import pipelines, unet
+
+if TYPE_CHECKING:
+    from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
+    from stepfuse.engine.adapters.diffusers.ddim_inverse import DDIMInverseScheduler
+    from stepfuse.engine.adapters.diffusers.ddpm import DDPMScheduler
+
+__all__ = [
+    "SUPPORTED",
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "accelerate",
+    "explain",
+    "restore",
+    "supports",
+]
+
+SUPPORTED: tuple[str, ...] = tuple(
+    f"diffusers.{name}" for name in (*pipelines.CLASSES, *unet.CLASSES)
+)
+_HOMES = {
+    "DDIMInverseScheduler": "ddim_inverse",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+}
+Object = TypeVar("Object")
+
+
+def supports(obj: Any) -> bool:
+    """Whether ``obj`` is one of `SUPPORTED`, or of a class derived from one."""
+    return pipelines.is_pipeline(obj) or unet.is_unet(obj)
+
+
+def accelerate(
+    obj: Object,
+    *,
+    optimize: bool = True,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> Object:
+    """Make a pipeline or a U-Net of diffusers fast, in place, and return it.
+
+    A pipeline's scheduler, where it is a DDIM, DDPM or inverse DDIM one, is exchanged for ours of
+    the same name, configuration and timesteps; its loop stays its own. The forward of the U-Net
+    runs networks that are compiled when a shape is first met. Nothing else changes: neither module
+    nor weights, nor what ``save_pretrained`` writes. Called again, the last options hold.
+
+    Args:
+        obj: one of `SUPPORTED`.
+        optimize: compile the U-Net.
+        dtype: torch.bfloat16 (or float16) for the products inside the U-Net; its inputs and outputs
+            keep their dtype. None computes in the dtype of its weights.
+        strict: reproduce diffusers where it errs. False does what is right, see the schedulers.
+
+    Raises TypeError or ValueError for an object or an option that cannot be taken, before anything
+    is changed.
+    """
+    pipelines.check_options(optimize, dtype, strict)
+    precision = None if dtype is torch.float32 else dtype
+    if pipelines.is_pipeline(obj):
+        pipelines.accelerate(obj, optimize, precision, strict)
+    elif unet.is_unet(obj):
+        if not optimize:
+            raise ValueError("optimize=False leaves nothing to accelerate in a U-Net alone")
+        unet.install(obj, precision)  # type: ignore[arg-type]
+    else:
+        raise TypeError(_unknown(obj))
+    return obj
+
+
+def restore(obj: Object) -> Object:
+    """Undo `accelerate` and return the object, with the scheduler it had and no attribute left.
+
+    Raises ValueError for an object that was not accelerated, RuntimeError where another library has
+    put its hooks over the U-Net's forward since.
+    """
+    if pipelines.is_pipeline(obj):
+        pipelines.restore(obj)
+    elif unet.is_unet(obj):
+        unet.remove(obj)  # type: ignore[arg-type]
+    else:
+        raise TypeError(_unknown(obj))
+    return obj
+
+
+def explain(obj: Any) -> str:
+    """What was exchanged and compiled, and what runs as it did and why."""
+    if pipelines.is_pipeline(obj):
+        return pipelines.explain(obj)
+    if not unet.is_unet(obj):
+        raise TypeError(_unknown(obj))
+    forward = unet.forward_of(obj)
+    return "not accelerated" if forward is None else forward.explain()
+
+
+def _unknown(obj: Any) -> str:
+    kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    return f"cannot accelerate {kind}; supported: {', '.join(SUPPORTED)}"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,324 @@
+"""diffusers' U-Nets: the forward of an accelerated one, which runs compiled networks.
+
+    unet(x, t, encoder_hidden_states)
+      ├─ what a compiled network takes ──► `Optimized`, one network per shape, made when first met
+      └─ anything else                 ──► the original forward, the reason kept for `explain`
+
+The module itself is not touched: its class, configuration, submodules and weights stay what they
+are. The only change is the instance attribute ``forward``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepfuse.engine.optimize import Optimized, WeightsChanged
+
+CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+# arguments that the compiled network is given; any other that is not None runs the original
+_TAKEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "return_dict")
+_CONDITION = ("encoder_hidden_states", "class_labels")
+# attributes that diffusers' switches write on a submodule and its forward reads: attention
+# processors, feed-forward chunking, the factors of FreeU
+_SWITCHES = ("processor", "_chunk_size", "_chunk_dim", "s1", "s2", "b1", "b2")
+# attention that is a function of its inputs alone, so that one trace of it holds for ever
+_STATELESS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+)
+_TABLE = 4096  # timesteps that have a row in the table of time embeddings: 0 .. 4095
+
+
+def is_unet(obj: Any) -> bool:
+    """Whether ``obj`` is one of diffusers' U-Nets, found without importing diffusers."""
+    return isinstance(obj, nn.Module) and _original_class(obj) is not None
+
+
+def _original_class(obj: Any) -> Any:
+    """diffusers' own class of a U-Net, or None."""
+    for kind in type(obj).__mro__:
+        if kind.__name__ in CLASSES and kind.__module__.partition(".")[0] == "diffusers":
+            return kind
+    return None
+
+
+def obstacle(unet: nn.Module) -> str | None:
+    """Why this U-Net cannot be given another forward, or None."""
+    kind = _original_class(unet)
+    if kind is None:
+        return f"{type(unet).__name__} is none of {', '.join(CLASSES)}"
+    if vars(type(unet)).get("forward", kind.forward) is not kind.forward:
+        return f"{type(unet).__name__} has a forward of its own"
+    held = vars(unet).get("forward")
+    # removed hooks leave the class's own forward behind, bound
+    if not (held is None or isinstance(held, Forward) or held == _class_forward(unet)):
+        return f"its forward was replaced already, by a {type(held).__name__}"
+    return None
+
+
+def is_plain(unet: nn.Module) -> bool:
+    """Whether no forward of ours is in this U-Net, not even under another."""
+    return not any(isinstance(held, Forward) for held in vars(unet).values())
+
+
+def _class_forward(unet: nn.Module) -> Callable[..., Any]:
+    """The forward that the U-Net has without any of its own."""
+    return MethodType(type(unet).forward, unet)
+
+
+def forward_of(unet: nn.Module) -> Forward | None:
+    """The forward that an accelerated U-Net has, None where it was not accelerated."""
+    found = vars(unet).get("forward")
+    return found if isinstance(found, Forward) else None
+
+
+def install(unet: nn.Module, dtype: torch.dtype | None) -> Forward:
+    """Give ``unet`` a forward that runs compiled networks; one that it has already is kept.
+
+    Raises ValueError where `obstacle` names one.
+    """
+    reason = obstacle(unet)
+    if reason is not None:
+        raise ValueError(f"cannot accelerate the U-Net: {reason}")
+    found = forward_of(unet)
+    if found is None:
+        found = Forward(unet, dtype, vars(unet).get("forward"))
+    elif found.dtype != dtype:
+        found = Forward(unet, dtype, found.hidden)
+    vars(unet)["forward"] = found
+    return found
+
+
+def remove(unet: nn.Module) -> None:
+    """Take the forward away again.
+
+    Raises ValueError where there is none, RuntimeError where somebody put another over it.
+    """
+    found = forward_of(unet)
+    if found is None:
+        if not is_plain(unet):
+            raise RuntimeError(
+                "the forward of the U-Net was replaced after it was accelerated; undo that first "
+                "(hooks for offloading: pipe.remove_all_hooks())"
+            )
+        raise ValueError(f"this {type(unet).__name__} was not accelerated: nothing to restore")
+    del vars(unet)["forward"]
+    if found.hidden is not None:
+        vars(unet)["forward"] = found.hidden
+
+
+class Forward:
+    """``unet(sample, timestep, ...)`` through compiled networks where they give the same.
+
+    Copies and pickles hold the U-Net and the settings, and compile again when they are called.
+    """
+
+    def __init__(self, unet: nn.Module, dtype: torch.dtype | None, hidden: Any = None) -> None:
+        self.unet, self.dtype = unet, dtype
+        self.hidden = hidden  # what lay in ``__dict__`` in the place of this
+        self.originals: Counter[str] = Counter()  # calls of the original forward, by reason
+        self._names = [*inspect.signature(type(unet).forward).parameters][1:]
+        self._state: _State | None = None
+        self._fast: Optimized | None = None
+        self._announced: set[int] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        fast = self._ready(args, kwargs, given)
+        if fast is None:
+            return type(self.unet).forward(self.unet, *args, **kwargs)
+        sample = given["sample"]
+        t = self._timesteps(fast, sample, given["timestep"])
+        condition = {n: given[n] for n in _CONDITION if given.get(n) is not None}
+        try:
+            result = fast(sample, t, **condition)
+        except WeightsChanged:
+            fast.refresh()
+            result = fast(sample, t, **condition)
+        return self._output()(sample=result) if given.get("return_dict", True) else (result,)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original, which pipelines look up."""
+        signature = inspect.signature(type(self.unet).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def refresh(self) -> None:
+        """Read the weights again; changes that can be seen are read without this."""
+        if self._fast is not None:
+            self._fast.refresh()
+
+    def explain(self) -> str:
+        """What was compiled, and which calls ran the original forward and why."""
+        lines = [self._fast.explain() if self._fast is not None else "nothing compiled yet"]
+        for reason, count in self.originals.items():
+            lines.append(f"original forward       {count} calls: {reason}")
+        return "\n".join(lines)
+
+    def _ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> Optimized | None:
+        """The compiled networks for a call they can take, or None and the reason counted."""
+        reason = self._not_taken(args, kwargs, given) or _not_now(self.unet, given)
+        if reason is None:
+            if self._state is None or not self._state.holds():
+                # what was compiled was another network
+                self._state, self._fast = _State(self.unet), None
+                self._announced = set()
+            reason = self._state.reason()
+        if reason is not None:
+            self.originals[reason] += 1
+            return None
+        if self._fast is None:
+            self._fast = Optimized(_Plain(self.unet), self.dtype, (), max_networks=8)
+        return self._fast
+
+    def _not_taken(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+    ) -> str | None:
+        """The argument that no compiled network takes; the original also words the errors."""
+        if len(given) != len(args) + len(kwargs) or not {"sample", "timestep"} <= given.keys():
+            return "arguments that do not fit"
+        for name, argument in given.items():
+            if name not in _TAKEN and argument is not None:
+                return f"argument {name}"
+        for name in ("sample", *_CONDITION):
+            if not isinstance(given.get(name), Tensor | None):
+                return f"{name} is not a tensor"
+        sample, t = given["sample"], given["timestep"]
+        if sample is None or sample.dim() != 4 or not len(sample):
+            return "sample is not [N, C, H, W]"
+        one = isinstance(t, int) or (isinstance(t, Tensor) and t.dim() < 2 and t.numel() == 1)
+        if not one and not (isinstance(t, Tensor) and t.shape == sample.shape[:1]):
+            return "timestep is neither an integer nor a tensor of one or N"
+        return None
+
+    def _timesteps(self, fast: Optimized, sample: Tensor, timestep: Any) -> Tensor:
+        """``timestep`` as [N] on the device of ``sample``, its row in the table filled."""
+        on_cpu = sample.device.type == "cpu"
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+        if t.numel() == 1:
+            # a value on the CPU costs nothing to read, one on another device a wait
+            if on_cpu and t.device.type == "cpu" and not t.is_floating_point():
+                value = int(t)
+                if 0 <= value < _TABLE and value not in self._announced:
+                    fast.prepare([value])
+                    self._announced.add(value)
+                return torch.full((len(sample),), value)
+            t = t.to(sample.device).reshape(1).repeat(len(sample))
+        return t if t.is_floating_point() else t.long()
+
+    def _output(self) -> Callable[..., Any]:
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        plain = "UNet2DModel" in (kind.__name__ for kind in type(self.unet).__mro__)
+        chosen: Callable[..., Any] = UNet2DOutput if plain else UNet2DConditionOutput
+        return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": None, "_fast": None, "_announced": set()}
+
+
+def _not_now(unet: nn.Module, given: dict[str, Any]) -> str | None:
+    """What around this call wants the original."""
+    if torch.is_grad_enabled() and _wants_gradient(unet, given):
+        return "a gradient is wanted; call under torch.no_grad() for the compiled network"
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return "traced, recorded or transformed by somebody else"
+    if torch.is_autocast_enabled(given["sample"].device.type):
+        return "autocast is on"
+    return None
+
+
+def _wants_gradient(unet: nn.Module, given: dict[str, Any]) -> bool:
+    tensors = [*unet.parameters(), *(given.get(name) for name in ("sample", *_CONDITION))]
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _State:
+    """What a compiled network took for granted, besides the values of the weights.
+
+    A few list comparisons a call; what they would miss is a switch of a submodule that is neither
+    among `_SWITCHES` nor new.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._modules = list(unet.modules())
+        self._children = [module._modules for module in self._modules if module._modules]
+        inner = self._modules[1:]  # hooks of the U-Net itself run around its forward
+        self._dicts: list[dict[str, Any]] = [vars(module) for module in inner]
+        self._hooks = [
+            hooks
+            for module in inner
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._dropouts = [m for m in self._modules if getattr(m, "p", 0) and "Dropout" in _name(m)]
+        self._places = [(held, name) for held in self._dicts for name in _SWITCHES if name in held]
+        self._weight = next(
+            ((m._parameters, n) for m in self._modules for n in m._parameters), ({}, "")
+        )
+        self._foreign = self._foreign_processor()
+        self._now = self._look()
+
+    def holds(self) -> bool:
+        """Whether nothing of that was changed."""
+        return self._look() == self._now
+
+    def reason(self) -> str | None:
+        """Why the modules must run as they are, or None."""
+        if any(self._hooks):
+            return "a submodule has a forward hook"
+        if any(module.training for module in self._dropouts):
+            return "dropout is on; call unet.eval() for the compiled network"
+        return self._foreign
+
+    def _look(self) -> tuple[Any, ...]:
+        weights, name = self._weight
+        weight = weights.get(name)
+        return (
+            [list(children.values()) for children in self._children],
+            [*map(len, self._dicts)],  # a method put over that of the class, a factor of FreeU
+            [*map(type, self._modules)],
+            [held.get(name) for held, name in self._places],
+            None if weight is None else (weight.dtype, weight.device),
+        )
+
+    def _foreign_processor(self) -> str | None:
+        for module in self._modules:
+            processor = getattr(module, "processor", None)
+            if processor is not None and _name(processor) not in _STATELESS:
+                return f"attention by {_name(processor)}"
+        return None
+
+
+def _name(obj: Any) -> str:
+    return type(obj).__name__
+
+
+class _Plain(nn.Module):
+    """The U-Net by its class's forward, with a tensor for a result."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
+        """``sample`` [N, C, H, W], ``timestep`` [N] to the prediction [N, C', H, W]."""
+        forward = type(self.unet).forward
+        result: Tensor = forward(self.unet, sample, timestep, **condition, return_dict=False)[0]
+        return result
