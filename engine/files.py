@@ -14,8 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write ``content`` to ``path``, replacing what is there. OSError names ``path``."""
+def write_file(path: str | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
+    """Write ``content``, in one piece or several, to ``path``, replacing what is there.
+
+    OSError names ``path``.
+    """
     path = Path(path)
     temporary = _beside(path)
     try:
@@ -110,9 +113,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".stepfuse-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
     with path.open("xb") as file:
-        file.write(content)
+        for piece in (content,) if isinstance(content, bytes) else content:
+            file.write(piece)
 
 
 def _flush(path: Path) -> None:
