@@ -1,7 +1,6 @@
-"""Export to ONNX and TensorRT, and runtimes of both as denoisers.
+"""Export to ONNX and TensorRT.
 
     sf.export.onnx("...")          a network as an ONNX file
-    sf.export.onnx_loop("...")     a whole sampler as an ONNX file
 
 What needs onnx, onnxruntime or TensorRT is imported when it is called.
 """
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepfuse.engine.export.metadata import Metadata, read_metadata
-    from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
     from stepfuse.engine.export.onnx_file import Exported, onnx
 
-__all__ = ["Exported", "Metadata", "OnnxDenoiser", "onnx", "read_metadata"]
+__all__ = ["Exported", "Metadata", "onnx", "read_metadata"]
 
 # name: its module. No module may have the name of one of these functions, which it would hide.
 _HOMES = {
     "Exported": "onnx_file",
     "Metadata": "metadata",
-    "OnnxDenoiser": "onnx_denoiser",
     "onnx": "onnx_file",
     "read_metadata": "metadata",
 }

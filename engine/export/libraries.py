@@ -14,6 +14,5 @@ def library(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(
-            f"{purpose} needs {name}, which is not there ({error}); "
-            "`pip install 'stepfuse[onnx]'`"
+            f"{purpose} needs {name}, which is not there ({error}); `pip install 'stepfuse[onnx]'`"
         ) from None
