@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from stepfuse._version import __version__
 
 if TYPE_CHECKING:
+    from stepfuse.engine import export
     from stepfuse.engine.adapters import accelerate, restore
     from stepfuse.engine.checkpoint import Checkpoint, load
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
@@ -28,6 +29,7 @@ __all__ = [
     "WeightsChanged",
     "__version__",
     "accelerate",
+    "export",
     "interpolate",
     "load",
     "optimize",
@@ -48,9 +50,12 @@ _HOMES = {
     "engine.timesteps": ("spaced_timesteps",),
     "kernels.backends": ("BackendUnavailable",),
 }
+_PACKAGES = {"export": "engine.export"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"stepfuse.{_PACKAGES[name]}")
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(import_module(f"stepfuse.{home}"), name)
