@@ -27,7 +27,7 @@ class DDIMInverseScheduler(StepScheduler):
     """
 
     ignore_for_config = ["kwargs", "strict"]  # noqa: RUF012
-    _deprecated_kwargs = ["set_alpha_to_zero", "strict"]  # noqa: RUF012
+    _deprecated_kwargs = ["set_alpha_to_zero"]  # noqa: RUF012
     _ascending = True
     _spacings = ("leading", "trailing")
     _home = "scheduling_ddim_inverse"

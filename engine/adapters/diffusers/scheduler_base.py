@@ -51,9 +51,17 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _end = "one"  # the attribute that holds abar beyond the list
     _ascending = False
     _spacings: tuple[str, ...] = ("linspace", "leading", "trailing")
-    # lets `from_config(config, strict=False)` through, though strict is no part of a configuration
-    _deprecated_kwargs = ["strict"]  # noqa: RUF012
     ignore_for_config = ["strict"]  # noqa: RUF012
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in diffusers; ``strict`` is taken beside the configuration, which does not hold it."""
+        strict = kwargs.pop("strict", True)
+        made, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        made.strict = strict
+        return (made, unused) if return_unused_kwargs else made
 
     def _begin(self, strict: bool) -> None:
         """Tables and state, from the registered configuration."""
