@@ -25,7 +25,7 @@ def parts(
     groups: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of a StableDiffusionPipeline; the tokenizer's files are read from ``folder``.
+    """Keyword arguments of a StableDiffusionPipeline; ``folder`` takes the tokenizer's files.
 
     Args:
         channels: of the U-Net's levels, cross-attention on all but the last.
