@@ -7,29 +7,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
+# A comparison looks at dozens of figures: at 95 % some of them would change by chance.
+CONFIDENCE = 0.99
 RESAMPLES = 2000
 # Two runs of the same program differ by more than the samples of one run scatter: memory lies
 # elsewhere, the processor's clock has changed. Closer to 1 than this is never called a difference.
 SAME = 0.03
+FEW, SAME_OF_FEW = 5, 0.10  # under 5 samples, which do not tell how far they scatter
+WITHIN = "within the spread"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians and the interval that holds it with `CONFIDENCE`."""
+    """A ratio of medians and the interval that holds it with `CONFIDENCE`.
+
+    Closer to 1 than ``same`` it is no difference, wherever the interval lies.
+    """
 
     value: float
     low: float
     high: float
+    same: float = SAME
 
     @property
     def verdict(self) -> str:
         """ "slower", "faster" or "within the spread", of the numerator."""
-        if self.low > 1 and self.value > 1 + SAME:
+        if self.low > 1 and self.value > 1 + self.same:
             return "slower"
-        if self.high < 1 and self.value < 1 / (1 + SAME):
+        if self.high < 1 and self.value < 1 / (1 + self.same):
             return "faster"
-        return "within the spread"
+        return WITHIN
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -51,4 +58,6 @@ def ratio_of_medians(new: Sequence[float], old: Sequence[float]) -> Ratio:
         for side in sides
     ]
     low, high = np.quantile(drawn[0] / drawn[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Ratio(float(np.median(sides[0]) / np.median(sides[1])), float(low), float(high))
+    value = float(np.median(sides[0]) / np.median(sides[1]))
+    few = min(side.size for side in sides) < FEW
+    return Ratio(value, float(low), float(high), SAME_OF_FEW if few else SAME)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stepfuse.bench.change import Ratio, ratio_of_medians
+from stepfuse.bench.change import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.record import Timing
 from stepfuse.bench.suite_file import read
 
@@ -120,7 +120,7 @@ def _table(found: Sequence[Finding], allow: float) -> Table:
     table = Table(title=f"time over the reference's, after / before; fails above {allow:g}")
     for heading in ("benchmark", "beside"):
         table.add_column(heading, overflow="fold")
-    for heading in ("change", "95 % interval"):
+    for heading in ("change", f"{CONFIDENCE:.0%} interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for finding in found:
