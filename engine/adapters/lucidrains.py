@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.adapters.network import FastNetwork
-from stepfuse.engine.adapters.patch import Fast, install, installed, remove
+from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -73,19 +73,18 @@ def accelerate(
         obj: a `GaussianDiffusion` or `LearnedGaussianDiffusion`, changed in place.
         optimize: run the network through `stepfuse.optimize` in the sampling loops.
         dtype: torch.bfloat16 or torch.float16 for the optimised network's products.
-        strict: draw random numbers exactly as they do. False leaves out the noise that DDIM draws
-            and does not use where eta = 0; the images are the same, the generator's state after
-            them is not.
+        strict: draw random numbers exactly as they do, and round DDIM's coefficients as they do.
+            False leaves out the noise that DDIM draws and does not use where eta = 0 (the images
+            are the same, the generator's state after them is not), and takes the coefficients in
+            float64.
         backend: of `denoise_step` and `add_noise`.
 
     Returns ``obj``. Raises TypeError for other classes and for subclasses with a sampler of their
     own.
     """
     learned = _check(obj)
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
-    remove(obj)
     network = FastNetwork(obj.model, optimize, dtype)
+    remove(obj)
     names = [name for name in _REPLACED if not (learned and name == "ddim_sample")]
     install(obj, FastDiffusion(obj, network, learned, strict, backend), names)
     return obj
@@ -94,33 +93,30 @@ def accelerate(
 def restore(obj: Any) -> Any:
     """Take back what `accelerate` did, if it did anything, and return ``obj``."""
     _check(obj)
-    remove(obj)
-    return obj
+    return remove(obj)
 
 
 def explain(obj: Any) -> str:
     """What of an accelerated ``obj`` is replaced, and what became of its network."""
     _check(obj)
-    fast = installed(obj)
-    return "not accelerated" if fast is None else fast.explain()
+    return report(obj)
 
 
 def _check(obj: Any) -> bool:
     """Whether the variance is learned; TypeError for what is not taken."""
     from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffusion
 
-    kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
     supported = f"supported: {'; '.join(SUPPORTED)}"
     if not isinstance(obj, GaussianDiffusion):
         hint = "for a network use stepfuse.optimize; " if _is_network(obj) else ""
-        raise TypeError(f"cannot accelerate {kind}; {hint}{supported}")
+        raise TypeError(f"cannot accelerate {kind(obj)}; {hint}{supported}")
     learned = isinstance(obj, LearnedGaussianDiffusion)
     base = LearnedGaussianDiffusion if learned else GaussianDiffusion
     for name in _PARTS:
         if getattr(type(obj), name) is not getattr(base, name):
             raise TypeError(
-                f"cannot accelerate {kind}: it has a {name} of its own, so that its sampling is "
-                f"not that of {base.__name__}; {supported}"
+                f"cannot accelerate {kind(obj)}: it has a {name} of its own, so that its sampling "
+                f"is not that of {base.__name__}; {supported}"
             )
     return learned
 
@@ -146,7 +142,7 @@ class FastDiffusion(Fast):
         """(x_{t-1}, x0) from x_t."""
         d = self.diffusion
         if x.dtype != d.alphas_cumprod.dtype:  # a coefficient would change the dtype of x
-            results: tuple[Tensor, Tensor] = self._theirs("p_sample", x, t, x_self_cond)
+            results: tuple[Tensor, Tensor] = self.theirs(d, "p_sample", x, t, x_self_cond)
             return results
         with _plain_tensors():
             table = self._table(self._ancestral, d.objective)
@@ -161,7 +157,7 @@ class FastDiffusion(Fast):
         """Samples by DDPM over every timestep: [N, C, H, W], or [N, T + 1, C, H, W]."""
         d = self.diffusion
         if torch.get_default_dtype() != d.alphas_cumprod.dtype:
-            images: Tensor = self._theirs("p_sample_loop", shape, return_all_timesteps)
+            images: Tensor = self.theirs(d, "p_sample_loop", shape, return_all_timesteps)
             return images
         times = list(range(d.num_timesteps - 1, -1, -1))
         noisy = [t > 0 for t in times]
@@ -173,7 +169,7 @@ class FastDiffusion(Fast):
         """Samples by DDIM over ``sampling_timesteps`` steps."""
         d = self.diffusion
         if torch.get_default_dtype() != d.alphas_cumprod.dtype:
-            images: Tensor = self._theirs("ddim_sample", shape, return_all_timesteps)
+            images: Tensor = self.theirs(d, "ddim_sample", shape, return_all_timesteps)
             return images
         ends = torch.linspace(-1, d.num_timesteps - 1, steps=d.sampling_timesteps + 1)
         times = list(reversed(ends.int().tolist()))
@@ -194,7 +190,7 @@ class FastDiffusion(Fast):
             or x_start.numel() == 0
             or (noise is not None and (noise.shape, noise.dtype) != (x_start.shape, dtype))
         ):
-            noised: Tensor = self._theirs("q_sample", x_start, t, noise)
+            noised: Tensor = self.theirs(d, "q_sample", x_start, t, noise)
             return noised
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -213,12 +209,6 @@ class FastDiffusion(Fast):
         if self.diffusion.immiscible:
             lines.append("not replaced           q_sample: immiscible assigns the noise to samples")
         return "\n".join([*lines, f"network                {self.network.explain()}"])
-
-    def _theirs(self, name: str, *args: Any) -> Any:
-        """What was called before."""
-        if name in self.hidden:
-            return self.hidden[name](*args)
-        return getattr(type(self.diffusion), name)(self.diffusion, *args)
 
     def _loop(
         self,
@@ -313,9 +303,15 @@ class FastDiffusion(Fast):
         return table.flip(0)
 
     def _implicit(self, objective: str, times: tuple[int, ...], eta: float) -> Tensor:
-        """DDIM from each of ``times`` to the next; -1 is the x0 that was predicted."""
+        """DDIM from each of ``times`` to the next; -1 is the x0 that was predicted.
+
+        At eta = 1 the difference under the root of c cancels: they take it in the dtype of the
+        buffers, so that half its digits are rounding where abar_t is small.
+        """
         table = self._rows(times[:-1], objective)
         abar = self._buffer("alphas_cumprod")
+        if self.strict:
+            abar = abar.to(self.diffusion.alphas_cumprod.dtype)
         signal = self._buffer("sqrt_recip_alphas_cumprod")
         noise = self._buffer("sqrt_recipm1_alphas_cumprod")
         for row, (t, s) in zip(table, pairwise(times), strict=True):
@@ -327,7 +323,7 @@ class FastDiffusion(Fast):
             c = (1 - b - sigma**2).sqrt()
             # eps = (signal x - x0) / noise, in which signal is 1 / sqrt(abar)
             row[Column.C_X] = c * signal[t] / noise[t]
-            row[Column.C_0] = b.sqrt() - c / noise[t]
+            row[Column.C_0] = b.double().sqrt() - c / noise[t]
             row[Column.SIGMA] = sigma
         return table
 

@@ -10,16 +10,20 @@ from torch import nn
 
 from stepfuse.engine.optimize import Optimized, WeightsChanged
 
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 
 
 class FastNetwork:
-    """``model`` through `stepfuse.optimize`, kept in step with its weights.
+    """``model`` through `stepfuse.optimize` in ``dtype``, kept in step with its weights.
 
-    Copies and pickles compile again when they run.
+    Copies and pickles compile again when they run. Raises ValueError for a dtype that a network
+    cannot be compiled for.
     """
 
     def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
         self.model = model
         self._fast: Optimized | None = None
         self._reason = ""
@@ -35,7 +39,8 @@ class FastNetwork:
     def ready(self, timesteps: Iterable[int] = ()) -> Any:
         """What to call for ``timesteps``, all of them, up to date with the model's weights."""
         fast = self._fast
-        if fast is None or _drops(self.model):
+        # with gradients on, those of the parameters may be wanted too
+        if fast is None or torch.is_grad_enabled() or _drops(self.model):
             return self.model
         if _settings(self.model) != self._settings:
             # moved or converted: nothing that was compiled fits any longer

@@ -24,6 +24,12 @@ class Fast:
         """What is replaced, and what is not and why."""
         raise NotImplementedError
 
+    def theirs(self, obj: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call what ``name`` was before."""
+        if name in self.hidden:
+            return self.hidden[name](*args, **kwargs)
+        return getattr(type(obj), name)(obj, *args, **kwargs)
+
 
 def install(obj: Any, fast: Fast, names: Iterable[str]) -> None:
     """Put the methods ``names`` of ``fast`` over those of ``obj``."""
@@ -41,13 +47,24 @@ def installed(obj: Any) -> Fast | None:
     return fast
 
 
-def remove(obj: Any) -> None:
-    """Take away what was installed, if anything was."""
+def remove(obj: Any) -> Any:
+    """Take away what was installed, if anything was, and return the object."""
     fast = installed(obj)
-    if fast is None:
-        return
-    held = vars(obj)
-    del held[_NAME]
-    for name in fast.replaced:
-        del held[name]
-    held.update(fast.hidden)
+    if fast is not None:
+        held = vars(obj)
+        del held[_NAME]
+        for name in fast.replaced:
+            del held[name]
+        held.update(fast.hidden)
+    return obj
+
+
+def report(obj: Any) -> str:
+    """What is replaced on this object, in words."""
+    fast = installed(obj)
+    return "not accelerated" if fast is None else fast.explain()
+
+
+def kind(obj: Any) -> str:
+    """The full name of the object's class."""
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
