@@ -1,0 +1,62 @@
+"""The images of a candidate against those of the eager float32 loop, before anything is timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepfuse.bench.loops import Draws, Loop, SamplerLoop, generator_noise
+from stepfuse.bench.record import Verified
+from stepfuse.bench.workload import Workload
+
+# images in [-1, 1]: float32 sums in another order, through S clipped steps
+MOST_DIFFERENCE = 2e-3
+# dB for a range of 2: a loop takes apart what bfloat16 rounds, but the picture stays
+LEAST_PSNR = 25.0
+
+
+class Reference:
+    """The images of the eager float32 network and the reference update, by PyTorch's formulas."""
+
+    def __init__(self, workload: Workload, batch: int) -> None:
+        self.workload, self.batch = workload, batch
+        self._images: dict[Draws, Tensor] = {}
+
+    def images(self, draws: Draws) -> Tensor:
+        """From the same x_T and, where eta > 0, with the noise of `Sampler` or of a generator."""
+        if draws not in self._images:
+            noise = generator_noise(self.workload, self.batch) if draws == "generator" else None
+            sampler = self.workload.sampler(
+                self.workload.network,
+                steps=self.workload.spec.steps,
+                graph=None,
+                backend="reference",
+            )
+            loop = SamplerLoop(self.workload, self.batch, sampler)
+            self._images[draws] = loop.images(noise)
+        return self._images[draws]
+
+    def check(self, loop: Loop, dtype: str) -> tuple[Verified | None, str]:
+        """What was found, and why it may not be timed; empty where it may."""
+        found, exact = loop.images(), self.images(loop.draws)
+        if found.shape != exact.shape:
+            return None, f"its images have shape {list(found.shape)}, not {list(exact.shape)}"
+        if not bool(torch.isfinite(found).all()):
+            return None, "its images are not finite"
+        return compared(found, exact, dtype)
+
+
+def compared(found: Tensor, exact: Tensor, dtype: str) -> tuple[Verified, str]:
+    """Largest difference and PSNR of finite images; the reason is empty where they agree."""
+    error = (found.double().clamp(-1, 1) - exact.double().clamp(-1, 1)).cpu()
+    largest, mean_square = float(error.abs().max()), float(error.square().mean())
+    psnr = None if mean_square == 0 else float(-10 * torch.log10(torch.tensor(mean_square / 4)))
+    if dtype == "fp32":
+        passed, limit = largest <= MOST_DIFFERENCE, f"difference of at most {MOST_DIFFERENCE:g}"
+        reason = f"its images differ from the eager float32 loop's by {largest:.2g}"
+    else:
+        passed = psnr is None or psnr >= LEAST_PSNR
+        limit = f"PSNR of at least {LEAST_PSNR:g} dB"
+        reason = f"its images are at {psnr or 0:.1f} dB of the eager float32 loop's"
+    verified = Verified(len(found), largest, psnr, limit, passed)
+    return verified, "" if passed else f"{reason}, accepted: {limit}; not timed"

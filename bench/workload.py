@@ -1,0 +1,179 @@
+"""What every candidate of a benchmark is given: a network, a schedule, x_T and a condition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stepfuse.bench import peers_setup
+from stepfuse.bench.peers import Plain
+from stepfuse.engine.checkpoint import embedded, load
+from stepfuse.engine.sampler import Sampler
+from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.unet import UNet
+
+DDPM_CIFAR = "ddpm-cifar"
+Graph = Literal["auto", "step", "loop", "none"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be run, in words and numbers, so that another process can build the same.
+
+    Attributes are those of the command line; ``graph`` "none" is the sampler's None.
+    """
+
+    model: str = "digits"
+    steps: int = 50
+    method: str = "ddim"
+    spacing: str = "leading"
+    eta: float = 0.0
+    seed: int = 0
+    backend: str = "auto"
+    graph: str = "auto"
+    optimize: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.graph not in get_args(Graph):
+            accepted = ", ".join(get_args(Graph))
+            raise ValueError(f"--graph must be one of {accepted}; got {self.graph!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1; got {self.threads}")
+
+
+class Conditioned(nn.Module):
+    """``model(x, t)`` with its condition held inside, as runtimes of two inputs want it."""
+
+    def __init__(self, model: nn.Module, condition: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(condition)
+        for name, value in condition.items():
+            self.register_buffer(f"given_{name}", value, persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.model(x, t, **{n: getattr(self, f"given_{n}") for n in self.names})
+
+
+class Workload:
+    """The network and the sampler's settings of a `Spec`.
+
+    Attributes:
+        network: eager, float32, as (x, t, **condition).
+        schedule, prediction_type: what it was trained on.
+        shape: (C, H, W) of an image.
+        sampler_settings: keywords of `Sampler` that all candidates share.
+
+    Raises ValueError or TypeError for settings that no sampler accepts, ValueError for an unknown
+    model, ImportError where diffusers is needed for the network and missing.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        if spec.model == DDPM_CIFAR:
+            self.network, self.shape, self.classes = _ddpm_cifar(), (3, 32, 32), None
+            self.schedule, self.prediction_type = Schedule.linear(), "epsilon"
+        else:
+            checkpoint = _checkpoint(spec.model)
+            self.network, self.shape = checkpoint.model, checkpoint.sample_shape
+            self.schedule, self.prediction_type = checkpoint.schedule, checkpoint.prediction_type
+            self.classes = checkpoint.num_classes
+        self.network.to(self.device)
+        learned = isinstance(self.network, UNet) and self.network.config.learned_variance
+        self.learned_variance = learned
+        self.sampler_settings = {
+            "method": spec.method,
+            "spacing": spec.spacing,
+            "eta": spec.eta,
+            "prediction_type": self.prediction_type,
+            "variance_type": "learned_range" if learned else "fixed_small",
+            # epsilon of the update stays as the network gave it, as diffusers has it
+            "rederive_epsilon": False,
+        }
+        probe = self.sampler(self.network, steps=spec.steps, graph=self.graph)
+        self.backend, self.timesteps = probe.backend, probe.timesteps
+
+    @property
+    def graph(self) -> str | None:
+        """As `Sampler` takes it."""
+        return None if self.spec.graph == "none" else self.spec.graph
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the network."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    def sampler(self, model: Any, **more: Any) -> Sampler:
+        """A sampler of ours over ``model`` with the settings of the workload."""
+        more = {"backend": self.spec.backend, **more}
+        return Sampler(model, self.schedule, **self.sampler_settings, **more)
+
+    def x_T(self, batch: int) -> Tensor:
+        """Where every loop starts: [N, C, H, W]."""
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        return torch.randn(batch, *self.shape, generator=generator).to(self.device)
+
+    def condition(self, batch: int) -> dict[str, Tensor]:
+        """Labels that take turns, where the network has classes."""
+        if self.classes is None:
+            return {}
+        return {"labels": torch.arange(batch, device=self.device) % self.classes}
+
+    def condition_in_words(self) -> str:
+        return "" if self.classes is None else f"labels 0 .. {self.classes - 1} taking turns"
+
+    def t(self, batch: int) -> Tensor:
+        """An example of the timesteps of a batch, int64 [N]."""
+        return torch.full((batch,), self.timesteps[0], device=self.device)
+
+    def plain(self, batch: int) -> nn.Module:
+        """The network as ``model(x, t)`` -> tensor."""
+        return Plain(Conditioned(self.network, self.condition(batch))).eval()
+
+    def plain_twin(self, batch: int) -> nn.Module:
+        """diffusers' network with the same weights as ``model(x, t)`` -> tensor."""
+        condition = self.condition(batch)
+        theirs = {"class_labels": condition["labels"]} if condition else {}
+        return Plain(Conditioned(self.twin, theirs)).eval()
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """diffusers' network with the same weights; the network itself where it is diffusers'."""
+        if not isinstance(self.network, UNet):
+            return self.network
+        peers_setup.prepare()
+        from stepfuse.bench.twin import diffusers_twin
+
+        return diffusers_twin(self.network, self.shape[-1]).to(self.device)
+
+
+def _checkpoint(name: str) -> Any:
+    try:
+        return load(name)
+    except ValueError as error:
+        if "unknown checkpoint" not in str(error):
+            raise
+        names = ", ".join([*embedded(), DDPM_CIFAR])
+        raise ValueError(
+            f"unknown --model {name!r}; accepted: {names}, or the path of a .safetensors file"
+        ) from None
+
+
+def _ddpm_cifar() -> nn.Module:
+    """diffusers' U-Net in the size of DDPM's for CIFAR-10, with random weights."""
+    try:
+        peers_setup.prepare()
+        from stepfuse.bench.bench_unet import cifar10
+    except ImportError as error:
+        raise ValueError(
+            f"--model {DDPM_CIFAR} is a network of diffusers ({error}); "
+            "pip install 'stepfuse[bench]'"
+        ) from None
+    return cifar10()
