@@ -97,7 +97,7 @@ def inductor_bfloat16(model: nn.Module, x: Tensor, t: Tensor) -> Call:
 
 def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Call:
     inductor_config = importlib.import_module("torch._inductor.config")
-    torch._dynamo.reset()
+    dynamo_config = importlib.import_module("torch._dynamo.config")
     inductor_config.freezing = True
     try:
         frozen = copy.deepcopy(model).eval()
@@ -105,6 +105,9 @@ def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None 
         with (
             torch.no_grad(),
             torch.autocast("cpu", dtype or torch.bfloat16, enabled=bool(dtype)),
+            # networks share the code of their forward, and each counts as a recompilation of it;
+            # a reset would throw away those that were compiled, and at the limit it runs eagerly
+            dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
