@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.engine.export.libraries import library
+from stepfuse.engine.export.onnx_graph import MODULE
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 FLOAT = 1  # ONNX's numbers of the types
@@ -69,9 +70,9 @@ class OnnxProbe:
         by_weight: dict[str, str] = {}
         weights = {tensor.name for tensor in self.model.graph.initializer}
         for node in self.model.graph.node:
-            for scope in _scopes(node):
-                if (layer := _match(scope, known)) is not None:
-                    by_scope[layer] = node.output[0]
+            scope = _scope(node)
+            if scope is not None and (layer := _match(scope, known)) is not None:
+                by_scope[layer] = node.output[0]
             for name in weights.intersection(node.input):
                 if (layer := _match(name.rpartition(".")[0], known)) is not None:
                     by_weight[layer] = node.output[0]
@@ -96,13 +97,14 @@ class OnnxProbe:
         return [torch.from_numpy(value) for value in session.run(outputs, feeds)]
 
 
-def _scopes(node: Any) -> list[str]:
-    for entry in node.metadata_props:
-        if entry.key == SCOPES:
-            # the last is the operation itself
-            found: list[str] = ast.literal_eval(entry.value)[:-1]
-            return found
-    return []
+def _scope(node: Any) -> str | None:
+    """The module that a node came from, as `stepfuse.export.onnx` or PyTorch's exporter say it."""
+    props = {entry.key: entry.value for entry in node.metadata_props}
+    if MODULE in props:
+        return str(props[MODULE])
+    # the last of the scopes is the operation itself
+    names = ast.literal_eval(props[SCOPES])[:-1] if SCOPES in props else []
+    return str(names[-1]) if names else None
 
 
 def _match(scope: str, known: set[str]) -> str | None:
@@ -112,7 +114,7 @@ def _match(scope: str, known: set[str]) -> str | None:
 
 
 def rounded_to_half(model: Any, half: int) -> Any:
-    """A float32 model that rounds every value to ``half`` (of `HALVES`) which has it in ``model``."""
+    """A float32 model that rounds to ``half``, of `HALVES`, what has that type in ``model``."""
     onnx = library("onnx", "checking an ONNX file")
     helper = onnx.helper
     inferred = onnx.shape_inference.infer_shapes(model)
