@@ -29,13 +29,14 @@ class UNetConfig:
 
     Attributes:
         in_channels: image channels C.
-        base_channels: width at full resolution; the embedding has four times as many channels.
+        base_channels: width at full resolution.
         channel_multipliers: width of each level over ``base_channels``; each level but the last
             halves the resolution.
         blocks_per_level: residual blocks per level on the way down; one more on the way up.
         attention_factors: self-attention where the resolution is 1/f of the image, for each f.
             The middle always has one.
-        head_channels: width of an attention head, or None for a single head.
+        head_channels: width of an attention head; None for ``num_heads``.
+        num_heads: heads of every attention where ``head_channels`` is None.
         norm_groups: groups of every GroupNorm.
         norm_eps: epsilon of every GroupNorm.
         scale_shift: the embedding scales and shifts the normalised activations (AdaGN); otherwise
@@ -44,6 +45,8 @@ class UNetConfig:
             block (BigGAN).
         asymmetric_downsample: "conv" pads bottom and right only, as the DDPM paper's code does.
         embedding_order: see ``timestep_embedding``.
+        embedding_features: sinusoids of the timestep, ``base_channels`` where None; the embedding
+            has four times as many channels as there are sinusoids.
         num_classes: number of classes, or None; the class table has one row more, the null class.
         dropout: probability, in every residual block.
         learned_variance: the output has 2C channels, the second half for the variance.
@@ -56,12 +59,14 @@ class UNetConfig:
     blocks_per_level: int = 2
     attention_factors: tuple[int, ...] = (2,)
     head_channels: int | None = None
+    num_heads: int = 1
     norm_groups: int = 32
     norm_eps: float = 1e-6
     scale_shift: bool = False
     updown: Literal["conv", "resblock"] = "conv"
     asymmetric_downsample: bool = False
     embedding_order: EmbeddingOrder = "sin_cos"
+    embedding_features: int | None = None
     num_classes: int | None = None
     dropout: float = 0.0
     learned_variance: bool = False
@@ -70,12 +75,14 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("in_channels", "base_channels", "blocks_per_level", "norm_groups"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
-            self.base_channels % 2 == 0 and self.base_channels >= 4,
-            "base_channels",
-            self.base_channels,
-            "an even number of at least 4",
-        )
+        for name in ("base_channels", "embedding_features"):
+            width = getattr(self, name)
+            _require(
+                width is None or (width % 2 == 0 and width >= 4),
+                name,
+                width,
+                "an even number of at least 4",
+            )
         _require(
             len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
@@ -104,6 +111,19 @@ class UNetConfig:
                     self.head_channels,
                     f"None or a divisor of the attention's channels {self.attention_channels}",
                 )
+        for channels in self.attention_channels:
+            _require(
+                self.num_heads >= 1 and channels % self.num_heads == 0,
+                "num_heads",
+                self.num_heads,
+                f"a divisor of the attention's channels {self.attention_channels}",
+            )
+        _require(
+            self.num_heads == 1 or self.head_channels is None,
+            "num_heads",
+            self.num_heads,
+            f"1 where head_channels is given ({self.head_channels})",
+        )
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above 0")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _require(self.updown in ("conv", "resblock"), "updown", self.updown, "'conv' or 'resblock'")
@@ -132,6 +152,10 @@ class UNetConfig:
         levels = enumerate(self.level_channels)
         inner = tuple(c for level, c in levels if 2**level in self.attention_factors)
         return (*inner, self.level_channels[-1])
+
+    def heads(self, channels: int) -> int:
+        """Heads of an attention over this many channels."""
+        return self.num_heads if self.head_channels is None else channels // self.head_channels
 
     @property
     def size_divisor(self) -> int:
@@ -204,10 +228,11 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         base = config.base_channels
-        embedding_channels = 4 * base
+        features = config.embedding_features or base
+        embedding_channels = 4 * features
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.time_embedding = nn.Sequential(
-            nn.Linear(base, embedding_channels),
+            nn.Linear(features, embedding_channels),
             nn.SiLU(),
             nn.Linear(embedding_channels, embedding_channels),
         )
@@ -233,7 +258,7 @@ class UNet(nn.Module):
         def attention(channels: int) -> SelfAttention:
             return SelfAttention(
                 channels,
-                head_channels=config.head_channels,
+                heads=config.heads(channels),
                 groups=config.norm_groups,
                 eps=config.norm_eps,
                 residual_rescale=config.residual_rescale,
@@ -307,7 +332,8 @@ class UNet(nn.Module):
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """MLP(sinusoid(t)) + class row: [N, 4 base_channels]. The null class is the last row."""
-        features = timestep_embedding(t, self.config.base_channels, self.config.embedding_order)
+        width = self.config.embedding_features or self.config.base_channels
+        features = timestep_embedding(t, width, self.config.embedding_order)
         embedding: Tensor = self.time_embedding(features.to(self.conv_in.weight.dtype))
         if self.class_embedding is None:
             return embedding

@@ -141,15 +141,15 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """x + W_o softmax(q k^T / sqrt(d)) v over the H * W positions of GroupNorm(x).
 
-    d is ``head_channels`` (ADM section 3 settles on 64), or all channels in one head. W_o starts
-    at zero. The rows of ``qkv`` are all queries, then all keys, then all values.
+    d is the channels of one of ``heads`` heads (ADM section 3 settles on 64). W_o starts at zero.
+    The rows of ``qkv`` are all queries, then all keys, then all values.
     """
 
     def __init__(
         self,
         channels: int,
         *,
-        head_channels: int | None,
+        heads: int,
         groups: int,
         eps: float,
         residual_rescale: bool,
@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
         self.norm = GroupNormSiLU(channels, groups, eps, act="none")
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
-        self.heads = 1 if head_channels is None else channels // head_channels
+        self.heads = heads
         self.residual_rescale = residual_rescale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_residual_rescale_divides_each_sum_by_sqrt_two() -> None:
     scaled.load_state_dict(plain.state_dict())
     x, embedding = torch.randn(2, 8, 6, 6), torch.randn(2, 16)
     torch.testing.assert_close(scaled(x, embedding) * 2**0.5, plain(x, embedding))
-    attention = SelfAttention(8, head_channels=None, groups=4, eps=1e-5, residual_rescale=True)
+    attention = SelfAttention(8, heads=1, groups=4, eps=1e-5, residual_rescale=True)
     torch.testing.assert_close(attention(x) * 2**0.5, x)
 
 
@@ -237,6 +237,9 @@ def test_config_survives_a_dictionary() -> None:
     [
         ({"norm_groups": 7}, r"norm_groups is 7; accepted: a divisor"),
         ({"attention_factors": (16,)}, r"attention_factors is \(16,\); accepted: a subset of"),
+        ({"num_heads": 3}, r"num_heads is 3; accepted: a divisor"),
+        ({"num_heads": 2, "head_channels": 64}, r"num_heads is 2; accepted: 1 where"),
+        ({"embedding_features": 7}, r"embedding_features is 7; accepted: an even number"),
         ({"head_channels": 48}, r"head_channels is 48; accepted: None or a divisor"),
         ({"base_channels": 33}, r"base_channels is 33; accepted: an even number"),
         ({"channel_multipliers": ()}, r"channel_multipliers is \(\); accepted"),
