@@ -82,10 +82,11 @@ def _of_sampler(loop: SamplerLoop, workload: Workload, batch: int) -> Split:
     steps = len(loop.sampler.timesteps)
     sampler = workload.sampler(Clocked(model), steps=steps, graph=loop.sampler.graph)
     clocked = SamplerLoop(workload, batch, sampler, loop.condition)
-    captured = "captured" if loop.sampler.graph else "step by step"
-    result = Split(batch, [], [], [], f"our loop, {captured}, with a clock among its operators")
+    result = Split(batch, [], [], [], "")
     with clocked_update():
         _runs(clocked, steps, result)
+    captured = "captured" if sampler.stats()["replays"] else "step by step"
+    result.how = f"our loop, {captured}, with a clock among its operators"
     return result
 
 

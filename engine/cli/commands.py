@@ -21,10 +21,20 @@ from stepfuse.engine.cli.sample import EXAMPLES, sample
 # Commands whose modules load torch, and are therefore imported only when they run:
 # name -> (module, function, first line of the help)
 DEFERRED = {
+    "export": (
+        "stepfuse.engine.export.command",
+        "export_command",
+        "Write a network as ONNX or TensorRT, and check it against the reference.",
+    ),
     "train": (
         "stepfuse.engine.training.command",
         "train_command",
         "Train a network on your own images: a folder of pictures or an .npz file.",
+    ),
+    "bench": (
+        "stepfuse.bench.command",
+        "bench",
+        "Time the sampling loop on this machine, beside other libraries.",
     ),
 }
 
@@ -79,7 +89,9 @@ def _register(name: str, module: str, function: str, help_line: str) -> None:
 
     def deferred(context: typer.Context) -> None:
         command = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        command.command(context_settings=HELP)(getattr(importlib.import_module(module), function))
+        home = importlib.import_module(module)
+        register = command.command(context_settings=HELP, epilog=getattr(home, "EXAMPLES", None))
+        register(getattr(home, function))
         status = typer.main.get_command(command).main(
             args=list(context.args), prog_name=f"stepfuse {name}", standalone_mode=False
         )

@@ -1,0 +1,224 @@
+"""``stepfuse bench``: the work behind the options."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from stepfuse.bench.candidates import chosen, libraries
+from stepfuse.bench.machine import describe
+from stepfuse.bench.measure import Bench, Plan
+from stepfuse.bench.record import Record, load
+from stepfuse.bench.workload import Spec, Workload
+from stepfuse.engine.cli.drawing import choose_device
+from stepfuse.engine.cli.errors import INTERRUPTED, Problem, failing_on, interruptible
+from stepfuse.engine.files import check_file, write_file
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the record, the tables and the report go."""
+
+    json: Path
+    markdown: Path
+    html: Path
+
+    @classmethod
+    def of(
+        cls, folder: Path, json: Path | None, markdown: Path | None, html: Path | None
+    ) -> Targets:
+        """Files of their own, or else the usual ones in ``folder``."""
+        return cls(
+            json or folder / "record.json",
+            markdown or folder / "report.md",
+            html or folder / "report.html",
+        )
+
+    def check(self) -> None:
+        """Make the folder; raise OSError with the reason where something cannot be written."""
+        files = (self.json, self.markdown, self.html)
+        if len({file.absolute() for file in files}) < len(files):
+            raise ValueError(f"three different files are written; got {', '.join(map(str, files))}")
+        for file in files:
+            if file.parent.parent.is_dir():
+                file.parent.mkdir(exist_ok=True)
+            check_file(file)
+
+    def save(self, record: Record) -> None:
+        """The record alone."""
+        record.save(self.json)
+
+
+def run(
+    spec: dict[str, Any],
+    batch: str,
+    dtype: str,
+    against: str,
+    rounds: int,
+    time_limit: float,
+    processes: int,
+    targets: Targets,
+) -> None:
+    """Check everything, measure, write, and print. The arguments are those of the command."""
+    plan = Plan(
+        _batches(batch), rounds, None if time_limit == 0 else time_limit, processes=processes
+    )
+    entries = chosen(libraries(against), dtype, spec["optimize"])
+    described = Spec(**{**spec, "device": str(choose_device(spec["device"]))})
+    if not math.isfinite(described.eta):
+        raise ValueError(f"--eta must be a finite number; got {described.eta}")
+    if described.threads is not None:
+        torch.set_num_threads(described.threads)
+    workload = _workload(described)
+    targets.check()
+    console = _console()
+    with _progress() as watch:
+        work = Bench(
+            workload, entries, plan, watch, targets.save, f"stepfuse {shlex.join(sys.argv[1:])}"
+        )
+        record = work.run()
+    show(record, targets, console)
+    if not record.complete:
+        raise Problem(f"interrupted; what had been measured is in {targets.json}", INTERRUPTED)
+
+
+def static(targets: Targets) -> None:
+    """The static table of the GPU kernels: compiled, not run."""
+    if importlib.util.find_spec("triton") is None:
+        raise Problem("--static compiles the Triton kernels: pip install 'stepfuse[triton]'")
+    targets.check()
+    from stepfuse.bench.roofline import render, static_table
+
+    console = _console()
+    with interruptible("nothing was written"):
+        with _progress() as watch:
+            watch.stage("compiling the Triton kernels for four GPU architectures")
+            rows = static_table()
+        record = Record(
+            kind="roofline",
+            machine=describe(),
+            command="stepfuse bench --static",
+            roofline=[asdict(row) for row in rows],
+        )
+        # as it will be read: tuples are lists
+        targets.save(record)
+        console.print(render(rows))
+        _write_reports(load(targets.json), targets, console)
+
+
+def show_comparison(a: Path, b: Path) -> None:
+    """What changed from one record to the other."""
+    for path in (a, b):
+        if not path.is_file():
+            raise FileNotFoundError(f"--compare: there is no file {path}")
+    with failing_on(ValueError):
+        records = [load(path) for path in (a, b)]
+    compare = importlib.import_module("stepfuse.bench.compare").compare
+    _console().print(compare(*records).table())
+
+
+def show(record: Record, targets: Targets, console: Console) -> None:
+    """Print the tables, write tables and report, and say where they are."""
+    tables = _module("tables")
+    if tables is not None:
+        tables.print_tables(record, console)
+    _write_reports(record, targets, console)
+
+
+def _write_reports(record: Record, targets: Targets, console: Console) -> None:
+    """Tables and report beside the record, as far as this installation can make them."""
+    written = [targets.json]
+    tables, report = _module("tables"), _module("report")
+    if tables is not None:
+        write_file(targets.markdown, tables.markdown(record).encode())
+        written.append(targets.markdown)
+    if report is not None:
+        try:
+            write_file(targets.html, report.html(record).encode())
+            written.append(targets.html)
+        except ImportError as error:
+            console.print(f"no HTML report: {error}; pip install 'stepfuse\\[bench]'")
+    console.print()
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _module(name: str) -> Any:
+    """A module of stepfuse.bench; None where this installation lacks it."""
+    full = f"stepfuse.bench.{name}"
+    return importlib.import_module(full) if importlib.util.find_spec(full) else None
+
+
+def _workload(spec: Spec) -> Workload:
+    # a file that is no checkpoint is not a mistake of usage
+    if Path(spec.model).is_file():
+        with failing_on(ValueError):
+            return Workload(spec)
+    return Workload(spec)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--batch must be whole numbers like 1,8,32; got {text!r}") from None
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has no width of its own
+    return console
+
+
+class Bar:
+    """`stepfuse.bench.measure.Watch` on a terminal; lines in a file."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._task = progress, progress.add_task("starting", total=None)
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        self._progress.reset(self._task, description=text, total=total)
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def tick(self) -> None:
+        self._progress.advance(self._task)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Bar]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        yield Bar(bar)
