@@ -77,13 +77,17 @@ def make_inputs(
 
 
 def random_condition(source: Source, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random labels, the null class among them, and noise for what is a floating-point number."""
+    """Labels in turn, the null class among them, and noise for what is a floating-point number.
+
+    The first label is random: few samples still see as many classes as there are samples.
+    """
     condition = {}
     for name, example in source.condition.items():
         shape = (count, *example.shape[1:])
         if name == source.metadata.label_input and source.metadata.num_classes is not None:
-            top = source.metadata.num_classes
-            condition[name] = torch.randint(0, top + 1, shape, generator=generator)
+            classes = source.metadata.num_classes + 1
+            first = torch.randint(0, classes, (1,), generator=generator)
+            condition[name] = (first + torch.arange(count)) % classes
         elif example.is_floating_point():
             condition[name] = torch.randn(shape, generator=generator)
         else:

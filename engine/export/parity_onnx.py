@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.onnx_graph import MODULE
+from stepfuse.engine.export.runtime import CPU, quiet_options
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 FLOAT = 1  # ONNX's numbers of the types
@@ -79,11 +80,8 @@ class OnnxProbe:
         return {**by_weight, **by_scope}
 
     def _session(self, model: Any) -> Any:
-        options = self.runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
         return self.runtime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.SerializeToString(), quiet_options(self.runtime), providers=[CPU]
         )
 
     def _run(
