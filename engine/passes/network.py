@@ -15,6 +15,7 @@ from stepfuse.engine.passes.channels_last import channels_last
 from stepfuse.engine.passes.emit import emit
 from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.passes.fuse_residual_add import fuse_residual_add
+from stepfuse.engine.passes.gather_attention import gather_attention
 from stepfuse.engine.passes.graph import PassReport, finish, stage, value
 from stepfuse.engine.passes.hoist_timestep import hoist_timestep, time_frontier
 from stepfuse.engine.passes.lower_precision import lower_precision
@@ -26,10 +27,13 @@ from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
 from stepfuse.engine.passes.weights import Weights
+from stepfuse.engine.passes.widen_conv1d import widen_conv1d
 from stepfuse.engine.passes.winograd_convolutions import winograd_convolutions
 
 PASSES = (
     "remove_no_ops",
+    "widen_conv1d",
+    "gather_attention",
     "upsampled_convolutions",
     "fuse_group_norm_silu",
     "hoist_timestep",
@@ -49,6 +53,8 @@ def rewrite(
     gm = traced.gm
     passes = {
         "remove_no_ops": remove_no_ops,
+        "widen_conv1d": widen_conv1d,
+        "gather_attention": gather_attention,
         "upsampled_convolutions": upsampled_convolutions,
         "fuse_group_norm_silu": fuse_group_norm_silu,
         "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),

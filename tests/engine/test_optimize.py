@@ -75,18 +75,6 @@ def test_a_conditioned_diffusers_unet() -> None:
     assert distance(low, expected) < 2e-2
 
 
-@torch.no_grad()
-def test_the_unet_of_denoising_diffusion_pytorch() -> None:
-    from denoising_diffusion_pytorch import Unet
-
-    unet = Unet(dim=16, dim_mults=(1, 2), flash_attn=False).eval()
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 4])
-    fast = optimize(unet, (x, t))
-    assert distance(fast(x, t), unet(x, t)) < REORDERED
-    low = optimize(unet, (x, t), dtype=torch.bfloat16)(x, t)
-    assert distance(low, unet(x, t)) < 3e-2
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepfuse.engine.passes.network import PASSES
+from stepfuse.engine.passes.stages import assign
+from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.unet import UNet, UNetConfig
 
 
@@ -76,6 +78,35 @@ def own(**options: Any) -> tuple[UNet, tuple[Tensor, Tensor]]:
         if p.dim() > 1:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
     return model, (torch.randn(2, 3, 10, 6), torch.tensor([3, 700]))
+
+
+def stable_diffusion(**options: Any) -> nn.Module:
+    """UNet2DConditionModel with the widths of Stable Diffusion and two of its four levels."""
+    from diffusers import UNet2DConditionModel
+
+    defaults: dict[str, Any] = {
+        "sample_size": 64,
+        "block_out_channels": (320, 640),
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    unet: nn.Module = UNet2DConditionModel(**{**defaults, **options}).eval()
+    return unet
+
+
+def traced(function: Any, *inputs: Tensor) -> Traced:
+    """The graph of a function or module of some tensors."""
+
+    class Wrapped(nn.Module):
+        def forward(self, *args: Tensor) -> Any:
+            return function(*args)
+
+    found = trace(function if isinstance(function, nn.Module) else Wrapped(), inputs, {})
+    assign(found.gm)
+    return found
 
 
 def only(*names: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.passes.fake_cuda import DEVICE, fake_cuda, module_on_cuda
-from tests.engine.passes.networks import distance, own, small
+from tests.engine.passes.networks import distance, own, small, stable_diffusion
 from tests.kernels.triton_modes import interpreted
 from torch import nn
 
@@ -31,23 +31,6 @@ INTERPRETED = 2e-6
 # bfloat16 keeps 8 bits, and the interpreter cuts the ninth off instead of rounding
 INTERPRETED_BF16 = 3e-2
 ONLY_CPU = ("attention", "winograd_convolutions", "prepack_convolutions", "fuse_residual_add")
-
-
-def stable_diffusion(**options: Any) -> nn.Module:
-    """UNet2DConditionModel with the widths of Stable Diffusion and two of its four levels."""
-    from diffusers import UNet2DConditionModel
-
-    defaults: dict[str, Any] = {
-        "sample_size": 64,
-        "block_out_channels": (320, 640),
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    unet: nn.Module = UNet2DConditionModel(**{**defaults, **options}).eval()
-    return unet
 
 
 class Calls(_Watch):
