@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
@@ -13,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers.scheduler_base import NoisingScheduler
-from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, ddim_rows, variance
+from stepfuse.engine.adapters.diffusers.scheduler_rows import ddim_rows, variance
 
 
 class DDIMScheduler(NoisingScheduler):
@@ -61,39 +60,32 @@ class DDIMScheduler(NoisingScheduler):
         """Choose the timesteps of a loop of ``num_inference_steps``, by ``timestep_spacing``."""
         self._space_timesteps(num_inference_steps, device)
 
-    def _ends(self, t: Array, abar: Array) -> Array:
-        """abar where steps from t end: at t - T // S, or at the next entry where not strict."""
+    def _ends(self, timesteps: list[int], abar: Tensor) -> Tensor:
+        """abar where steps end: at t - T // S, or at the next entry where not strict."""
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps first")
-        previous = t - self.config.num_train_timesteps // self.num_inference_steps
+        config, final = self.config, self.final_alpha_cumprod.to(abar)
+        stride = config.num_train_timesteps // self.num_inference_steps
+        previous = [t - stride for t in timesteps]
         if not self.strict:
             listed = self._timestep_list()
             after = dict(zip(listed, [*listed[1:], -1], strict=True))
-            previous = np.array([after.get(s, p) for s, p in zip(t, previous, strict=True)])
-        final = abar.dtype.type(self.final_alpha_cumprod)
-        if not self.strict and not self.config.set_alpha_to_one:
-            final = abar[0]
-        ends: Array = np.where(previous >= 0, abar[np.maximum(previous, 0)], final)
-        return ends
+            previous = [after.get(t, s) for t, s in zip(timesteps, previous, strict=True)]
+            final = final if config.set_alpha_to_one else abar[0]
+        s = torch.tensor(previous)
+        return torch.where(s >= 0, abar[s.clamp(min=0)], final)
 
-    def _rows(self, timesteps: Array, *options: Any) -> Array:
+    def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         eta, clipped, _ = options
-        abar = self._abar()
-        return ddim_rows(
-            timesteps,
-            abar[timesteps],
-            self._ends(timesteps, abar),
-            self.config.prediction_type,
-            self._clip(),
-            eta,
-            clipped,
-        )
+        abar, t = self._abar(), torch.tensor(timesteps)
+        prediction_type, ends = self.config.prediction_type, self._ends(timesteps, abar)
+        return ddim_rows(t, abar[t], ends, prediction_type, self._clip(), eta, clipped)
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
         """sigma^2 at eta = 1 from ``timestep`` to ``prev_timestep`` (DDIM, eq. 16)."""
         abar = self.alphas_cumprod
         end = abar[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
-        return torch.as_tensor(variance(abar[timestep].numpy(), end.numpy()))
+        return variance(abar[timestep], end)
 
     def step(
         self,

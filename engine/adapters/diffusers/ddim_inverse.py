@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers.scheduler_base import StepScheduler
-from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, inverse_rows
+from stepfuse.engine.adapters.diffusers.scheduler_rows import inverse_rows
 
 
 class DDIMInverseScheduler(StepScheduler):
@@ -65,23 +64,18 @@ class DDIMInverseScheduler(StepScheduler):
         """Choose the timesteps of a loop of ``num_inference_steps``, ascending."""
         self._space_timesteps(num_inference_steps, device)
 
-    def _rows(self, timesteps: Array, *options: Any) -> Array:
+    def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         assert self.num_inference_steps is not None
-        config, abar = self.config, self._abar()
+        config, abar, t = self.config, self._abar(), torch.tensor(timesteps)
         stride = config.num_train_timesteps // self.num_inference_steps
-        starts = np.minimum(timesteps - stride, config.num_train_timesteps - 1)
+        starts = [min(s - stride, config.num_train_timesteps - 1) for s in timesteps]
         if not self.strict:
             listed = self._timestep_list()
             before = dict(zip(listed, [-1, *listed[:-1]], strict=True))
-            starts = np.array([before.get(t, s) for t, s in zip(timesteps, starts, strict=True)])
-        first = abar.dtype.type(self.initial_alpha_cumprod)
-        return inverse_rows(
-            timesteps,
-            np.where(starts >= 0, abar[np.maximum(starts, 0)], first),
-            abar[timesteps],
-            config.prediction_type,
-            self._clip(),
-        )
+            starts = [before.get(t, s) for t, s in zip(timesteps, starts, strict=True)]
+        s, first = torch.tensor(starts), self.initial_alpha_cumprod.to(abar)
+        a = torch.where(s >= 0, abar[s.clamp(min=0)], first)
+        return inverse_rows(t, a, abar[t], config.prediction_type, self._clip())
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True

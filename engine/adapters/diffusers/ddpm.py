@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -13,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers.scheduler_base import NoisingScheduler
-from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, ddpm_rows
+from stepfuse.engine.adapters.diffusers.scheduler_rows import ddpm_rows
 from stepfuse.kernels.step_row import Column
 
 _LEARNED = ("learned", "learned_range")
@@ -81,8 +80,8 @@ class DDPMScheduler(NoisingScheduler):
                 "give num_inference_steps or timesteps, not both; got "
                 f"{num_inference_steps} and {timesteps}"
             )
-        listed = np.array(timesteps, dtype=np.int64)
-        if (np.diff(listed) >= 0).any():
+        listed = torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
+        if bool((listed.diff() >= 0).any()):
             raise ValueError(f"timesteps must descend; got {listed.tolist()}")
         if listed[0] >= self.config.num_train_timesteps:
             raise ValueError(
@@ -106,19 +105,17 @@ class DDPMScheduler(NoisingScheduler):
             return timestep - 1
         return torch.tensor(self._previous(self._index(timestep)), device=self.timesteps.device)
 
-    def _rows(self, timesteps: Array, *options: Any) -> Array:
+    def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         kind, _ = options
-        abar = self._abar()
-        previous = np.array([self._previous(t) for t in timesteps.tolist()])
-        end = np.where(previous >= 0, abar[np.maximum(previous, 0)], abar.dtype.type(1))
-        rows = ddpm_rows(
-            timesteps, abar[timesteps], end, self.config.prediction_type, self._clip(), kind
-        )
+        abar, t = self._abar(), torch.tensor(timesteps)
+        previous = torch.tensor([self._previous(t) for t in timesteps])
+        ends = torch.where(previous >= 0, abar[previous.clamp(min=0)], self.one.to(abar))
+        rows = ddpm_rows(t, abar[t], ends, self.config.prediction_type, self._clip(), kind)
         if self.strict and kind == "learned":
             rows[:, Column.L_1] = 0.0  # a variance, which `step` multiplies into the noise
         if self.strict and kind == "fixed_large_log":
-            rows[:, Column.SIGMA] = np.nan  # the square root of a log, which is negative
-        silent = timesteps <= 0 if self.strict else previous < 0
+            rows[:, Column.SIGMA] = torch.nan  # the square root of a log, which is negative
+        silent = t <= 0 if self.strict else previous < 0
         for column in (Column.SIGMA, Column.L_0, Column.L_1):
             rows[silent, column] = 0.0
         return rows

@@ -6,13 +6,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from stepfuse.engine.adapters.diffusers.scheduler_rows import Array, plain_step
+from stepfuse.engine.adapters.diffusers.scheduler_rows import plain_step
 from stepfuse.engine.adapters.diffusers.scheduler_tables import betas_of, spaced
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.backends import FLOAT_DTYPES
@@ -36,6 +35,11 @@ class Row(NamedTuple):
     table: Tensor  # [S, 16] on the sample's device
     step: Tensor | None  # int64 [1]; None where a coefficient is not finite, which no kernel takes
     numbers: list[float]
+
+
+def _takes(x: Tensor) -> bool:
+    """Whether `denoise_step` takes such a sample."""
+    return x.dim() > 1 and x.numel() > 0 and x.dtype in _DTYPES and x.device.type in _DEVICES
 
 
 class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -72,8 +76,8 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        steps = np.arange(config.num_train_timesteps, dtype=np.int64)
-        self._take_timesteps(steps if self._ascending else steps[::-1].copy(), None)
+        steps = torch.arange(config.num_train_timesteps)
+        self._take_timesteps(steps if self._ascending else steps.flip(0), None)
         # pipelines write this name into model_index.json: what they save loads without stepfuse
         self.__dict__["__module__"] = f"diffusers.schedulers.{self._home}"
 
@@ -93,10 +97,10 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not self.strict:
             listed = listed[(listed >= 0) & (listed < train_steps)]
         self.num_inference_steps = steps
-        self._take_timesteps(listed[::-1].copy() if self._ascending else listed.copy(), device)
+        self._take_timesteps(listed.flip(0) if self._ascending else listed, device)
 
-    def _take_timesteps(self, listed: Array, device: str | torch.device | None) -> None:
-        self.timesteps = torch.from_numpy(listed).to(device)
+    def _take_timesteps(self, listed: Tensor, device: str | torch.device | None) -> None:
+        self.timesteps = listed.to(device)
         self._listed: list[int] = listed.tolist()
         self._listed_of = self.timesteps
         self._tables: dict[Any, dict[int, Row]] = {}
@@ -126,19 +130,15 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 return self._timestep_list()[place]
         return timestep.item()  # type: ignore[return-value]
 
-    def _abar(self) -> Array:
+    def _abar(self) -> Tensor:
         """abar on the host: float32 as diffusers has it, float64 where not strict."""
-        if not self.strict:
-            betas = betas_of(self.config, type(self), torch.float64)
-            exact: Array = torch.cumprod(1 - betas, dim=0).numpy()
-            return np.minimum(exact, 1 - _NEARLY_ONE)
-        abar = self.alphas_cumprod.detach()
-        dtype = torch.float64 if abar.dtype is torch.float64 else torch.float32
-        values: Array = abar.to("cpu", dtype).numpy()
-        return values
+        if self.strict:
+            return self.alphas_cumprod.detach().cpu()
+        betas = betas_of(self.config, type(self), torch.float64)
+        return torch.cumprod(1 - betas, dim=0).clamp(max=1 - _NEARLY_ONE)
 
-    def _rows(self, timesteps: Array, *options: Any) -> Array:
-        """Rows from these timesteps, float64 [S, 16]."""
+    def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
+        """Rows from these timesteps, float64 [S, 16] on the CPU."""
         raise NotImplementedError
 
     def _row(self, t: int, sample: Tensor, *options: Any) -> Row:
@@ -188,8 +188,8 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> dict[int, Row]:
         if not timesteps:
             return {}
-        numbers = self._rows(np.asarray(timesteps), *options)
-        finite = [bool(np.isfinite(row).all()) for row in numbers[:, _COEFFICIENTS]]
+        numbers = self._rows(list(timesteps), *options)
+        finite: list[bool] = numbers[:, _COEFFICIENTS].isfinite().all(dim=1).tolist()
         if not self.strict and not all(finite):
             raise ValueError(
                 f"no step starts at timestep {timesteps[finite.index(False)]}: abar is 0 or 1 "
@@ -197,7 +197,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "is 0: 'sample', 'v_prediction', where it is 1: 'epsilon', 'v_prediction'"
             )
         dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
-        table = torch.from_numpy(numbers).to(sample.device, dtype)
+        table = numbers.to(sample.device, dtype)
         steps = torch.arange(len(numbers), device=sample.device).unbind()
         return {
             t: Row(table, steps[i].view(1) if finite[i] else None, values)
@@ -245,26 +245,18 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         ``split``: the output has twice the channels of the sample, the second half being a variance
         that is ``learned`` by the row's L_0 and L_1, or that the noise holds already.
         """
+        fused = row.step is not None and not thresholding and _takes(sample)
         if (
-            output.dtype is sample.dtype
-            and row.step is not None
-            and not thresholding
+            fused
+            and output.dtype is sample.dtype
             and output.shape == sample.shape
             and (noise is None or (noise.dtype is sample.dtype and noise.shape == sample.shape))
-            and sample.dim() > 1
         ):
             return self._fused(row, sample, output, noise, False)
         channels = sample.shape[1] if split else 0
         mean = output[:, :channels] if split else output
-        shape, tensors = sample.shape, [x for x in (sample, mean, noise) if x is not None]
-        if (
-            row.step is not None
-            and not thresholding
-            and sample.dim() > 1
-            and sample.numel() > 0
-            and sample.device.type in _DEVICES
-            and all(x.shape == shape and x.dtype in _DTYPES for x in tensors)
-        ):
+        others = [mean] if noise is None else [mean, noise]
+        if fused and all(x.shape == sample.shape and x.dtype in _DTYPES for x in others):
             x0_dtype = torch.promote_types(sample.dtype, output.dtype)
             dtype = x0_dtype if noise is None else torch.promote_types(x0_dtype, noise.dtype)
             x_s, x0 = self._fused(row, sample.to(dtype), output, noise, learned)
@@ -309,7 +301,7 @@ class NoisingScheduler(StepScheduler):
             if self.strict:
                 table = abar.to(like.dtype).to(torch.float64)
             else:
-                table = torch.from_numpy(self._abar()).to(like.device)
+                table = self._abar().to(like.device)
             self._forward_table = (abar, abar._version, like.dtype, self.strict, table)
         return self._forward_table[-1]  # type: ignore[no-any-return]
 

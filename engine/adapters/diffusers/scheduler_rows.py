@@ -2,105 +2,97 @@
 
 `stepfuse.engine.table` computes rows in float64 from a schedule. Here the coefficients follow
 diffusers: taken from its float32 ``alphas_cumprod``, rounded where it rounds them, between
-timesteps that need not be neighbours in the list. Given float64 arrays, the same formulas are
-exact. Below, a = abar where the step starts and b = abar where it ends, arrays [S] of one dtype.
+timesteps that need not be neighbours in the list. Given float64 tensors, the same formulas are
+exact. They are computed by PyTorch, whose float32 square root differs from NumPy's in the last bit.
+Below, a = abar where the step starts and b = abar where it ends, CPU tensors [S] of one dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stepfuse.kernels.step_row import COLUMNS, Column
-
-Array = NDArray[Any]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _SMALLEST_VARIANCE = 1e-20
 
 
-def variance(a: Array, b: Array) -> Array:
+def variance(a: Tensor, b: Tensor) -> Tensor:
     """beta~ = (1 - b) / (1 - a) (1 - a / b): the variance of the posterior (DDPM, eq. 7)."""
-    with np.errstate(all="ignore"):
-        result: Array = (1 - b) / (1 - a) * (1 - a / b)
-    return result
+    return (1 - b) / (1 - a) * (1 - a / b)
 
 
 def ddim_rows(
-    t: Array,
-    a: Array,
-    b: Array,
+    t: Tensor,
+    a: Tensor,
+    b: Tensor,
     prediction_type: str,
     clip: float | None,
     eta: float,
     clipped: bool,
-) -> Array:
+) -> Tensor:
     """Rows of DDIM, eq. 12 and 16; float64 [S, 16].
 
     ``clipped`` re-derives epsilon from the clipped x0 (``use_clipped_model_output``).
     """
-    with np.errstate(all="ignore"):
-        sigma = eta * np.sqrt(variance(a, b))
-        rows = _start(t, a, b, prediction_type, clip)
-        _add_epsilon(rows, np.sqrt(1 - b - sigma**2), prediction_type, clipped)
+    sigma = eta * variance(a, b).sqrt()
+    rows = _start(t, a, b, prediction_type, clip)
+    _add_epsilon(rows, (1 - b - sigma**2).sqrt(), prediction_type, clipped)
     rows[:, Column.C_0] += rows[:, Column.SIGNAL_NEXT]
     rows[:, Column.SIGMA] = sigma
     return rows
 
 
-def inverse_rows(t: Array, a: Array, b: Array, prediction_type: str, clip: float | None) -> Array:
+def inverse_rows(
+    t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | None
+) -> Tensor:
     """Rows of DDIM read upward: x at a, the model evaluated at t, the result at b."""
-    with np.errstate(all="ignore"):
-        rows = _start(t, a, b, prediction_type, clip)
-        _add_epsilon(rows, rows[:, Column.NOISE_NEXT], prediction_type, clipped=False)
+    rows = _start(t, a, b, prediction_type, clip)
+    _add_epsilon(rows, rows[:, Column.NOISE_NEXT], prediction_type, clipped=False)
     rows[:, Column.C_0] += rows[:, Column.SIGNAL_NEXT]
     return rows
 
 
 def ddpm_rows(
-    t: Array, a: Array, b: Array, prediction_type: str, clip: float | None, variance_type: str
-) -> Array:
+    t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | None, variance_type: str
+) -> Tensor:
     """Rows of DDPM, eq. 7, with the noise of ``variance_type``; float64 [S, 16].
 
     SIGMA is the standard deviation, or 1 where the model's output gives it: L_0 and L_1 then hold
     the line from that output to the log variance ("learned_range", improved DDPM eq. 15).
     """
-    with np.errstate(all="ignore"):
-        rows = _start(t, a, b, prediction_type, clip)
-        alpha = a / b
-        rows[:, Column.C_0] = np.sqrt(b) * (1 - alpha) / (1 - a)
-        rows[:, Column.C_X] = np.sqrt(alpha) * (1 - b) / (1 - a)
-        small, large = np.maximum(variance(a, b), a.dtype.type(_SMALLEST_VARIANCE)), 1 - alpha
-        rows[:, Column.VARIANCE] = large if variance_type.startswith("fixed_large") else small
-        if variance_type == "learned_range":
-            low, high = np.log(small), np.log(large)
-            rows[:, Column.L_0], rows[:, Column.L_1] = (high + low) / 2, (high - low) / 2
-        elif variance_type == "learned":
-            rows[:, Column.L_1] = 1.0
-        if variance_type.startswith("learned"):
-            rows[:, Column.SIGMA] = 1.0
-        else:
-            rows[:, Column.SIGMA] = np.sqrt(rows[:, Column.VARIANCE])
+    rows = _start(t, a, b, prediction_type, clip)
+    alpha = a / b
+    rows[:, Column.C_0] = b.sqrt() * (1 - alpha) / (1 - a)
+    rows[:, Column.C_X] = alpha.sqrt() * (1 - b) / (1 - a)
+    small, large = variance(a, b).clamp(min=_SMALLEST_VARIANCE), 1 - alpha
+    fixed = large if variance_type.startswith("fixed_large") else small
+    rows[:, Column.VARIANCE] = fixed
+    if variance_type == "learned_range":
+        low, high = small.log(), large.log()
+        rows[:, Column.L_0], rows[:, Column.L_1] = (high + low) / 2, (high - low) / 2
+    elif variance_type == "learned":
+        rows[:, Column.L_1] = 1.0
+    rows[:, Column.SIGMA] = 1.0 if variance_type.startswith("learned") else fixed.sqrt()
     return rows
 
 
-def _start(t: Array, a: Array, b: Array, prediction_type: str, clip: float | None) -> Array:
+def _start(t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | None) -> Tensor:
     """Rows that know where they are and how x0 is predicted, and do not move x yet."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}"
         )
-    rows = np.zeros((len(t), COLUMNS))
+    rows = torch.zeros(len(t), COLUMNS, dtype=torch.float64)
     rows[:, Column.TIMESTEP] = t
-    rows[:, Column.CLIP] = np.inf if clip is None else clip
+    rows[:, Column.CLIP] = math.inf if clip is None else clip
     rows[:, Column.GUIDANCE] = 1.0
-    rows[:, Column.SIGNAL], rows[:, Column.NOISE] = np.sqrt(a), np.sqrt(1 - a)
-    rows[:, Column.SIGNAL_NEXT], rows[:, Column.NOISE_NEXT] = np.sqrt(b), np.sqrt(1 - b)
+    rows[:, Column.SIGNAL], rows[:, Column.NOISE] = a.sqrt(), (1 - a).sqrt()
+    rows[:, Column.SIGNAL_NEXT], rows[:, Column.NOISE_NEXT] = b.sqrt(), (1 - b).sqrt()
     signal, noise = rows[:, Column.SIGNAL], rows[:, Column.NOISE]
     if prediction_type == "epsilon":
         rows[:, Column.P_X], rows[:, Column.P_O] = 1 / signal, -noise / signal
@@ -111,7 +103,7 @@ def _start(t: Array, a: Array, b: Array, prediction_type: str, clip: float | Non
     return rows
 
 
-def _add_epsilon(rows: Array, weight: Array, prediction_type: str, clipped: bool) -> None:
+def _add_epsilon(rows: Tensor, weight: Tensor, prediction_type: str, clipped: bool) -> None:
     """Add ``weight`` eps, the model's own or, ``clipped``, that of the clipped x0."""
     signal, noise = rows[:, Column.SIGNAL], rows[:, Column.NOISE]
     if clipped:

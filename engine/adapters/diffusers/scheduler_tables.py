@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _MOST = 0.999  # the largest beta of a schedule that is given as a curve of abar
@@ -64,8 +63,8 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 def spaced(
     spacing: str, accepted: tuple[str, ...], train_steps: int, steps: int, offset: int
-) -> NDArray[np.int64]:
-    """``steps`` indices of the training schedule, descending.
+) -> Tensor:
+    """``steps`` indices of the training schedule, descending, int64.
 
     "leading" counts up from ``offset`` in strides of T // S, "trailing" down from T - 1 in strides
     of T / S, "linspace" goes from T - 1 to 0. Raises ValueError for another spacing, or for steps
@@ -86,4 +85,4 @@ def spaced(
     else:
         # arange leaves one index too many, -1, where the strides' rounding errors add up
         indices = np.round(np.arange(train_steps, 0, -train_steps / steps)) - 1
-    return indices.astype(np.int64)
+    return torch.from_numpy(indices.astype(np.int64))
