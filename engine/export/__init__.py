@@ -1,6 +1,9 @@
-"""Export to ONNX and TensorRT.
+"""Export to ONNX and TensorRT, and their runtimes as denoisers.
 
-    sf.export.onnx("...")          a network as an ONNX file
+    sf.export.onnx(model, path)          a network as an ONNX file
+    sf.export.onnx_loop(model, path)     a whole sampler as an ONNX file
+    sf.export.tensorrt(file, path)       a TensorRT engine from an ONNX file
+    sf.export.check(model, file)         how far the file is from the model
 
 What needs onnx, onnxruntime or TensorRT is imported when it is called.
 """
@@ -11,17 +14,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stepfuse.engine.export.loop_file import onnx_loop
     from stepfuse.engine.export.metadata import Metadata, read_metadata
-    from stepfuse.engine.export.onnx_file import Exported, onnx
+    from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
+    from stepfuse.engine.export.onnx_file import onnx
+    from stepfuse.engine.export.onnx_job import Exported
+    from stepfuse.engine.export.parity import Tolerance
+    from stepfuse.engine.export.parity_check import check
+    from stepfuse.engine.export.parity_report import Report
+    from stepfuse.engine.export.tensorrt_engine import BuildFailed, tensorrt
+    from stepfuse.engine.export.tensorrt_file import BadEngineFile
+    from stepfuse.engine.export.tensorrt_runtime import TensorRTDenoiser
 
-__all__ = ["Exported", "Metadata", "onnx", "read_metadata"]
+__all__ = [
+    "BadEngineFile",
+    "BuildFailed",
+    "Exported",
+    "Metadata",
+    "OnnxDenoiser",
+    "Report",
+    "TensorRTDenoiser",
+    "Tolerance",
+    "check",
+    "onnx",
+    "onnx_loop",
+    "read_metadata",
+    "tensorrt",
+]
 
 # name: its module. No module may have the name of one of these functions, which it would hide.
 _HOMES = {
-    "Exported": "onnx_file",
+    "BadEngineFile": "tensorrt_file",
+    "BuildFailed": "tensorrt_engine",
+    "Exported": "onnx_job",
     "Metadata": "metadata",
+    "OnnxDenoiser": "onnx_denoiser",
+    "Report": "parity_report",
+    "TensorRTDenoiser": "tensorrt_runtime",
+    "Tolerance": "parity",
+    "check": "parity_check",
     "onnx": "onnx_file",
+    "onnx_loop": "loop_file",
     "read_metadata": "metadata",
+    "tensorrt": "tensorrt_engine",
 }
 
 

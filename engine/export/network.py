@@ -62,10 +62,10 @@ class Network(nn.Module):
 
     def __init__(self, source: Source, precision: str) -> None:
         super().__init__()
-        self.precision, self.dtype = precision, DTYPES[precision]
+        self.source, self.precision, self.dtype = source, precision, DTYPES[precision]
         self.model = frozen_copy(source.model, self.dtype)
-        self.names, self.constants = list(source.condition), dict(source.constants)
-        self.denoiser = [Denoiser(self.model)]  # in a list: it is not a submodule
+        self.names = list(source.condition)
+        self._denoiser = Denoiser(self.model)
 
     def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """x [N, C, ...] float32, t int64 [N], conditions in their order -> float32 [N, C or 2C]."""
@@ -73,8 +73,19 @@ class Network(nn.Module):
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in zip(self.names, conditions, strict=True)
         }
-        output = self.denoiser[0](x.to(self.dtype), t, {**named, **self.constants})
+        output = self._denoiser(x.to(self.dtype), t, {**named, **self.source.constants})
         return output.to(torch.float32)
+
+    def promoted(self) -> Network:
+        """The same weights, rounded as they are here, with float32 arithmetic."""
+        if self.dtype is torch.float32:
+            return self
+        return Network(replace(self.source, model=self.model), "fp32")
+
+    def named(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        """`forward` with the condition by name, as a sampler calls it."""
+        output: Tensor = self(x, t, *(condition[name] for name in self.names))
+        return output
 
 
 def describe(

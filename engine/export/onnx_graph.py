@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,17 @@ def build(network: Network, source: Source, batch: BatchProfile, opset: int, siz
     return model
 
 
+def rename_sizes(graph: Any, names: Mapping[str, str]) -> None:
+    """Other words for dynamic sizes, also inside expressions such as "4*s77"."""
+    for value in _values(graph):
+        if value.shape is not None:
+            for axis, size in enumerate(value.shape):
+                if not isinstance(size, int) and size.value is not None:
+                    value.shape[axis] = re.sub(
+                        r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), size.value
+                    )
+
+
 def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool) -> Any:
     if batch.fixed:
         dims: dict[int, Any] = {}
@@ -111,11 +122,8 @@ def _tidy(model: Any) -> None:
     graph = model.graph
     batch = graph.inputs[0].shape[0]
     renamed = {} if isinstance(batch, int) else {str(batch.value): BATCH}
+    rename_sizes(graph, renamed)
     for value in _values(graph):
-        if value.shape is not None and renamed:
-            for axis, dim in enumerate(value.shape):
-                if not isinstance(dim, int) and dim.value is not None:
-                    value.shape[axis] = _renamed(str(dim.value), renamed)
         value.metadata_props.clear()
     for node in graph.all_nodes():
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
@@ -144,10 +152,6 @@ def _module_of(scopes: str) -> str:
     names = re.findall(r"'([^']*)'", scopes)
     innermost = names[-2] if len(names) > 1 else ""
     return re.sub(r"^model\.?", "", innermost)
-
-
-def _renamed(expression: str, names: dict[str, str]) -> str:
-    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), expression)
 
 
 def _why(error: Exception, batch: BatchProfile, sizes: bool) -> str:

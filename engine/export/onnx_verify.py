@@ -2,76 +2,86 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
+from stepfuse.engine.export.network import Network, Source
+from stepfuse.engine.export.onnx_promote import promoted
+from stepfuse.engine.export.onnx_write import Draft
+from stepfuse.engine.export.runtime import CPU, quiet_options
+from stepfuse.engine.sampler import Sampler
 from stepfuse.kernels.backends import BackendUnavailable
 
-if TYPE_CHECKING:
-    from stepfuse.engine.export.network import Network, Source
-    from stepfuse.engine.export.onnx_write import Draft
-
-# of the largest output. float32: order of summation over a whole network. Half precision: two
-# roundings of 2^-11 and 2^-8 an operator, in another order, through some hundred operators.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# of the largest output. Half precision is compared with its arithmetic promoted to float32 on both
+# sides: another order of summation, and for half types the constants that export had folded
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
+LOOP_FACTOR = 10  # clipping and the steps to small t carry an error on
 _MOST = 4  # samples: a look, not a benchmark
 
 
-def verify_draft(draft: Draft, network: Network, source: Source, batch: BatchProfile) -> str:
+@torch.no_grad()
+def verify_network(draft: Draft, network: Network, source: Source, batch: BatchProfile) -> str:
     """Compare, and say in words how it went, or why it could not be done.
 
     Raises ValueError where the two differ by more than `TOLERANCES`.
     """
+    count = min(batch.maximum, max(batch.minimum, _MOST))
+    inputs = source.with_batch(count).inputs
+    inputs["x"] = _noise(inputs["x"].shape)
+    expected = network.promoted()(*inputs.values())
+    return _compared(draft, inputs, expected, TOLERANCES[network.precision])
+
+
+def verify_loop(
+    draft: Draft, sampler: Sampler, source: Source, precision: str, noisy: bool, count: int
+) -> str:
+    """The same for a whole sampler, whose model is a `Network.promoted`, with ``count`` samples."""
+    example = source.with_batch(count)
+    inputs = {"x_T": _noise(example.x.shape), **example.condition}
+    if noisy:
+        inputs["noise"] = _noise((len(sampler.timesteps), *example.x.shape))
+    expected = sampler.sample(
+        example.x.shape,
+        x_T=inputs["x_T"],
+        noise=inputs.get("noise"),
+        condition=example.condition,
+    )
+    return _compared(draft, inputs, expected, LOOP_FACTOR * TOLERANCES[precision])
+
+
+def _compared(draft: Draft, inputs: dict[str, Tensor], expected: Tensor, tolerance: float) -> str:
     try:
         runtime = library("onnxruntime", "comparing a file with its network")
     except BackendUnavailable as reason:
         return f"no: {reason}"
-    options = quiet_options(runtime)
-    if draft.data is not None:
+    options, model = quiet_options(runtime), draft.proto
+    if draft.metadata.precision != "fp32":
+        if draft.data is not None:
+            return "no: half precision with weights in a file of their own"
+        model = promoted(model)
+    elif draft.data is not None:
         folder = str(draft.data.parent.resolve())
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
         )
-    content = draft.proto.SerializeToString()
-    try:
-        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except runtime.capi.onnxruntime_pybind11_state.NotImplemented as reason:
-        return f"no: ONNX Runtime {runtime.__version__} has no CPU kernel: {_short(reason)}"
-    count = min(batch.maximum, max(batch.minimum, _MOST))
-    example = _varied(source.with_batch(count).inputs)
-    with torch.no_grad():
-        expected = network(*example.values())
-    (got,) = session.run(None, {name: value.numpy() for name, value in example.items()})
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     error = float((torch.from_numpy(got) - expected).abs().max())
-    allowed = TOLERANCES[network.precision] * max(1.0, float(expected.abs().max()))
+    allowed = tolerance * max(1.0, float(expected.abs().max()))
     if not error <= allowed:
         raise ValueError(
             f"the exported network differs from the original by {error:.3g}; allowed: {allowed:.3g}"
         )
-    return f"ONNX Runtime {runtime.__version__} on the CPU, batch {count}: max abs {error:.3g}"
+    how = "" if draft.metadata.precision == "fp32" else ", arithmetic promoted to float32"
+    return (
+        f"ONNX Runtime {runtime.__version__} on the CPU, batch {len(expected)}{how}: "
+        f"max abs {error:.3g}"
+    )
 
 
-def quiet_options(runtime: Any, threads: int | None = None) -> Any:
-    """Session options: errors are raised, not printed; as many threads as torch has."""
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-    options.inter_op_num_threads = 1
-    # a thread that spins keeps the core from torch's own
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _varied(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The example with noise for x, so that its samples differ."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(inputs["x"].shape, generator=generator)
-    return {**inputs, "x": x}
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+def _noise(shape: Sequence[int]) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

@@ -43,7 +43,7 @@ class Draft:
         external_data: bool | None,
     ) -> None:
         check_file(path)
-        self.path = Path(path)
+        self.path, self.metadata = Path(path), metadata
         ir = library("onnx_ir", "writing an ONNX file")
         model.producer_name, model.producer_version = "stepfuse", __version__
         model.metadata_props.update(metadata.to_strings())
