@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from stepfuse.engine import export
     from stepfuse.engine.adapters import accelerate, restore
     from stepfuse.engine.checkpoint import Checkpoint, load
+    from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
     from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
@@ -22,6 +23,7 @@ __all__ = [
     "BackendUnavailable",
     "Checkpoint",
     "ClassifierGuidance",
+    "OnnxDenoiser",
     "Optimized",
     "Sampler",
     "Schedule",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "engine.adapters": ("accelerate", "restore"),
     "engine.checkpoint": ("Checkpoint", "load"),
+    "engine.export.onnx_denoiser": ("OnnxDenoiser",),
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
     "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
