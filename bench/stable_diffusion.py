@@ -33,22 +33,10 @@ def parts(
         in_channels: of the U-Net: 4, or 9 for inpainting.
         width: of the text encoder.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler
 
     torch.manual_seed(seed)
-    crossing = len(channels) - 1
-    unet = UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=tuple(channels),
-        layers_per_block=1,
-        down_block_types=(*["CrossAttnDownBlock2D"] * crossing, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * crossing),
-        cross_attention_dim=width,
-        attention_head_dim=heads,
-        norm_num_groups=groups,
-    )
+    unet = conditional_unet(channels, sample_size, in_channels, width, heads, groups)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -58,7 +46,7 @@ def parts(
         sample_size=2 * sample_size,
     )
     return {
-        "unet": unet.eval(),
+        "unet": unet,
         "vae": vae.eval(),
         "text_encoder": text_encoder(width),
         "tokenizer": tokenizer(folder),
@@ -74,6 +62,32 @@ def parts(
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+
+def conditional_unet(
+    channels: Sequence[int] = (8, 16),
+    sample_size: int = 8,
+    in_channels: int = 4,
+    width: int = 8,
+    heads: int = 2,
+    groups: int = 4,
+) -> Any:
+    """A UNet2DConditionModel, cross-attention to [N, tokens, width] on all levels but the last."""
+    from diffusers import UNet2DConditionModel
+
+    crossing = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        down_block_types=(*["CrossAttnDownBlock2D"] * crossing, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * crossing),
+        cross_attention_dim=width,
+        attention_head_dim=heads,
+        norm_num_groups=groups,
+    ).eval()
 
 
 def text_encoder(width: int) -> Any:

@@ -1,0 +1,403 @@
+"""A bare U-Net: what compiled networks take, what the original runs, and changes they must see."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.adapters.diffusers_models import counted, noise, unet2d
+from tests.engine.passes.networks import distance
+from torch import Tensor, nn
+
+import stepfuse as sf
+from stepfuse.bench.stable_diffusion import conditional_unet
+from stepfuse.engine.adapters.diffusers import accelerate, explain, restore
+
+# float32 sums in another order: 1e-7 each, over a few hundred terms and some layers
+REORDERED = 5e-6
+X, TEXT = noise(2, 4, 8, 8), noise(2, 5, 8, seed=1)
+T = torch.tensor(17)
+STEPS = [
+    T,
+    17,
+    torch.tensor([17]),
+    torch.tensor([17, 17]),
+    torch.tensor([3, 801]),
+    torch.tensor(17, dtype=torch.int32),
+    torch.tensor(17.25),
+    torch.tensor([3.5, 801.0]),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared() -> tuple[Any, Any]:
+    """A U-Net with cross-attention, and its copy accelerated; for tests that change neither."""
+    torch.manual_seed(0)
+    plain = conditional_unet()
+    return plain, accelerate(copy.deepcopy(plain))
+
+
+@pytest.fixture
+def unet() -> Any:
+    """A smaller U-Net of the test's own, accelerated, with one network compiled."""
+    found = accelerate(conditional_unet(channels=(8,)))
+    found(X, T, TEXT)
+    return found
+
+
+def same(unet: Any, originals: int = 0) -> None:
+    """The accelerated U-Net does what it does without, by compiled networks unless said."""
+    found = unet(X, T, TEXT).sample
+    assert counted(unet, lambda: unet(X, T, TEXT)) == originals
+    assert distance(found, type(unet).forward(unet, X, T, TEXT).sample) < REORDERED
+
+
+@pytest.mark.parametrize("t", STEPS, ids=repr)
+def test_timesteps_of_every_kind(t: Any, shared: tuple[Any, Any]) -> None:
+    plain, fast = shared
+    fast(X, t, TEXT)
+    assert counted(fast, lambda: fast(X, t, TEXT)) == 0
+    assert distance(fast(X, t, TEXT).sample, plain(X, t, TEXT).sample) < REORDERED
+
+
+@pytest.mark.parametrize("t", [*STEPS[:2], 17.75], ids=repr)
+def test_a_network_without_cross_attention(t: Any) -> None:
+    plain = unet2d(num_class_embeds=5)
+    x, labels = noise(3, 3, 8, 8), torch.tensor([0, 4, 2])
+    expected = plain(x, t, labels).sample
+    found = accelerate(plain)(x, t, class_labels=labels)
+    assert type(found).__name__ == "UNet2DOutput"
+    assert distance(found.sample, expected) < REORDERED
+
+
+def test_both_kinds_of_result(shared: tuple[Any, Any]) -> None:
+    plain, fast = shared
+    found = fast(sample=X, timestep=T, encoder_hidden_states=TEXT, return_dict=True)
+    assert type(found) is type(plain(X, T, TEXT))
+    (single,) = fast(X, T, TEXT, return_dict=False)
+    assert torch.equal(found.sample, single)
+
+
+def test_results_are_the_callers_own(shared: tuple[Any, Any]) -> None:
+    first = shared[1](X, T, TEXT).sample
+    kept = first.clone()
+    shared[1](-X, T, TEXT)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cross_attention_kwargs": {"scale": 0.5}},
+        {
+            "mid_block_additional_residual": noise(2, 16, 4, 4),
+            "down_block_additional_residuals": (),
+        },
+        {"encoder_attention_mask": torch.tensor([[True, True, False, False, False]] * 2)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_that_only_the_original_takes(
+    options: dict[str, Any], shared: tuple[Any, Any]
+) -> None:
+    plain, fast = shared
+    if "down_block_additional_residuals" in options:
+        shapes = [(8, 8), (8, 8), (8, 4), (16, 4)]
+        options["down_block_additional_residuals"] = tuple(noise(2, c, n, n) for c, n in shapes)
+    assert torch.equal(fast(X, T, TEXT, **options).sample, plain(X, T, TEXT, **options).sample)
+    assert distance(fast(X, T, TEXT).sample, plain(X, T, TEXT, **options).sample) > 1e-4 or (
+        "cross_attention_kwargs" in options  # no LoRA is loaded, whose scale it is
+    )
+    assert f"argument {next(iter(options))}" in explain(fast)
+
+
+def test_errors_are_the_originals(shared: tuple[Any, Any]) -> None:
+    for arguments in (
+        (X,),
+        (X, T),
+        (X, T, noise(2, 5, 9)),
+        (X, None, TEXT),
+        (X, T[None, None], TEXT),
+    ):
+        with pytest.raises(Exception) as expected:  # noqa: PT011
+            shared[0](*arguments)
+        with pytest.raises(expected.type) as found:
+            shared[1](*arguments)
+        assert str(found.value) == str(expected.value)
+
+
+def test_gradients_come_from_the_original(shared: tuple[Any, Any]) -> None:
+    plain, fast = copy.deepcopy(shared)
+    with torch.enable_grad():
+        for unet in (plain, fast):
+            unet(X, T, TEXT).sample.square().mean().backward()
+    for (name, found), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None), name
+        assert found.grad is None or torch.equal(found.grad, expected.grad), name
+    fast.requires_grad_(False)
+    with torch.enable_grad():
+        assert counted(fast, lambda: fast(X, T, TEXT)) == 1  # it compiles: nothing wants a gradient
+        x = X.clone().requires_grad_()
+        assert fast(x, T, TEXT).sample.requires_grad
+
+
+def test_transforms_run_the_original(shared: tuple[Any, Any]) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    plain, fast = copy.deepcopy(shared)
+    for unet in (plain, fast):  # the fused attention of the CPU has no forward derivative
+        unet.set_attn_processor(AttnProcessor())
+
+    def slope(unet: Any) -> Any:
+        return torch.func.jvp(lambda x: unet(x, T, TEXT).sample, (X,), (torch.ones_like(X),))[1]
+
+    assert torch.equal(slope(fast), slope(plain))
+
+
+def test_autocast_runs_the_original(shared: tuple[Any, Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (unet(X, T, TEXT).sample for unet in reversed(shared))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def _in_place(unet: Any) -> None:
+    for weight in unet.parameters():
+        weight.mul_(1.1)
+
+
+def _by_data(unet: Any) -> None:
+    for weight in unet.parameters():
+        weight.data.mul_(1.1)
+
+
+def _fused_lora(unet: Any) -> None:
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    layer.weight.data = layer.weight.data + noise(8, 2) @ noise(2, 8, seed=1)
+
+
+def _loaded(unet: Any) -> None:
+    unet.load_state_dict({k: v * 1.1 for k, v in unet.state_dict().items()})
+
+
+def _replaced(unet: Any) -> None:
+    unet.conv_out.weight = nn.Parameter(unet.conv_out.weight * 2)
+
+
+def _wrapped(unet: Any) -> None:
+    """As peft does it: a layer around the layer."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x: Tensor, *scale: float) -> Tensor:
+            result: Tensor = self.base(x) + self.down(x)
+            return result
+
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.to_q = Adapted(attention.to_q)
+
+
+def _frozen(unet: Any) -> None:
+    unet.requires_grad_(False)
+    _in_place(unet)
+
+
+CHANGES = [_in_place, _by_data, _fused_lora, _loaded, _replaced, _wrapped, _frozen]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
+def test_changed_weights_are_read_again(change: Any, unet: Any) -> None:
+    before = unet(X, T, TEXT).sample
+    change(unet)
+    assert distance(unet(X, T, TEXT).sample, before) > 1e-3
+    same(unet)
+
+
+def test_a_swap_of_weights_and_back(unet: Any) -> None:
+    before = unet(X, T, TEXT).sample
+    kept = copy.deepcopy(unet.state_dict())
+    _loaded(unet)
+    assert distance(unet(X, T, TEXT).sample, before) > 1e-3
+    unet.load_state_dict(kept)
+    assert torch.equal(unet(X, T, TEXT).sample, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_converted_weights(dtype: torch.dtype, unet: Any) -> None:
+    before = unet(X, T, TEXT).sample
+    unet.to(dtype)
+    converted = unet(X.to(dtype), T, TEXT.to(dtype)).sample
+    assert converted.dtype == dtype
+    assert distance(converted, before) < (0.05 if dtype is torch.bfloat16 else REORDERED)
+    unet.float()
+    same(unet)
+
+
+def test_free_u(unet: Any) -> None:
+    before = unet(X, T, TEXT).sample
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    # its factors apply to blocks of 1280 and 640 channels only, which this network has not; that
+    # the switch is seen is what can be checked: the network is compiled anew
+    compiled = vars(unet)["forward"]._fast
+    same(unet)
+    assert vars(unet)["forward"]._fast is not compiled
+    compiled = vars(unet)["forward"]._fast
+    unet.enable_freeu(s1=0.8, s2=0.2, b1=1.5, b2=1.6)
+    same(unet)
+    assert vars(unet)["forward"]._fast is not compiled
+    unet.disable_freeu()
+    assert torch.equal(unet(X, T, TEXT).sample, before)
+
+
+def test_attention_slicing_and_fused_projections(unet: Any) -> None:
+    unet.set_attention_slice(1)
+    same(unet)
+    unet.set_default_attn_processor()
+    unet.fuse_qkv_projections()
+    same(unet)
+    unet.unfuse_qkv_projections()
+    same(unet)
+
+
+def test_attention_of_the_users_own(unet: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    class Watching(AttnProcessor):  # type: ignore[misc]
+        calls = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            Watching.calls += 1
+            return 0.5 * super().__call__(*args, **kwargs)
+
+    before = unet(X, T, TEXT).sample
+    unet.set_attn_processor(Watching())
+    same(unet, originals=1)
+    seen = Watching.calls
+    assert distance(unet(X, T, TEXT).sample, before) > 1e-4
+    assert Watching.calls > seen
+    assert "attention by Watching" in explain(unet)
+    unet.set_attn_processor(AttnProcessor())
+    same(unet)
+
+
+def test_hooks_of_submodules_are_called(unet: Any) -> None:
+    seen = []
+    hook = unet.mid_block.register_forward_hook(lambda *_: seen.append("mid"))
+    same(unet, originals=1)
+    assert seen
+    hook.remove()
+    same(unet)
+
+
+def test_hooks_of_the_network_itself_are_called(unet: Any) -> None:
+    seen = []
+    unet.register_forward_hook(lambda module, args, result: seen.append(result))
+    found = unet(X, T, TEXT)
+    assert seen == [found]
+    same(unet)
+
+
+def test_a_method_put_over_a_blocks_forward(unet: Any) -> None:
+    block = unet.mid_block
+    original = block.forward
+    before = unet(X, T, TEXT).sample
+    block.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
+    assert distance(unet(X, T, TEXT).sample, before) > 1e-4
+    same(unet)
+
+
+def test_dropout_that_is_on(unet: Any) -> None:
+    unet.train()
+    same(unet)  # a probability of zero drops nothing
+    for module in unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    restore(unet)
+    accelerate(unet)
+    assert not torch.equal(unet(X, T, TEXT).sample, unet(X, T, TEXT).sample)
+    assert "dropout is on" in explain(unet)
+    unet.eval()
+    same(unet)
+
+
+def test_nothing_but_the_forward_changes(shared: tuple[Any, Any]) -> None:
+    plain, fast = shared
+    assert type(fast) is type(plain)
+    assert fast.config == plain.config
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in fast.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert len(list(fast.modules())) == len(list(plain.modules()))
+    assert vars(fast).keys() - vars(plain).keys() == {"forward"}
+
+
+def test_copies_and_pickles_are_their_own(unet: Any) -> None:
+    for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        before = unet(X, T, TEXT).sample
+        same(other)
+        _in_place(other)
+        assert torch.equal(unet(X, T, TEXT).sample, before)
+        same(other)
+        restore(other)
+        assert "forward" not in vars(other)
+        assert "forward" in vars(unet)
+
+
+def test_the_sampler_takes_it(shared: tuple[Any, Any]) -> None:
+    found, expected = (
+        sf.Sampler(unet, sf.Schedule.linear(), steps=3).sample(
+            X.shape, seed=0, condition={"encoder_hidden_states": TEXT}
+        )
+        for unet in reversed(shared)
+    )
+    assert distance(found, expected) < 1e-4
+
+
+def test_options_and_errors() -> None:
+    unet = unet2d()
+    with pytest.raises(ValueError, match="not accelerated"):
+        restore(unet)
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch.int8"):
+        accelerate(unet, dtype=torch.int8)
+    with pytest.raises(ValueError, match="nothing to accelerate"):
+        accelerate(unet, optimize=False)
+    with pytest.raises(TypeError, match="optimize must be True or False; got 'yes'"):
+        accelerate(unet, optimize="yes")
+    with pytest.raises(TypeError, match=r"Linear; supported: diffusers.DDPMPipeline.*UNet2DModel"):
+        accelerate(nn.Linear(2, 2))
+    assert "forward" not in vars(unet)
+    forward = vars(accelerate(accelerate(unet)))["forward"]
+    assert vars(accelerate(unet, dtype=torch.float32))["forward"] is forward
+    assert vars(accelerate(unet, dtype=torch.bfloat16))["forward"].dtype is torch.bfloat16
+    assert "forward" not in vars(restore(unet))
+
+
+def test_a_class_with_a_forward_of_its_own() -> None:
+    from diffusers import UNet2DModel
+
+    class Other(UNet2DModel):  # type: ignore[misc]
+        def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+            return sample
+
+    class Same(UNet2DModel):  # type: ignore[misc]
+        pass
+
+    torch.manual_seed(0)
+    options = {**unet2d().config}
+    with pytest.raises(ValueError, match="Other has a forward of its own"):
+        accelerate(Other.from_config(options))
+    found = accelerate(Same.from_config(options).eval())
+    found(noise(1, 3, 8, 8), T)
+    assert counted(found, lambda: found(noise(1, 3, 8, 8), T)) == 0
