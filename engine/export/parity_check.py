@@ -88,8 +88,9 @@ def check(
     Raises ValueError for settings that are not accepted and for files that are no ONNX network,
     `BackendUnavailable` where onnx or onnxruntime is missing.
     """
-    source = describe(reference, example_inputs, sample_shape)
-    known = _completed(candidate, source, schedule, prediction_type)
+    said = _said(candidate)
+    source = describe(reference, example_inputs, sample_shape or said.sample_shape)
+    known = _completed(said, source.metadata, schedule, prediction_type)
     assert known.schedule is not None
     precision = precision or known.precision
     limits = _limits(tolerance, precision)
@@ -248,30 +249,33 @@ class _Worst:
         return self.inputs.take(self.index)
 
 
-def _completed(
-    candidate: Candidate, source: Source, schedule: Schedule | None, prediction_type: str | None
-) -> Metadata:
-    """What is known: as given, as the file says, or as the reference says."""
-    said = None
+def _said(candidate: Candidate) -> Metadata:
+    """What the candidate says of itself; nothing is not an error."""
+    said: Any = getattr(candidate, "metadata", None)
     if isinstance(candidate, (str, os.PathLike)):
         if not Path(candidate).is_file():
             raise ValueError(f"{candidate} is not there, or no file; accepted: an ONNX file")
         with contextlib.suppress(ValueError):
             said = read_metadata(candidate)
-    else:
-        found = getattr(candidate, "metadata", None)
-        said = found if isinstance(found, Metadata) else None
-    said = said or Metadata()
-    plan = schedule or said.schedule or source.metadata.schedule
-    if plan is None:
-        raise ValueError("give schedule=: neither the reference nor the candidate names one")
+    if not isinstance(said, Metadata):
+        return Metadata()
     if said.kind != "denoiser":
         raise ValueError(f"the candidate is a whole {said.kind}; accepted: a network")
+    return said
+
+
+def _completed(
+    said: Metadata, own: Metadata, schedule: Schedule | None, prediction_type: str | None
+) -> Metadata:
+    """As the caller says, as the candidate says, or as the reference says."""
+    plan = schedule or said.schedule or own.schedule
+    if plan is None:
+        raise ValueError("give schedule=...: neither the reference nor the candidate names one")
     return replace(
         said,
         schedule=plan,
-        prediction_type=prediction_type or said.prediction_type or source.metadata.prediction_type,
-        variance_type=said.variance_type or source.metadata.variance_type,
+        prediction_type=prediction_type or said.prediction_type or own.prediction_type,
+        variance_type=said.variance_type or own.variance_type,
     )
 
 
