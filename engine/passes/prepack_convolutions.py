@@ -147,9 +147,9 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
 
 
 def is_packed(node: object) -> bool:
-    """A convolution with a packed weight and nothing fused to it yet."""
+    """A convolution or linear layer with a packed weight and nothing fused to it yet."""
     return (
         is_tensor(node)
         and isinstance(node, Node)
-        and node.target is mkldnn._convolution_pointwise.default
+        and node.target in (mkldnn._convolution_pointwise.default, mkldnn._linear_pointwise.default)
     )

@@ -138,6 +138,70 @@ def test_residuals_are_written_over_only_what_nobody_reads() -> None:
     assert torch.equal(fast(x), fast(x))
 
 
+class Tokens(nn.Module):
+    """Residuals around linear layers: of tokens, and of tokens that become an image again."""
+
+    def __init__(self, back: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.a, self.b, self.flat = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+        self.back = back
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.conv(x)
+        tokens = image.flatten(2).transpose(1, 2)
+        tokens = tokens + self.a(tokens)
+        y = self.b(tokens)
+        if self.back == "transpose":
+            y = y.transpose(-1, -2).reshape(image.shape)
+        else:
+            y = y.reshape(-1, *image.shape[2:], 4).permute(0, 3, 1, 2).contiguous()
+        image = y + image
+        flat = image.flatten(2)
+        out: Tensor = (flat + self.flat(flat)).reshape(image.shape) * 2
+        return out
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("back", ["transpose", "permute"])
+@torch.no_grad()
+def test_residuals_of_tokens_are_added_by_the_linear_layer(
+    back: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepfuse.engine.passes.network.pays", lambda *_: True)
+    model, x = Tokens(back).eval(), torch.randn(2, 3, 5, 7)
+    fast = optimize(model, (x,), dtype)
+    done = report(fast, "fuse_residual_add")
+    assert (done.matched, done.candidates) == (3, 3), str(done)
+    off = optimize(model, (x,), dtype, without=["fuse_residual_add"])
+    # bfloat16: a sum rounded once instead of twice
+    tolerance = REORDERED if dtype is None else 1e-2
+    assert distance(fast(x), model(x)) < tolerance
+    assert distance(off(x), fast(x)) < tolerance
+
+
+@torch.no_grad()
+def test_residuals_that_would_be_copied_are_left() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            twice = self.a(x)
+            # a residual whose rows are columns, and a result that is read twice
+            return y + (x * 2).transpose(1, 2) + twice * (x + twice)
+
+    model, x = Turned().eval(), torch.randn(2, 6, 6)
+    fast = optimize(model, (x,))
+    assert report(fast, "fuse_residual_add").left == {
+        "the residual lies in memory in another order": 1,
+        "the product's result is read elsewhere": 1,
+    }
+    assert distance(fast(x), model(x)) < REORDERED
+
+
 @pytest.mark.parametrize("width", [8, 40, 512])
 @pytest.mark.parametrize("form", [batched, one_by_one])
 @torch.no_grad()
