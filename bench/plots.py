@@ -17,6 +17,7 @@ from stepfuse.bench.suite_file import OURS
 
 MARKERS = "osD^vPXd"
 PARTS = ("network", "update", "rest")
+LONGEST = 30  # letters of a label
 _ROW = 27  # points of a row of bars or dots
 _AXIS = 62  # points of the axis below them
 
@@ -67,7 +68,9 @@ def looks(record: Record) -> dict[str, Series]:
         colours = svg.OURS if c.ours else svg.PEERS
         colour = colours[counts[c.ours] % len(colours)]
         counts[c.ours] += 1
-        found[c.name] = Series(named(c), colour, MARKERS[n % len(MARKERS)], 2.0 if c.ours else 1.4)
+        found[c.name] = Series(
+            _short(named(c)), colour, MARKERS[n % len(MARKERS)], 2.0 if c.ours else 1.4
+        )
     return found
 
 
@@ -269,23 +272,25 @@ def _roofline(rows: Sequence[dict[str, Any]]) -> Plot | None:
     if not rows:
         return None
     arch = next((row["arch"] for row in rows if row["arch"] == 90), rows[0]["arch"])
-    rows = [row for row in rows if row["arch"] == arch]
+    rows = [row for row in rows if row["arch"] == arch and "odd size" not in row["variant"]]
     card, speed = rows[0]["card"], rows[0]["gigabytes_per_second"]
     title = f"Fused ops on {card}: what its memory allows"
     what = f"{title}: microseconds at least, fused and as separate operators, two bars an op"
-    with svg.figure(38 * len(rows) + _AXIS + 20, "roofline", what) as (canvas, axes, out):
+    with svg.figure(47 * len(rows) + _AXIS + 20, "roofline", what) as (canvas, axes, out):
         for y, row in enumerate(rows):
             unfused, fused = row["unfused_microseconds"], row["microseconds"]
             if unfused is not None:
-                axes.barh(y + 0.2, unfused, 0.42, color=svg.RULE, label=_once(axes, "unfused"))
-            axes.barh(y + 0.2, fused, 0.42, color=svg.OURS[0], label=_once(axes, "fused"))
-            label = row["variant"].replace("group_norm_silu:", "gn_silu:")
-            axes.annotate(
-                label, (0, y - 0.18), (1, 0), textcoords="offset points",
-                fontsize=svg.TEXT - 2, va="center",
-            )  # fmt: skip
+                axes.barh(y + 0.27, unfused, 0.3, color=svg.RULE, label=_once(axes, "unfused"))
+            axes.barh(y + 0.27, fused, 0.3, color=svg.OURS[0], label=_once(axes, "fused"))
+            op, _, shape = row["variant"].rpartition(", ")
+            lines = ((op or shape, 0.3, svg.INK), (shape if op else "", 0.03, svg.MUTED))
+            for text, above, colour in lines:
+                axes.annotate(
+                    text, (0, y - above), (1, 0), color=colour,
+                    textcoords="offset points", fontsize=svg.TEXT - 2, va="center",
+                )  # fmt: skip
         axes.set_yticks([])
-        axes.set_ylim(len(rows) - 0.4, -0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set(xlabel="microseconds at least")
         _legend(canvas, axes)
         axes.grid(visible=False, axis="y")
@@ -303,10 +308,15 @@ def _once(axes: Any, label: str) -> str | None:
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
     """One row a label, the first at the top."""
-    axes.set_yticks(range(len(labels)), labels, color=svg.INK)
+    axes.set_yticks(range(len(labels)), map(_short, labels), color=svg.INK)
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
+
+
+def _short(label: str) -> str:
+    """So that something is left for the plot."""
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
 def _from_zero(axes: Any, x: bool = False) -> None:

@@ -158,7 +158,7 @@ def _headlines(record: Record) -> Iterator[tuple[str, str, str]]:
         if best is not None and peer is not None:
             pairs = ratios(_seconds(peer, batch), _seconds(best, batch))
             value = f"{statistics.median(pairs):.2f}×"
-            detail = f"{peer.name} by {best.name}, batch {batch}; above 1 ours is faster"
+            detail = f"time of {peer.name} by that of {best.name}, batch {batch}"
             yield f"against the fastest peer in {dtype}", value, detail
     rates = [
         (statistics.median(n / s for n, s in zip(w.images, w.seconds, strict=True)), w.batch, c)

@@ -72,7 +72,11 @@ th, td {
   padding: 7px 13px; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule);
 }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child {
+  position: sticky; left: 0; background: var(--card); border-right: 1px solid var(--rule);
+}
 .left { text-align: left; }
+td.left:not(:first-child) { white-space: normal; min-width: 18ch; }
 tr.ours td:first-child { font-weight: 650; color: var(--ours-1); }
 .tables > h3, details h3 { margin-top: 30px; }
 dl.plain { display: grid; grid-template-columns: max-content 1fr; gap: 5px 20px; margin: 0; }

@@ -22,8 +22,8 @@ _PROPERTIES = {
     **{colour: f"--ours-{n}" for n, colour in enumerate(OURS, 1)},
     **{colour: f"--peer-{n}" for n, colour in enumerate(PEERS, 1)},
 }  # fmt: skip
-WIDTH = 360  # points: at the width of a phone, a point is a pixel
-TEXT = 11.5
+WIDTH = 340  # points: on a phone a point is a pixel
+TEXT = 12
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "stepfuse",  # the same figure, the same file
