@@ -72,12 +72,12 @@ class DDIMScheduler(NoisingScheduler):
             after = dict(zip(listed, [*listed[1:], -1], strict=True))
             previous = [after.get(t, s) for t, s in zip(timesteps, previous, strict=True)]
             final = final if config.set_alpha_to_one else abar[0]
-        s = torch.tensor(previous)
+        s = torch.tensor(previous, device="cpu")
         return torch.where(s >= 0, abar[s.clamp(min=0)], final)
 
     def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         eta, clipped, _ = options
-        abar, t = self._abar(), torch.tensor(timesteps)
+        abar, t = self._abar(), torch.tensor(timesteps, device="cpu")
         prediction_type, ends = self.config.prediction_type, self._ends(timesteps, abar)
         return ddim_rows(t, abar[t], ends, prediction_type, self._clip(), eta, clipped)
 

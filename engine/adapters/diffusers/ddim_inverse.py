@@ -66,14 +66,14 @@ class DDIMInverseScheduler(StepScheduler):
 
     def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         assert self.num_inference_steps is not None
-        config, abar, t = self.config, self._abar(), torch.tensor(timesteps)
+        config, abar, t = self.config, self._abar(), torch.tensor(timesteps, device="cpu")
         stride = config.num_train_timesteps // self.num_inference_steps
         starts = [min(s - stride, config.num_train_timesteps - 1) for s in timesteps]
         if not self.strict:
             listed = self._timestep_list()
             before = dict(zip(listed, [-1, *listed[:-1]], strict=True))
             starts = [before.get(t, s) for t, s in zip(timesteps, starts, strict=True)]
-        s, first = torch.tensor(starts), self.initial_alpha_cumprod.to(abar)
+        s, first = torch.tensor(starts, device="cpu"), self.initial_alpha_cumprod.to(abar)
         a = torch.where(s >= 0, abar[s.clamp(min=0)], first)
         return inverse_rows(t, a, abar[t], config.prediction_type, self._clip())
 

@@ -107,8 +107,8 @@ class DDPMScheduler(NoisingScheduler):
 
     def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         kind, _ = options
-        abar, t = self._abar(), torch.tensor(timesteps)
-        previous = torch.tensor([self._previous(t) for t in timesteps])
+        abar, t = self._abar(), torch.tensor(timesteps, device="cpu")
+        previous = torch.tensor([self._previous(t) for t in timesteps], device="cpu")
         ends = torch.where(previous >= 0, abar[previous.clamp(min=0)], self.one.to(abar))
         rows = ddpm_rows(t, abar[t], ends, self.config.prediction_type, self._clip(), kind)
         if self.strict and kind == "learned":
@@ -167,13 +167,13 @@ class DDPMScheduler(NoisingScheduler):
         ``timesteps``, TypeError for a learned variance that the model did not give.
         """
         t = self._index(timestep)
-        kind = self.variance_type
+        kind = self.config.variance_type
         thresholding = self.config.thresholding
         row = self._row(t, sample, kind, thresholding)
-        split = kind in _LEARNED and model_output.shape[1] == 2 * sample.shape[1]
-        noise = None
+        split = self.variance_type in _LEARNED and model_output.shape[1] == 2 * sample.shape[1]
+        learned, noise = kind in _LEARNED, None
         if t > 0 if self.strict else row.numbers[Column.SIGMA] > 0:
-            if kind in _LEARNED and not split:
+            if learned and not split:
                 raise TypeError(
                     f"variance_type {kind!r} needs a model output of {2 * sample.shape[1]} "
                     f"channels; got {model_output.shape[1]}"
@@ -184,10 +184,10 @@ class DDPMScheduler(NoisingScheduler):
                 device=model_output.device,
                 dtype=model_output.dtype,
             )
-        learned = split and noise is not None
-        if noise is not None and split and kind == "learned" and self.strict:
-            noise = model_output[:, sample.shape[1] :].sqrt() * noise
-            learned = False
+            if kind == "learned" and self.strict:
+                noise = model_output[:, sample.shape[1] :].sqrt() * noise
+                learned = False
+        learned = learned and noise is not None
         x_s, x0 = self._update(row, sample, model_output, noise, thresholding, split, learned)
         if not return_dict:
             return x_s, x0

@@ -37,6 +37,19 @@ class Row(NamedTuple):
     numbers: list[float]
 
 
+def _version(x: Tensor) -> int:
+    """Grows with every change in place; tensors made in inference mode do not count them."""
+    return 0 if x.is_inference() else x._version
+
+
+def _place(t: Tensor, listed: Tensor) -> int | None:
+    """Where t is a view of one entry of ``listed``: which, without reading either."""
+    if t.dtype is not listed.dtype or t.numel() != 1 or not listed.is_contiguous():
+        return None
+    place, rest = divmod(t.data_ptr() - listed.data_ptr(), listed.element_size())
+    return place if rest == 0 and 0 <= place < len(listed) else None
+
+
 def _takes(x: Tensor) -> bool:
     """Whether `denoise_step` takes such a sample."""
     return x.dim() > 1 and x.numel() > 0 and x.dtype in _DTYPES and x.device.type in _DEVICES
@@ -76,7 +89,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        steps = torch.arange(config.num_train_timesteps)
+        steps = torch.arange(config.num_train_timesteps, device="cpu")
         self._take_timesteps(steps if self._ascending else steps.flip(0), None)
         # pipelines write this name into model_index.json: what they save loads without stepfuse
         self.__dict__["__module__"] = f"diffusers.schedulers.{self._home}"
@@ -102,19 +115,18 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _take_timesteps(self, listed: Tensor, device: str | torch.device | None) -> None:
         self.timesteps = listed.to(device)
         self._listed: list[int] = listed.tolist()
-        self._listed_of = self.timesteps
+        self._listed_of, self._listed_version = self.timesteps, _version(self.timesteps)
         self._tables: dict[Any, dict[int, Row]] = {}
         self._constants: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def _timestep_list(self) -> list[int]:
-        """``timesteps`` on the host, also where the attribute was exchanged."""
-        if self.timesteps is not self._listed_of:
-            self._take_listed()
+        """``timesteps`` on the host, also where the attribute was exchanged or written to."""
+        listed = self.timesteps
+        if listed is not self._listed_of or _version(listed) != self._listed_version:
+            self._listed, self._listed_of = listed.tolist(), listed
+            self._listed_version = _version(listed)
+            self._tables = {}
         return self._listed
-
-    def _take_listed(self) -> None:
-        self._listed, self._listed_of = self.timesteps.tolist(), self.timesteps
-        self._tables = {}
 
     def _index(self, timestep: Any) -> int:
         """The timestep as an int, without waiting for the device where it is a view of the list."""
@@ -122,11 +134,9 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return timestep
         if not isinstance(timestep, Tensor):
             return operator.index(timestep)
-        listed = self.timesteps
-        if timestep.is_cuda and listed.is_cuda and timestep.dtype is listed.dtype:
-            size = listed.element_size()
-            place, rest = divmod(timestep.data_ptr() - listed.data_ptr(), size)
-            if rest == 0 and 0 <= place < len(listed) and timestep.numel() == 1:
+        if not timestep.is_cpu and timestep.device == self.timesteps.device:
+            place = _place(timestep, self.timesteps)
+            if place is not None:
                 return self._timestep_list()[place]
         return timestep.item()  # type: ignore[return-value]
 
@@ -143,8 +153,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _row(self, t: int, sample: Tensor, *options: Any) -> Row:
         """The row of timestep t for this configuration and these options."""
-        if self.timesteps is not self._listed_of:
-            self._take_listed()
+        self._timestep_list()
         config, abar, end = self.config, self.alphas_cumprod, getattr(self, self._end)
         key = (
             sample.device,
@@ -156,7 +165,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             config.clip_sample,
             config.clip_sample_range,
             id(abar),
-            abar._version,
+            _version(abar),
             id(end),
             options,
         )
@@ -297,12 +306,12 @@ class NoisingScheduler(StepScheduler):
         """
         abar = self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         kept, *now = self._forward_table
-        if kept is not abar or now[:3] != [abar._version, like.dtype, self.strict]:
+        if kept is not abar or now[:3] != [_version(abar), like.dtype, self.strict]:
             if self.strict:
                 table = abar.to(like.dtype).to(torch.float64)
             else:
                 table = self._abar().to(like.device)
-            self._forward_table = (abar, abar._version, like.dtype, self.strict, table)
+            self._forward_table = (abar, _version(abar), like.dtype, self.strict, table)
         return self._forward_table[-1]  # type: ignore[no-any-return]
 
     def _forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, target: str | None) -> Tensor:

@@ -87,7 +87,7 @@ def _start(t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | 
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}"
         )
-    rows = torch.zeros(len(t), COLUMNS, dtype=torch.float64)
+    rows = torch.zeros(len(t), COLUMNS, dtype=torch.float64, device=t.device)
     rows[:, Column.TIMESTEP] = t
     rows[:, Column.CLIP] = math.inf if clip is None else clip
     rows[:, Column.GUIDANCE] = 1.0

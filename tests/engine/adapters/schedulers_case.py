@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+from torch import Tensor
+
 from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
 from stepfuse.engine.adapters.diffusers.ddim_inverse import DDIMInverseScheduler
 from stepfuse.engine.adapters.diffusers.ddpm import DDPMScheduler
-from torch import Tensor
 
 OURS = {
     "DDIMScheduler": DDIMScheduler,

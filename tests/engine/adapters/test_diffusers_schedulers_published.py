@@ -1,0 +1,91 @@
+"""The sums that diffusers' own scheduler tests publish, and those tests themselves where given."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.adapters.schedulers_case import OURS
+from torch import Tensor
+
+SUM_TOLERANCE = 1e-2  # theirs, for the sum over 768 elements
+
+
+def ramp(backwards: bool = False) -> Tensor:
+    """0, 1/768, 2/768, ... in [4, 3, 8, 8], the sample index running fastest."""
+    values = torch.arange(768) / 768
+    return (values.flip(0) if backwards else values).view(3, 8, 8, 4).movedim(-1, 0)
+
+
+def total(name: str, steps: int | None, start: int = 0, **config: Any) -> float:
+    """Sum of |x| after a loop with the model x t / (t + 1), from the ``start``-th timestep."""
+    scheduler = OURS[name](**config)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    kwargs = {"generator": torch.manual_seed(0)} if name == "DDPMScheduler" else {}
+    timesteps, x = scheduler.timesteps[start:], ramp()
+    if start:
+        x = scheduler.add_noise(x, ramp(backwards=True), timesteps[:1])
+    for t in timesteps:
+        x = scheduler.step(x * (t / (t + 1)), t, x, **kwargs).prev_sample
+    return float(x.abs().sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "start", "config", "published"),
+    [
+        ("DDIMScheduler", 10, 0, {}, 172.0067),
+        ("DDIMScheduler", 10, 0, {"prediction_type": "v_prediction"}, 52.5302),
+        ("DDIMScheduler", 10, 0, {"beta_start": 0.01}, 149.8295),
+        ("DDIMScheduler", 10, 0, {"beta_start": 0.01, "set_alpha_to_one": False}, 149.0784),
+        ("DDIMScheduler", 10, 8, {}, 354.5418),
+        ("DDPMScheduler", None, 0, {}, 258.9606),
+        ("DDPMScheduler", None, 0, {"prediction_type": "v_prediction"}, 202.0296),
+        ("DDPMScheduler", None, 998, {}, 387.9466),
+        ("DDIMInverseScheduler", 10, 0, {}, 671.6816),
+        ("DDIMInverseScheduler", 10, 0, {"prediction_type": "v_prediction"}, 1394.2185),
+        ("DDIMInverseScheduler", 10, 0, {"beta_start": 0.01}, 539.9622),
+        ("DDIMInverseScheduler", 10, 0, {"beta_start": 0.01, "set_alpha_to_one": False}, 542.6722),
+    ],
+)
+def test_published_sums(
+    name: str, steps: int | None, start: int, config: dict[str, Any], published: float
+) -> None:
+    assert total(name, steps, start, **config) == pytest.approx(published, abs=SUM_TOLERANCE)
+
+
+FILES = ["test_scheduler_ddim.py", "test_scheduler_ddpm.py", "test_scheduler_ddim_inverse.py"]
+EXCHANGE = """
+import sys, diffusers, pytest
+from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
+from stepfuse.engine.adapters.diffusers.ddim_inverse import DDIMInverseScheduler
+from stepfuse.engine.adapters.diffusers.ddpm import DDPMScheduler
+for ours in (DDIMScheduler, DDIMInverseScheduler, DDPMScheduler):
+    setattr(diffusers, ours.__name__, ours)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(
+    "DIFFUSERS_TESTS" not in os.environ,
+    reason="DIFFUSERS_TESTS does not name the tests folder of a diffusers checkout",
+)
+def test_their_own_tests_pass_with_our_classes() -> None:
+    folder = Path(os.environ["DIFFUSERS_TESTS"]).resolve()
+    files = [str(folder / "schedulers" / name) for name in FILES]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(folder.parent)]
+    if importlib.util.find_spec("torchsde") is None:
+        options += ["-k", "not test_compatibles"]  # it builds every compatible scheduler
+    done = subprocess.run(
+        [sys.executable, "-c", EXCHANGE, *options, *files],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
