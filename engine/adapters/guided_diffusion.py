@@ -10,13 +10,11 @@ these loops call as ``model(x, t, labels)``: pass ``model_kwargs={"labels": y}``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from stepfuse.engine.adapters.guided_diffusion_probe import agreeing, signature
 from stepfuse.engine.adapters.guided_diffusion_rows import (
@@ -26,7 +24,13 @@ from stepfuse.engine.adapters.guided_diffusion_rows import (
     Step,
     network_times,
 )
-from stepfuse.engine.adapters.network import FastNetwork
+from stepfuse.engine.adapters.guided_diffusion_run import (
+    Run,
+    device_of,
+    start_dtype,
+    with_bar,
+)
+from stepfuse.engine.adapters.network import FastNetwork, check_dtype
 from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
@@ -73,11 +77,12 @@ def accelerate(
     Returns ``obj``. Raises TypeError for an object whose steps are others, with what differs.
     """
     _check(obj)
-    fast = FastDiffusion(obj, optimize, dtype, strict, backend)
+    check_dtype(dtype)
     remove(obj)
-    names = agreeing(obj, fast, fast.reasons)
+    names, reasons = agreeing(obj, FastDiffusion(obj, False, None, True, backend))
+    fast = FastDiffusion(obj, optimize, dtype, strict, backend, reasons)
     if "p_sample" not in names and "ddim_sample" not in names:
-        raise TypeError(f"cannot accelerate {kind(obj)}: {fast.reasons['p_sample']}")
+        raise TypeError(f"cannot accelerate {kind(obj)}: {reasons['p_sample']}")
     if "ddim_reverse_sample" in names and not hasattr(obj, "ddim_reverse_sample_loop"):
         names.append("ddim_reverse_sample_loop")
     install(obj, fast, names)
@@ -96,33 +101,24 @@ def explain(obj: Any) -> str:
     return report(obj)
 
 
-@dataclass
-class _Run:
-    """What the steps of one loop share."""
-
-    step: Step
-    network: Any
-    table: Tensor
-    times: Tensor  # [T]: what the network is told at each index
-    eta: float
-    draws: bool
-    cond_fn: Callable[..., Tensor] | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-
-
 class FastDiffusion(Fast):
     """The replacing methods; arguments are those of the replaced ones."""
 
     def __init__(
-        self, diffusion: Any, optimize: bool, dtype: torch.dtype | None, strict: bool, backend: str
+        self,
+        diffusion: Any,
+        optimize: bool,
+        dtype: torch.dtype | None,
+        strict: bool,
+        backend: str,
+        reasons: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.diffusion = diffusion
         self.optimize, self.dtype, self.strict, self.backend = optimize, dtype, strict, backend
+        self.diffusion, self.reasons = diffusion, reasons or {}
         d = diffusion
         self.rows = Rows(d.betas, d.model_mean_type.name, d.model_var_type.name)
         self.times = network_times(d)
-        self.reasons: dict[str, str] = {}
         self._networks: list[FastNetwork] = []
         self._tables: dict[Any, Tensor] = {}
 
@@ -171,11 +167,11 @@ class FastDiffusion(Fast):
 
         The last timestep has no next one: its step would end at abar = 0.
         """
-        device = _device(model) if device is None else device
+        device = device_of(model) if device is None else device
         x = x.to(device)
         indices = range(self.diffusion.num_timesteps - 1)
         with torch.no_grad():
-            for i in tqdm(indices) if progress else indices:
+            for i in with_bar(indices, progress):
                 t = torch.full((x.shape[0],), i, device=device)
                 x = self.diffusion.ddim_reverse_sample(
                     model,
@@ -247,15 +243,15 @@ class FastDiffusion(Fast):
     def _last(self, step: Step, args: Any, kwargs: Any) -> Tensor:
         name = f"{step}_loop"
         given = self._bound(name, args, kwargs)
-        if not self._fused(step, given, _dtype(given)):
+        if not self._fused(step, given, start_dtype(given)):
             theirs: Tensor = self.theirs(self.diffusion, name, *args, **kwargs)
             return theirs
         with torch.no_grad():
             x, indices = self._start(given)
-            run = self._begin(step, given, x, list(indices))
+            run = self._begin(step, given, x, indices)
             if run.cond_fn is None and given["noise"] is not None:
                 x = x.clone()
-            for i in indices:
+            for i in with_bar(indices, given["progress"]):
                 if run.cond_fn is None:
                     self._write_over(run, x, i)  # nobody sees what is between
                 else:
@@ -265,38 +261,37 @@ class FastDiffusion(Fast):
     def _progressive(self, step: Step, args: Any, kwargs: Any) -> Iterator[dict[str, Tensor]]:
         name = f"{step}_loop_progressive"
         given = self._bound(name, args, kwargs)
-        if not self._fused(step, given, _dtype(given)):
+        if not self._fused(step, given, start_dtype(given)):
             yield from self.theirs(self.diffusion, name, *args, **kwargs)
             return
         with torch.no_grad():
             x, indices = self._start(given)
-            run = self._begin(step, given, x, list(indices))
-        for i in indices:
+            run = self._begin(step, given, x, indices)
+        for i in with_bar(indices, given["progress"]):
             with torch.no_grad():
                 results = self._advance(run, x, i)
             yield results
             x = results["sample"]
 
-    def _start(self, given: dict[str, Any]) -> tuple[Tensor, Any]:
-        """(x_T, the descending indices, with a bar where asked)."""
+    def _start(self, given: dict[str, Any]) -> tuple[Tensor, list[int]]:
+        """(x_T, the descending indices)."""
         device, shape = given["device"], given["shape"]
         if device is None:
-            device = _device(given["model"])
+            device = device_of(given["model"])
         assert isinstance(shape, (tuple, list)), f"shape must be a tuple or a list; got {shape!r}"
         x = given["noise"]
         if x is None:
             x = torch.randn(*shape, device=device)
-        indices = range(self.diffusion.num_timesteps - 1, -1, -1)
-        return x, tqdm(indices) if given["progress"] else indices
+        return x, list(range(self.diffusion.num_timesteps - 1, -1, -1))
 
-    def _begin(self, step: Step, given: dict[str, Any], x: Tensor, indices: list[int]) -> _Run:
+    def _begin(self, step: Step, given: dict[str, Any], x: Tensor, indices: list[int]) -> Run:
         model, eta = given["model"], float(given.get("eta", 0.0))
         mapped = hasattr(self.diffusion, "timestep_map") and hasattr(model, "timestep_map")
         # a model that was wrapped by them maps the timesteps itself
         times = list(range(self.diffusion.num_timesteps)) if mapped else self.times
         network = self._network(model)
         integral = [t for t in (times[i] for i in indices) if isinstance(t, int)]
-        return _Run(
+        return Run(
             step=step,
             network=network.ready(integral),
             table=self._table(step, bool(given["clip_denoised"]), eta, x),
@@ -307,7 +302,7 @@ class FastDiffusion(Fast):
             model_kwargs=given["model_kwargs"] or {},
         )
 
-    def _advance(self, run: _Run, x: Tensor, i: int) -> dict[str, Tensor]:
+    def _advance(self, run: Run, x: Tensor, i: int) -> dict[str, Tensor]:
         t = run.times[i : i + 1].repeat(x.shape[0])
         out = run.network(x, t, **run.model_kwargs)
         # in the order in which they call what may draw random numbers
@@ -336,7 +331,7 @@ class FastDiffusion(Fast):
                 x0 = torch.add(x0, gradient, alpha=guide.x0) if guide.x0 else x0
         return {"sample": sample, "pred_xstart": x0}
 
-    def _write_over(self, run: _Run, x: Tensor, i: int) -> None:
+    def _write_over(self, run: Run, x: Tensor, i: int) -> None:
         out = run.network(x, run.times[i : i + 1].repeat(x.shape[0]), **run.model_kwargs)
         denoise_step(
             x,
@@ -385,15 +380,3 @@ def _check(obj: Any) -> None:
                 f"cannot accelerate {kind(obj)}: {name} is {getattr(obj, name)!r}; "
                 f"accepted: {', '.join(accepted)}"
             )
-
-
-def _device(model: Any) -> torch.device:
-    """Theirs is the first parameter's; a function has none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"give device=: the model is a {type(model).__name__}, not an nn.Module")
-    return next(model.parameters()).device
-
-
-def _dtype(given: dict[str, Any]) -> torch.dtype:
-    noise = given["noise"]
-    return torch.get_default_dtype() if noise is None else noise.dtype

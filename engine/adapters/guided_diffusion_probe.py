@@ -20,13 +20,14 @@ _SHAPE = (2, 2, 3, 5)
 _NEAR = 1e-4  # of the largest number: float32 here, float32 coefficients there
 
 
-def agreeing(obj: Any, fast: Any, reasons: dict[str, str]) -> list[str]:
-    """The methods of ``obj`` that do what those of ``fast`` do; ``reasons`` takes the others.
+def agreeing(obj: Any, fast: Any) -> tuple[list[str], dict[str, str]]:
+    """The methods of ``obj`` that do what those of ``fast`` do, and why the others do not.
 
     A method without ``cond_fn`` is not called with one; one that does something else with it is
     named "<method> with cond_fn". The generator's state is left as it was.
     """
-    names = []
+    names: list[str] = []
+    reasons: dict[str, str] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in _STEPS:
             if not hasattr(obj, name):
@@ -55,7 +56,7 @@ def agreeing(obj: Any, fast: Any, reasons: dict[str, str]) -> list[str]:
             reasons["q_sample"] = reason
         else:
             names.append("q_sample")
-    return names
+    return names, reasons
 
 
 def signature(obj: Any, name: str) -> inspect.Signature:

@@ -14,6 +14,12 @@ _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 
 
+def check_dtype(dtype: Any) -> None:
+    """ValueError for a dtype that a network cannot be compiled for."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
+
+
 class FastNetwork:
     """``model`` through `stepfuse.optimize` in ``dtype``, kept in step with its weights.
 
@@ -22,8 +28,7 @@ class FastNetwork:
     """
 
     def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
+        check_dtype(dtype)
         self.model = model
         self._fast: Optimized | None = None
         self._reason = ""
