@@ -32,20 +32,28 @@ class OnnxFacts:
     model: Any
 
 
+def parse_model(path: str | os.PathLike[str], *, weights: bool = False) -> Any:
+    """onnx.ModelProto of a file, with the weights of a second file beside it where wanted.
+
+    Raises OSError where it cannot be read, ValueError where it is no ONNX file.
+    """
+    onnx = library("onnx", "reading an ONNX file")
+    try:
+        return onnx.load(os.fspath(path), load_external_data=weights)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf has no public base class for its errors
+        raise ValueError(f"{path} is truncated or no ONNX file: {error}") from None
+
+
 def read_facts(path: str | os.PathLike[str]) -> OnnxFacts:
     """Parse a file.
 
     Raises OSError where it cannot be read, ValueError where it is no ONNX file or has no weights
     that are floating-point numbers.
     """
-    onnx = library("onnx", "reading an ONNX file")
     found = Path(path)
-    content = found.read_bytes()
-    try:
-        model = onnx.load_model_from_string(content)
-    except Exception as error:
-        # protobuf has no public base class for its errors
-        raise ValueError(f"{path} is truncated or no ONNX file: {error}") from None
+    model = parse_model(found)
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         if tensor.data_type in _PRECISIONS:

@@ -119,6 +119,6 @@ def psnr(candidate: Tensor, reference: Tensor, peak: float = 2.0) -> float:
     """10 log10(peak^2 / mean squared error) in dB; infinite for equal images."""
     c, r = candidate.to("cpu", torch.float64), reference.to("cpu", torch.float64)
     error = float((c - r).square().mean())
-    if math.isnan(error):
+    if not math.isfinite(error):
         return -math.inf
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)

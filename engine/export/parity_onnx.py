@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.engine.export.libraries import library
+from stepfuse.engine.export.onnx_facts import parse_model
 from stepfuse.engine.export.onnx_graph import MODULE
 from stepfuse.engine.export.runtime import CPU, quiet_options
 
@@ -31,9 +32,8 @@ class OnnxProbe:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        onnx = library("onnx", "checking an ONNX file")
         self.runtime = library("onnxruntime", "checking an ONNX file")
-        self.model = onnx.load(os.fspath(path))
+        self.model = parse_model(path, weights=True)
         kinds = {tensor.data_type for tensor in self.model.graph.initializer}
         half = next((kind for kind in HALVES if kind in kinds), None)
         self.emulated = half is not None
@@ -70,11 +70,17 @@ class OnnxProbe:
         by_scope: dict[str, str] = {}
         by_weight: dict[str, str] = {}
         weights = {tensor.name for tensor in self.model.graph.initializer}
+        makers: dict[str, str] = {}
         for node in self.model.graph.node:
             scope = _scope(node)
             if scope is not None and (layer := _match(scope, known)) is not None:
                 by_scope[layer] = node.output[0]
-            for name in weights.intersection(node.input):
+            makers.update(dict.fromkeys(node.output, node.op_type))
+            # a norm goes on after its weights were applied
+            whole = node.op_type in ("Conv", "Gemm", "Gather") or "MatMul" in {
+                makers.get(name) for name in node.input
+            }
+            for name in weights.intersection(node.input) if whole else ():
                 if (layer := _match(name.rpartition(".")[0], known)) is not None:
                     by_weight[layer] = node.output[0]
         return {**by_weight, **by_scope}
