@@ -7,6 +7,7 @@
 
 #include "ops.h"
 #include "parallel.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 using namespace stepfuse;
@@ -166,6 +167,28 @@ void bind_group_norm_silu(py::module_& m) {
         });
 }
 
+void bind_winograd(py::module_& m) {
+  m.attr("winograd_wide") = kWinogradWide;
+  m.attr("winograd_bfloat16") = kWinogradBFloat16;
+  m.def("winograd", [](uintptr_t x, uintptr_t u, uintptr_t bias, uintptr_t residual, uintptr_t out,
+                       int dtype, int64_t samples, int64_t height, int64_t width, int64_t channels,
+                       int64_t filters, bool square, int threads) {
+    const Winograd a{pointer<void>(x),
+                     pointer<void>(u),
+                     pointer<float>(bias),
+                     pointer<void>(residual),
+                     pointer<void>(out),
+                     static_cast<DType>(dtype),
+                     samples,
+                     height,
+                     width,
+                     channels,
+                     filters,
+                     square};
+    run(samples * height * width * channels * filters, [&] { winograd(a, threads); });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(STEPFUSE_MODULE, m) {
@@ -174,4 +197,5 @@ PYBIND11_MODULE(STEPFUSE_MODULE, m) {
   bind_noise(m);
   bind_denoise_step(m);
   bind_group_norm_silu(m);
+  bind_winograd(m);
 }

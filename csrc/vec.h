@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(STEPFUSE_AVX512) || defined(STEPFUSE_AVX2)
 #include <immintrin.h>

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from stepfuse.engine.passes.fuse_group_norm_silu import OP as GROUP_NORM
+from stepfuse.engine.passes.winograd import convolve, winograd
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 
@@ -85,6 +86,8 @@ class _Emitter:
 def _callable(target: Any) -> Any:
     if target is GROUP_NORM:
         return _group_norm
+    if target is winograd:
+        return convolve
     return getattr(target, "_op", target)  # skips a Python frame per call
 
 

@@ -34,7 +34,7 @@ from stepfuse.engine.passes.graph import (
     value,
 )
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
@@ -46,10 +46,11 @@ _SUMS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.f
 def upsampled_convolutions(gm: GraphModule) -> PassReport:
     """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster."""
     report = PassReport("upsampled_convolutions")
+    cold = exceed_cache(gm)
     for upsample in calls(gm, _UPSAMPLE):
         conv = only_user(upsample)
         problem = _problem(upsample, conv)
-        if report.count(problem or _slower(upsample, conv)):
+        if report.count(problem or _slower(upsample, conv, cold)):
             assert conv is not None
             _rewrite(gm, upsample, conv)
     finish(gm)
@@ -83,10 +84,10 @@ def _problem(upsample: Node, conv: Node | None) -> str:
     return ""
 
 
-def _slower(upsample: Node, conv: Node | None) -> str:
+def _slower(upsample: Node, conv: Node | None, cold: bool) -> str:
     assert conv is not None
-    channels_out = value(conv).shape[1]
-    direct, merged = _seconds(tuple(_source(upsample).shape), channels_out, torch.get_num_threads())
+    shape, channels_out = tuple(_source(upsample).shape), value(conv).shape[1]
+    direct, merged = _seconds(shape, channels_out, cold, torch.get_num_threads())
     return "" if merged < direct else "the direct convolution is faster"
 
 
@@ -113,7 +114,9 @@ def _rewrite(gm: GraphModule, upsample: Node, conv: Node) -> None:
 
 
 @functools.cache
-def _seconds(shape: tuple[int, ...], channels_out: int, threads: int) -> tuple[float, float]:
+def _seconds(
+    shape: tuple[int, ...], channels_out: int, cold: bool, threads: int
+) -> tuple[float, float]:
     """(enlarged and convolved, merged) in float32; ``threads`` only tells results apart."""
     x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(channels_out, shape[1], 3, 3)
@@ -134,5 +137,5 @@ def _seconds(shape: tuple[int, ...], channels_out: int, threads: int) -> tuple[f
         y: Tensor = mkldnn._convolution_transpose_pointwise(x, merged, None, *geometry, *plain)
         return y
 
-    first, second = best_times([enlarged, transposed], _REPEATS)
+    first, second = best_times([enlarged, transposed], _REPEATS, warm=x if cold else None)
     return first, second

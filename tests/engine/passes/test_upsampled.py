@@ -80,4 +80,4 @@ def test_what_is_slower_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_shapes_are_measured() -> None:
-    assert all(0 < s < 1 for s in _seconds((1, 16, 3, 5), 8, torch.get_num_threads()))
+    assert all(0 < s < 1 for s in _seconds((1, 16, 3, 5), 8, True, torch.get_num_threads()))
