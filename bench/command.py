@@ -11,7 +11,7 @@ WHAT, PEERS, HOW, OUTPUT = "What is run", "Against whom", "How it is measured", 
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
-    "A first look, in a minute:\n\n"
+    "A first look, in a minute or two:\n\n"
     "  [cyan]stepfuse bench --quick --against diffusers[/cyan]\n\n"
     "The embedded model against everything that is installed, bfloat16 too:\n\n"
     "  [cyan]stepfuse bench --model digits --against all --dtype bf16[/cyan]\n\n"
@@ -165,7 +165,7 @@ def bench(
         bool,
         typer.Option(
             "--quick",
-            help="About a minute: 10 steps, batch 1, 5 rounds, one cold start each; what is given "
+            help="A minute or two: 10 steps, batch 1, 5 rounds, one cold start each; what is given "
             "beside it holds.",
             rich_help_panel=HOW,
         ),
@@ -214,7 +214,8 @@ def bench(
         typer.Option(
             "--static",
             help="Measure nothing: compile the Triton kernels for four GPUs and list what they "
-            "need and what memory bandwidth allows.",
+            "need and what memory bandwidth allows, in roofline.json; later reports in the same "
+            "folder show it too.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -238,7 +239,7 @@ def bench(
     if compare is not None:
         running.show_comparison(*compare)
         return
-    targets = running.Targets.of(out, json, markdown, html)
+    targets = running.Targets.of(out, json, markdown, html, static)
     if static:
         running.static(targets)
         return

@@ -58,7 +58,6 @@ def rounds(most: int, seconds: float | None = None) -> Iterator[int]:
 def undisturbed() -> Iterator[None]:
     """No garbage collection inside."""
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -161,6 +161,8 @@ class Bench:
         """
         try:
             for batch in self.plan.batches:
+                if batch != self.plan.batches[0]:
+                    gc.collect()  # networks hold themselves in circles
                 self._batch(batch)
             self._cold_starts()
             self.record.complete = True
@@ -175,7 +177,7 @@ class Bench:
         return self.record
 
     def _batch(self, batch: int) -> None:
-        """Everything at one batch size; what was built for it is dropped at the end."""
+        """Everything at one batch size."""
         loops = self._verified(self._built(batch), batch)
         if not loops:
             return
@@ -195,8 +197,6 @@ class Bench:
             self._splits(loops, batch)
         for loop in loops.values():
             self._note_refused(loop)
-        loops.clear()
-        gc.collect()
 
     def _built(self, batch: int) -> dict[str, Loop]:
         live = [e for e in self.entries if not self.record.candidate(e.name).failure]

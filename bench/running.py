@@ -33,6 +33,9 @@ from stepfuse.engine.cli.drawing import choose_device
 from stepfuse.engine.cli.errors import INTERRUPTED, Problem, failing_on, interruptible
 from stepfuse.engine.files import check_file, write_file
 
+NAMES = ("record.json", "report.md", "report.html")
+ROOFLINE = "roofline.json"  # where --static leaves its table, and a report finds it
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -44,14 +47,17 @@ class Targets:
 
     @classmethod
     def of(
-        cls, folder: Path, json: Path | None, markdown: Path | None, html: Path | None
+        cls,
+        folder: Path,
+        json: Path | None,
+        markdown: Path | None,
+        html: Path | None,
+        static: bool = False,
     ) -> Targets:
         """Files of their own, or else the usual ones in ``folder``."""
-        return cls(
-            json or folder / "record.json",
-            markdown or folder / "report.md",
-            html or folder / "report.html",
-        )
+        names = (ROOFLINE, "roofline.md", "roofline.html") if static else NAMES
+        usual = [folder / name for name in names]
+        return cls(json or usual[0], markdown or usual[1], html or usual[2])
 
     def check(self) -> None:
         """Make the folder; raise OSError with the reason where something cannot be written."""
@@ -152,14 +158,28 @@ def _write_reports(record: Record, targets: Targets, console: Console) -> None:
         write_file(targets.markdown, tables.markdown(record).encode())
         written.append(targets.markdown)
     if report is not None:
-        try:
-            write_file(targets.html, report.html(record).encode())
+        reason = report.why_not()
+        if reason:
+            console.print(f"no HTML report: {reason}", markup=False, soft_wrap=True)
+        else:
+            roofline = _roofline(record, targets, console)
+            write_file(targets.html, report.html(record, roofline=roofline).encode())
             written.append(targets.html)
-        except ImportError as error:
-            console.print(f"no HTML report: {error}; pip install 'stepfuse\\[bench]'")
     console.print()
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _roofline(record: Record, targets: Targets, console: Console) -> list[dict[str, Any]] | None:
+    """What an earlier --static left beside the record; None where there is nothing."""
+    path = targets.json.parent / ROOFLINE
+    if record.kind != "sampler" or not path.is_file():
+        return None
+    try:
+        return load(path).roofline
+    except ValueError as error:
+        console.print(f"the report goes without the static table: {error}", soft_wrap=True)
+        return None
 
 
 def _module(name: str) -> Any:

@@ -1,0 +1,21 @@
+"""A tiny checkpoint to time."""
+
+from __future__ import annotations
+
+import pytest
+from tests.engine.cli_case import TINY, save
+
+from stepfuse.bench import latency, throughput
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Grey images of 8x8, three classes, 100 training timesteps."""
+    return save(tmp_path_factory.mktemp("models") / "tiny.safetensors", TINY)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses before a time is taken, and short windows."""
+    monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(throughput, "WINDOW_SECONDS", 0.02)

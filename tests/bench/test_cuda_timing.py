@@ -1,0 +1,149 @@
+"""Timing by events, on a device that is pretended: a stream whose clock only work advances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stepfuse.bench.cuda_timing import FLUSH, L2_BYTES, CudaTimer, l2_bytes, rotating
+
+L2 = 50 << 20
+LAUNCH, KERNEL, WRITE = 0.004, 0.250, 0.080  # milliseconds
+
+
+class Device:
+    """Work is queued when it is launched and done when somebody waits."""
+
+    def __init__(self, l2: int | None = L2) -> None:
+        self.queue: list[tuple[str, Any]] = []
+        self.log: list[str] = []
+        self.clock = 0.0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing, "an event without a time"
+                self.at: float | None = None
+
+            def record(self) -> None:
+                device.launch("event", self)
+
+            def synchronize(self) -> None:
+                device.wait()
+
+            def elapsed_time(self, end: Any) -> float:
+                assert self.at is not None, "read before the device passed it"
+                assert end.at is not None, "read before the device passed it"
+                return float(end.at - self.at)
+
+        self.Event = Event
+        self.properties = SimpleNamespace(**({} if l2 is None else {"L2_cache_size": l2}))
+
+    def get_device_properties(self, device: Any) -> Any:
+        return self.properties
+
+    def synchronize(self, device: Any = None) -> None:
+        self.wait()
+        self.log.append("synchronize")
+
+    def launch(self, what: str, detail: Any = None) -> None:
+        self.queue.append((what, detail))
+
+    def wait(self) -> None:
+        for what, detail in self.queue:
+            self.clock += {"kernel": KERNEL, "flush": WRITE, "event": 0.0}[what]
+            if what == "event":
+                detail.at = self.clock
+            self.log.append(what)
+        self.queue.clear()
+
+    def flush(self, size: int) -> Callable[[], None]:
+        self.flushed = size
+        return lambda: self.launch("flush")
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+def timer(device: Device, **settings: Any) -> CudaTimer:
+    return CudaTimer(0, device, device.flush, **settings)
+
+
+def test_once_is_the_time_of_the_work_alone(device: Device) -> None:
+    """Neither the flush nor the launches are in it."""
+    seconds = timer(device).once(lambda: device.launch("kernel"))
+    assert seconds == pytest.approx(KERNEL / 1e3)
+    assert device.log == ["synchronize", "flush", "event", "kernel", "event"]
+
+
+def test_the_flush_is_larger_than_the_cache(device: Device) -> None:
+    timer(device)
+    assert device.flushed == FLUSH * L2
+    assert FLUSH > 1
+
+
+def test_work_that_is_still_running_is_waited_for(device: Device) -> None:
+    device.launch("kernel")
+    assert timer(device).once(lambda: device.launch("kernel")) == pytest.approx(KERNEL / 1e3)
+    assert device.log[:2] == ["kernel", "synchronize"]
+
+
+def test_replays_are_timed_inside_one_pair_of_events(device: Device) -> None:
+    count = 20
+    seconds = timer(device).repeated(lambda: device.launch("kernel"), count)
+    assert seconds == pytest.approx(count * KERNEL / 1e3)
+    assert device.log == ["synchronize", "flush", "event", *["kernel"] * count, "event"]
+
+
+def test_the_warm_up_runs_before_and_is_over(device: Device) -> None:
+    calls = timer(device, calls=4)
+    calls.warm_up(lambda: device.launch("kernel"))
+    assert device.log == [*["kernel"] * 4, "synchronize"]
+
+
+def test_every_time_has_events_of_its_own(device: Device) -> None:
+    """An event that is recorded again forgets the first time."""
+    calls = timer(device)
+    found = [calls.once(lambda n=n: [device.launch("kernel") for _ in range(n)]) for n in (1, 3)]
+    assert found == pytest.approx([KERNEL / 1e3, 3 * KERNEL / 1e3])
+    assert device.log.count("event") == 4
+
+
+def test_no_calls_have_no_time(device: Device) -> None:
+    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
+        timer(device).repeated(lambda: None, 0)
+
+
+def test_a_device_that_does_not_say_has_a_large_cache() -> None:
+    assert l2_bytes(Device(None).properties) == L2_BYTES
+    assert l2_bytes(Device(0).properties) == L2_BYTES
+    assert l2_bytes(Device(L2).properties) == L2
+
+
+@pytest.mark.parametrize("size", [1 << 20, (50 << 20) + 1, 30 << 20])
+def test_rotating_tensors_exceed_the_cache_together(size: int) -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    turns = rotating(make, size, L2)
+    seen = [next(turns) for _ in range(2 * len(made))]
+    assert len(made) * size >= FLUSH * L2
+    assert seen == [*range(len(made)), *range(len(made))]
+
+
+def test_two_tensors_take_turns_however_large() -> None:
+    turns = rotating(iter("abc").__next__, 1 << 40, L2)
+    assert [next(turns) for _ in range(4)] == ["a", "b", "a", "b"]
+
+
+def test_a_tensor_of_no_bytes_cannot_be_rotated() -> None:
+    with pytest.raises(ValueError, match="size must be at least 1 byte; got 0"):
+        rotating(lambda: 0, 0, L2)
