@@ -110,7 +110,7 @@ def onnx_loop(
         return looped(build(network, source, profile, job.opset, False), loop)
 
     def compare(draft: Draft) -> str:
-        return verify_loop(draft, sampler, source, job.precision, noisy, job.batch.minimum)
+        return verify_loop(draft, sampler, source, job.batch, noisy)
 
     whole = replace(job, metadata=replace(known, kind="sampler", sampler=settings))
     return whole.write(graph, compare)

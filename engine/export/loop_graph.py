@@ -72,7 +72,9 @@ def looped(model: Any, loop: Loop) -> Any:
         opset_imports=dict(network.opset_imports),
         name="sampler",
     )
-    return ir.Model(graph, ir_version=model.ir_version)
+    sampler = ir.Model(graph, ir_version=model.ir_version)
+    sampler.meta.update(model.meta)
+    return sampler
 
 
 class _Ops:

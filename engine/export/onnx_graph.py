@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.network import Network, Source
 from stepfuse.kernels import group_norm_silu as _registers_the_op  # noqa: F401
 
 BATCH = "batch"
+BRANCHES = "branches"
 MODULE = "stepfuse.module"  # key of a node: dotted name of the module that it came from
 _LARGEST_SIZE = 8192  # pixels, where the image size is dynamic
 
@@ -31,6 +32,10 @@ class CannotExport(ValueError):
 def build(network: Network, source: Source, batch: BatchProfile, opset: int, sizes: bool) -> Any:
     """The network as an ``onnx_ir.Model`` with inputs x, t, conditions and the output "output".
 
+    ``meta[BRANCHES]`` says whether the network asks for its batch size and does something else
+    for a large one (diffusers' upsampling lays out memory anew from 64 on). The file holds what it
+    does for the batch it was traced with: whether that is the same must be tried out.
+
     Args:
         sizes: whether height and width of x are dynamic too.
 
@@ -38,15 +43,8 @@ def build(network: Network, source: Source, batch: BatchProfile, opset: int, siz
     """
     count = batch.optimum if batch.fixed else max(2, batch.optimum)
     example = source.with_batch(count)
-    arguments = tuple(example.inputs.values())
     with torch.no_grad(), _quietly():
-        try:
-            program = torch.export.export(
-                network, arguments, dynamic_shapes=_dynamic_shapes(source, batch, sizes)
-            )
-        # torch.export raises exceptions of many kinds, user code of any kind
-        except Exception as error:
-            raise CannotExport(_why(error, batch, sizes)) from error
+        program, branches = _traced(network, example, batch, sizes)
         program = program.run_decompositions(_decompositions())
         try:
             exported = torch.onnx.export(
@@ -62,7 +60,27 @@ def build(network: Network, source: Source, batch: BatchProfile, opset: int, siz
     assert exported is not None
     model = exported.model
     _tidy(model)
+    model.meta[BRANCHES] = branches
     return model
+
+
+def _traced(
+    network: Network, example: Source, batch: BatchProfile, sizes: bool
+) -> tuple[ExportedProgram, bool]:
+    """The network's program, and whether it branches on sizes."""
+    refused: Exception | None = None
+    for branches in (False, True):
+        shapes = _dynamic_shapes(example, batch, sizes, branches)
+        try:
+            inputs = tuple(example.inputs.values())
+            return torch.export.export(network, inputs, dynamic_shapes=shapes), branches
+        # torch.export raises exceptions of many kinds, user code of any kind
+        except Exception as error:
+            refused = refused or error
+            if "Constraints violated" not in str(error):
+                break
+    assert refused is not None
+    raise CannotExport(_why(refused, batch, sizes)) from refused
 
 
 def rename_sizes(graph: Any, names: Mapping[str, str]) -> None:
@@ -76,18 +94,20 @@ def rename_sizes(graph: Any, names: Mapping[str, str]) -> None:
                     )
 
 
-def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool) -> Any:
-    if batch.fixed:
-        dims: dict[int, Any] = {}
-    else:
-        dims = {0: Dim(BATCH, min=batch.minimum, max=batch.maximum)}
+def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool, branches: bool) -> Any:
+    """``branches``: the network may shrink the range of the batch to that of the branch it takes."""
+    dims: dict[int, Any] = {}
+    if not batch.fixed:
+        whole = Dim(BATCH, min=batch.minimum, max=batch.maximum)
+        dims = {0: Dim.DYNAMIC if branches else whole}
     image = dict(dims)
     if sizes:
         step = source.size_divisor or 1
         for axis, name in ((2, "height"), (3, "width")):
             part = Dim(f"{name}_parts" if step > 1 else name, min=1, max=_LARGEST_SIZE // step)
             image[axis] = step * part if step > 1 else part
-    return (image, dims, tuple(dims for _ in source.condition))
+    conditions = tuple(dims for _ in source.condition)
+    return (image, dims, conditions) if conditions else (image, dims)
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -120,9 +140,11 @@ def _group_norm_silu(
 def _tidy(model: Any) -> None:
     """Names that a reader expects; nothing of the machine it was made on stays in the file."""
     graph = model.graph
-    batch = graph.inputs[0].shape[0]
-    renamed = {} if isinstance(batch, int) else {str(batch.value): BATCH}
-    rename_sizes(graph, renamed)
+    words = {}
+    for axis, word in ((0, BATCH), (2, "rows"), (3, "columns")):
+        for symbol in re.findall(r"[A-Za-z_]\w*", str(graph.inputs[0].shape[axis : axis + 1])):
+            words[symbol] = word
+    rename_sizes(graph, words)
     for value in _values(graph):
         value.metadata_props.clear()
     for node in graph.all_nodes():

@@ -18,6 +18,7 @@ from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.network import DTYPES, Source, describe
+from stepfuse.engine.export.onnx_graph import CannotExport
 from stepfuse.engine.export.onnx_write import Draft
 from stepfuse.engine.files import check_file
 from stepfuse.engine.schedule import Schedule
@@ -94,6 +95,11 @@ class Job:
                 _advance(bar, 2)
                 draft.write_data()
                 verified = compare(draft) if self.verify else "no: not asked for"
+                if draft.branches and verified.startswith("no:"):
+                    raise CannotExport(
+                        "the network asks for its batch size: give verify=True, or another batch; "
+                        f"compared: {verified}"
+                    )
                 _advance(bar, 3)
                 draft.write_model()
             finally:

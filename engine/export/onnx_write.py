@@ -11,6 +11,7 @@ from typing import Any
 from stepfuse._version import __version__
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import Metadata
+from stepfuse.engine.export.onnx_graph import BRANCHES
 from stepfuse.engine.files import check_file, write_file
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # one protobuf message must stay below 2 GB
@@ -32,6 +33,8 @@ class Draft:
         model: ``onnx_ir.Model``.
         external_data: weights in a file of their own; None for "above 2 GB".
 
+    ``branches`` says that the network asks for its batch size, see `build`.
+
     Raises OSError where ``path`` cannot be written, `BadGraph` where the checker complains.
     """
 
@@ -44,6 +47,7 @@ class Draft:
     ) -> None:
         check_file(path)
         self.path, self.metadata = Path(path), metadata
+        self.branches: bool = model.meta[BRANCHES]
         ir = library("onnx_ir", "writing an ONNX file")
         model.producer_name, model.producer_version = "stepfuse", __version__
         model.metadata_props.update(metadata.to_strings())
