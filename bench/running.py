@@ -29,7 +29,7 @@ from stepfuse.bench.machine import describe
 from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
-from stepfuse.engine.cli.drawing import choose_device
+from stepfuse.engine.cli.drawing import choose_device, load_model
 from stepfuse.engine.cli.errors import INTERRUPTED, Problem, failing_on, interruptible
 from stepfuse.engine.files import check_file, write_file
 
@@ -65,8 +65,8 @@ class Targets:
         if len({file.absolute() for file in files}) < len(files):
             raise ValueError(f"three different files are written; got {', '.join(map(str, files))}")
         for file in files:
-            if file.parent.parent.is_dir():
-                file.parent.mkdir(exist_ok=True)
+            if file.parent.parent.is_dir() and not file.parent.exists():
+                file.parent.mkdir()
             check_file(file)
 
     def save(self, record: Record) -> None:
@@ -190,10 +190,7 @@ def _module(name: str) -> Any:
 
 def _workload(spec: Spec) -> Workload:
     # a file that is no checkpoint is not a mistake of usage
-    if Path(spec.model).is_file():
-        with failing_on(ValueError):
-            return Workload(spec)
-    return Workload(spec)
+    return Workload(spec, load_model(spec.model) if Path(spec.model).is_file() else None)
 
 
 def _batches(text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepfuse.bench import peers_setup
 from stepfuse.bench.peers import Plain
-from stepfuse.engine.checkpoint import embedded, load
+from stepfuse.engine.checkpoint import Checkpoint, embedded, load
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet
@@ -70,18 +70,20 @@ class Workload:
         shape: (C, H, W) of an image.
         sampler_settings: keywords of `Sampler` that all candidates share.
 
+    ``checkpoint`` is that of the spec's model where it has been loaded.
+
     Raises ValueError or TypeError for settings that no sampler accepts, ValueError for an unknown
-    model, ImportError where diffusers is needed for the network and missing.
+    model, or where diffusers is needed for it and missing.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, checkpoint: Checkpoint | None = None) -> None:
         self.spec = spec
         self.device = torch.device(spec.device)
         if spec.model == DDPM_CIFAR:
             self.network, self.shape, self.classes = _ddpm_cifar(), (3, 32, 32), None
             self.schedule, self.prediction_type = Schedule.linear(), "epsilon"
         else:
-            checkpoint = _checkpoint(spec.model)
+            checkpoint = checkpoint or _checkpoint(spec.model)
             self.network, self.shape = checkpoint.model, checkpoint.sample_shape
             self.schedule, self.prediction_type = checkpoint.schedule, checkpoint.prediction_type
             self.classes = checkpoint.num_classes
@@ -154,7 +156,7 @@ class Workload:
         return diffusers_twin(self.network, self.shape[-1]).to(self.device)
 
 
-def _checkpoint(name: str) -> Any:
+def _checkpoint(name: str) -> Checkpoint:
     try:
         return load(name)
     except ValueError as error:
