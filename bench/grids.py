@@ -109,9 +109,10 @@ def peers(record: Record) -> Iterator[Grid]:
         "How many times longer a peer takes than ours, pair by pair",
         ["<peer", "batch", *(named(c) for c in own)],
         caption="Median of the ratios of loops that ran one after the other, in brackets the "
-        "quarter and three quarters of them. Above 1 ours is faster. A peer in fp32 beside ours in "
-        "bf16 does not do the same arithmetic.",
+        "quarter and three quarters of them. Above 1 ours is faster.",
     )
+    if len({c.dtype for c in (*own, *others)}) > 1:
+        grid.caption += " One in fp32 beside one in bf16 does not do the same arithmetic."
     for batch in batches(record) if own else ():
         for peer in others:
             theirs = peer.runs(batch)
@@ -132,9 +133,10 @@ def throughput(record: Record) -> Iterator[Grid]:
     """Images a second over batch sizes."""
     sizes = sorted({w.batch for c in record.candidates for w in c.throughput})
     grid = Grid(
-        "Throughput: images a second, loops one right after the other",
+        "Throughput: images a second",
         ["<candidate", *(f"batch {b}" for b in sizes)],
-        caption="Median of the windows; spread: median absolute deviation.",
+        caption="Loops one right after the other; median of the windows, ± median absolute "
+        "deviation.",
     )
     for c in timed(record):
         found = {w.batch: w for w in c.throughput if w.seconds}

@@ -17,7 +17,8 @@ from stepfuse.bench.suite_file import OURS
 
 MARKERS = "osD^vPXd"
 PARTS = ("network", "update", "rest")
-LONGEST = 30  # letters of a label
+LONGEST, WIDEST = 30, 21  # letters of a label, and of one of two beside each other
+_CHART = 235  # points of a chart of lines and its axis
 _ROW = 27  # points of a row of bars or dots
 _AXIS = 62  # points of the axis below them
 
@@ -81,7 +82,8 @@ def _steps(record: Record) -> Plot | None:
         return None
     batch = record.settings.batches[0]
     title = f"Latency over steps, batch {batch}"
-    with svg.figure(_height(len(lines)), "steps", f"{title}: a line a candidate, seconds") as made:
+    height = _CHART + _legend_height([looks(record)[name] for name in lines])
+    with svg.figure(height, "steps", f"{title}: a line a candidate, seconds") as made:
         canvas, axes, out = made
         for name, runs in lines.items():
             points = [(r.steps, r.seconds) for r in runs]
@@ -104,11 +106,12 @@ def _throughput(record: Record) -> Plot | None:
         ]
         if points:
             lines[c.name] = points
-    if not lines:
+    if len(sizes) < 2:
         return None
     title = "Throughput over batch size"
+    height = _CHART + _legend_height([looks(record)[name] for name in lines])
     what = f"{title}: images a second, a line a candidate"
-    with svg.figure(_height(len(lines)), "throughput", what) as made:
+    with svg.figure(height, "throughput", what) as made:
         canvas, axes, out = made
         for name, points in lines.items():
             _line(axes, looks(record)[name], points)
@@ -121,9 +124,22 @@ def _throughput(record: Record) -> Plot | None:
     return Plot("throughput", title, note, out[0])
 
 
-def _height(lines: int) -> float:
-    """Points of a plot with a legend of two columns below it."""
-    return 235 + 17 * ((lines + 1) // 2)
+def _unit(most: float) -> tuple[float, str]:
+    """In what an axis counts whose longest time is ``most``: the factor, and its name."""
+    if most >= 10:
+        return 1.0, "seconds"
+    return (1e3, "milliseconds") if most >= 1e-3 else (1e6, "microseconds")
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Of a legend that fits the width of a plot."""
+    return 1 if max(map(len, labels), default=0) > WIDEST else 2
+
+
+def _legend_height(series: Sequence[Series]) -> float:
+    """Points of the legend below a plot."""
+    labels = [look.label for look in series]
+    return 18.0 * -(-len(labels) // _columns(labels))
 
 
 def _line(axes: Any, look: Series, points: Sequence[tuple[float, list[float]]]) -> None:
@@ -145,16 +161,17 @@ def _latencies(record: Record) -> Plot | None:
     batch = sizes[0]
     rows = [(c, r) for c in timed(record) if (r := c.runs(batch)) and r.seconds]
     title = f"Every run, batch {batch}"
-    what = f"{title}: milliseconds an image, a row of dots a candidate"
+    factor, unit = _unit(max(max(runs.seconds) for _, runs in rows) / batch)
+    what = f"{title}: {unit} an image, a row of dots a candidate"
     with svg.figure(_ROW * len(rows) + _AXIS, "latencies", what) as (_, axes, out):
         for y, (c, runs) in enumerate(rows):
             look = looks(record)[c.name]
-            x = [1e3 * s / batch for s in runs.seconds]
+            x = [factor * s / batch for s in runs.seconds]
             jitter = [y + 0.22 * ((7 * i) % 11 / 5 - 1) for i in range(len(x))]
             axes.scatter(x, jitter, s=15, color=look.colour, alpha=0.6, linewidths=0)
             axes.vlines(statistics.median(x), y - 0.36, y + 0.36, color=svg.INK, linewidth=1.6)
         _rows(axes, [named(c) for c, _ in rows])
-        axes.set(xlabel="milliseconds an image")
+        axes.set(xlabel=f"{unit} an image")
         axes.set_xlim(left=0)
     note = "A dot is a run, the line their median. Dots far to the right are a disturbed machine."
     return Plot("latencies", title, note, out[0])
@@ -174,7 +191,7 @@ def _ratios(record: Record) -> Plot | None:
         return None
     title = "How many times longer the peers take"
     what = f"{title} than ours, pair by pair; above 1 ours is faster"
-    height = _ROW * len(rows) + _AXIS + 17 * ((len(own) + 1) // 2)
+    height = _ROW * len(rows) + _AXIS + _legend_height([looks(record)[c.name] for c in own])
     with svg.figure(height, "ratios", what) as (canvas, axes, out):
         for c in own:
             look = looks(record)[c.name]
@@ -186,7 +203,7 @@ def _ratios(record: Record) -> Plot | None:
                 )  # fmt: skip
             axes.plot(
                 [statistics.median(pairs) for _, pairs in places], [y for y, _ in places],
-                look.marker, color=look.colour, markersize=6, label=f"than {look.label}",
+                look.marker, color=look.colour, markersize=6, label=look.label,
             )  # fmt: skip
         axes.axvline(1, color=svg.INK, linewidth=1.2)
         _rows(axes, [f"{named(peer)}, batch {batch}" for peer, batch, _ in rows])
@@ -194,8 +211,8 @@ def _ratios(record: Record) -> Plot | None:
         axes.set_xlim(left=0)
         _legend(canvas, axes)
     note = (
-        "Dots: median of the ratios of runs one after the other; bars: the middle half of them. "
-        "Right of the line ours is faster. Compare equal precisions first."
+        "Than ours, see the legend. Dots: median of the ratios of runs one after the other; bars: "
+        "the middle half of them. Right of the line ours is faster. Compare equal precisions first."
     )
     return Plot("ratios", title, note, out[0])
 
@@ -213,14 +230,16 @@ def _pairs(
 
 def _split(record: Record) -> Plot | None:
     rows = [
-        (c, [1e3 * statistics.median(getattr(c.split, part)) for part in PARTS])
+        (c, [statistics.median(getattr(c.split, part)) for part in PARTS])
         for c in record.candidates
         if c.split and all(getattr(c.split, part) for part in PARTS)
     ]
     if not rows:
         return None
     title = "Where a step's time goes"
-    what = f"{title}: milliseconds in the network, the update and the rest, a bar a candidate"
+    factor, unit = _unit(max(sum(times) for _, times in rows))
+    rows = [(c, [factor * time for time in times]) for c, times in rows]
+    what = f"{title}: {unit} in the network, the update and the rest, a bar a candidate"
     with svg.figure(_ROW * len(rows) + _AXIS + 20, "split", what) as (canvas, axes, out):
         colours = (svg.PEERS[0], svg.OURS[0], svg.OURS[1])
         starts = [0.0] * len(rows)
@@ -234,7 +253,7 @@ def _split(record: Record) -> Plot | None:
                 f"{share:.1%}", (sum(times), y), (5, 0), textcoords="offset points", va="center"
             )
         _rows(axes, [named(c) for c, _ in rows])
-        axes.set(xlabel="milliseconds of a step")
+        axes.set(xlabel=f"{unit} of a step")
         axes.set_xlim(0, 1.16 * max(starts))
         _legend(canvas, axes, columns=3)
     note = "The figure beside a bar is what is not the network: all that a sampler can save."
@@ -325,6 +344,7 @@ def _from_zero(axes: Any, x: bool = False) -> None:
         axes.set_xlim(left=0)
 
 
-def _legend(canvas: Any, axes: Any, columns: int = 2) -> None:
+def _legend(canvas: Any, axes: Any, columns: int = 0) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    columns = columns or _columns(labels)
     canvas.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -123,7 +123,9 @@ def _list(sentences: Sequence[str]) -> str:
 def _introduction(record: Record) -> Iterator[str]:
     m = record.machine
     when = f"{m.date[:10]}, commit {m.commit or 'unknown'}"
-    where = f"{m.processor}, {m.threads} threads" + ("" if m.device == "cpu" else f", {m.device}")
+    where = f"{m.processor}, {units.count(m.threads, 'thread')}" + (
+        "" if m.device == "cpu" else f", {m.device}"
+    )
     yield f'<p class="lead">{_text(where)}; {_text(when)}.</p>'
     if not record.complete:
         early = "This run was ended early: some figures are missing, or have few samples."
@@ -172,7 +174,8 @@ def _headlines(record: Record) -> Iterator[tuple[str, str, str]]:
     checked = [(c, c.verified) for c in own if c.verified and c.dtype == "fp32"]
     if checked:
         worst, verified = max(checked, key=lambda found: found[1].max_abs)
-        detail = f"{worst.name}, {verified.batch} images in [-1, 1] against the eager loop"
+        images = units.count(verified.batch, "image")
+        detail = f"{worst.name}, {images} in [-1, 1] against the eager loop"
         yield "largest error of a pixel, fp32", units.small(verified.max_abs), detail
 
 

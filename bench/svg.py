@@ -38,6 +38,8 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
+    "axes.formatter.limits": (-5, 7),
+    "axes.formatter.useoffset": False,
     "grid.color": RULE,
     "grid.linewidth": 0.7,
     "xtick.color": RULE,

@@ -80,13 +80,15 @@ def _task(record: Record) -> list[str]:
 
 def _machine(record: Record) -> str:
     m = record.machine
-    cores = f"{m.cores} cores ({m.logical_cores} logical)" if m.cores else f"{m.logical_cores} CPUs"
+    cores = units.count(m.cores or m.logical_cores, "core")
+    cores += f" ({m.logical_cores} logical)" if m.cores not in (None, m.logical_cores) else ""
+    threads = units.count(m.threads, "thread")
     memory = f", {units.size(m.memory_bytes)}" if m.memory_bytes else ""
     device = "" if m.device == "cpu" else f", {m.device}"
     load = "" if m.load is None else f", load {m.load:.1f} at the start"
     versions = ", ".join(f"{name} {version}" for name, version in m.versions.items())
     return (
-        f"{m.processor}{device}, {m.threads} threads on {cores}{memory}, {m.isa}, {m.os}, Python "
+        f"{m.processor}{device}, {threads} on {cores}{memory}, {m.isa}, {m.os}, Python "
         f"{m.python}{load}; {versions}; commit {m.commit or 'unknown'}, {m.date}."
     )
 

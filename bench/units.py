@@ -42,3 +42,8 @@ def small(value: float) -> str:
 def joules(value: float) -> str:
     """An energy."""
     return f"{digits(value)} J"
+
+
+def count(number: int, noun: str) -> str:
+    """So many of something: 1 thread, 2 threads."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -172,6 +172,9 @@ def test_plots_are_those_that_a_record_has_figures_for() -> None:
     for candidate in record.candidates:
         candidate.split, candidate.throughput, candidate.over_steps = None, [], []
     assert list(by_name(record)) == ["ratios", "latencies"]
+    for candidate in record.candidates:  # one batch size is no curve
+        candidate.throughput = example().candidate(candidate.name).throughput[:1]
+    assert list(by_name(record)) == ["ratios", "latencies"]
     record.candidates = [c for c in record.candidates if c.ours]
     assert list(by_name(record)) == ["latencies"]
     record.candidates.clear()

@@ -59,6 +59,19 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names as long as labels may be, a single batch size, and times of days."""
+    record = example(faster=1e-5)
+    for c in record.candidates:
+        if c.name != "stepfuse-eager":  # one of them as it is
+            c.name = f"{c.name}-with-a-very-long-name-indeed"
+        del c.latency[1:]
+    path = tmp_path_factory.mktemp("wordy") / "report.html"
+    report.write(path, record)
+    return path
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     assert CHROMIUM is not None
     with Page(CHROMIUM, tmp_path_factory.mktemp("profile")) as opened:
@@ -99,9 +112,12 @@ def test_it_renders_and_fetches_nothing(
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_labels_can_be_read(page: Page, file: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("which", ["file", "wordy"])
+def test_labels_can_be_read(
+    page: Page, which: str, size: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
     """Large enough, inside their plot, none over another."""
-    page.open(file.as_uri(), *size)
+    page.open(request.getfixturevalue(which).as_uri(), *size)
     for plot in page.evaluate(DRAWN):
         texts = plot["texts"]
         for a in texts:
