@@ -1,0 +1,264 @@
+"""``stepfuse export``: files, messages and exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tests.engine.cli_case import SIDE, process
+from tests.engine.export.export_case import altered
+
+import stepfuse as sf
+from stepfuse.engine.cli import run
+from stepfuse.engine.export import exporting, tensorrt_engine, tensorrt_library
+from stepfuse.engine.export.onnx_file import onnx
+from stepfuse.engine.export.tensorrt_file import read_info
+from stepfuse.engine.export.tensorrt_library import find_library
+from stepfuse.kernels.backends import BackendUnavailable
+
+for name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+try:
+    find_library("tensorrt_rtx")
+    NO_TENSORRT = ""
+except BackendUnavailable as reason:
+    NO_TENSORRT = str(reason)
+needs_tensorrt = pytest.mark.skipif(bool(NO_TENSORRT), reason=NO_TENSORRT)
+
+
+def export(model: str, *options: str) -> int:
+    """`stepfuse export` in this process; its exit status."""
+    return run(["export", "--model", model, *options])
+
+
+class First(NamedTuple):
+    """A command that was run for all tests: its folder, exit status and output."""
+
+    folder: Path
+    status: int
+    out: str
+    exported: Any
+
+
+@pytest.fixture(scope="module")
+def first(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> First:
+    """A file of the tiny checkpoint, compared."""
+    folder = tmp_path_factory.mktemp("first")
+    results = []
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        results.append(onnx(*arguments, **options))
+        return results[-1]
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        patch.setattr(exporting, "onnx", keep)
+        status = export(
+            tiny, "-o", "unet.onnx", "--batch", "1:2:3", "--check", "--report", "r.json"
+        )
+    return First(folder, status, out.getvalue(), results[0])
+
+
+@pytest.fixture
+def quick(first: First, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is not exported again: that file is copied."""
+
+    def copied(model: Any, path: Path, **options: Any) -> Any:
+        path.write_bytes((first.folder / "unet.onnx").read_bytes())
+        return replace(first.exported, path=path)
+
+    monkeypatch.setattr(exporting, "onnx", copied)
+
+
+def test_a_file_compared_and_the_report(
+    tiny: str, first: First, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first.folder)
+    assert first.status == 0
+    lines = first.out.splitlines()
+    size = rf"\d+\.\d MB, fp32, opset \d+, inputs x \[batch, 1, {SIDE}, {SIDE}\], t \[batch\]"
+    assert re.match(rf"unet\.onnx: {size}, labels \[batch\]$", lines[0])
+    assert lines[1].startswith("compared: ONNX Runtime ")
+    assert "passed" in lines
+    assert 'next: model = stepfuse.OnnxDenoiser("unet.onnx")' in first.out
+    report = json.loads(Path("r.json").read_text())
+    assert report["passed"] is True
+    assert {case["batch"] for case in report["cases"]} == {1, 2, 3}
+    assert sorted(os.listdir()) == ["r.json", "unet.onnx"]
+
+    # what the file draws is what the checkpoint draws
+    checkpoint, denoiser = sf.load(tiny), sf.OnnxDenoiser("unet.onnx")
+    condition = {"labels": torch.tensor([0, 2])}
+    pictures = [
+        sf.Sampler(model, denoiser.schedule, steps=5).sample(
+            (2, *checkpoint.sample_shape), seed=1, condition=condition
+        )
+        for model in (checkpoint.model, denoiser)
+    ]
+    assert float((pictures[0] - pictures[1]).abs().max()) < 1e-4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_difference_is_an_exit_status(
+    tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = exporting.onnx
+
+    def wrong(model: Any, path: Path, **options: Any) -> Any:
+        result = copied(model, path, **options)
+        altered(path, path, "down.2.block.shortcut.weight", 0.2)
+        return result
+
+    monkeypatch.setattr(exporting, "onnx", wrong)
+    assert export(tiny, "-o", "unet.onnx", "--batch", "2", "--check", "--report", "r.md") == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: unet\.onnx differs from the reference: relative L2 .*above.*; "
+        r"worst layer down\.2\.block\.shortcut\n",
+        error,
+    )
+    assert "worst layers: down.2.block.shortcut" in Path("r.md").read_text()
+
+
+@needs_tensorrt
+def test_an_engine_in_half_precision(tiny: str, capsys: Any) -> None:
+    options = ["--precision", "bf16", "--tensorrt", "u.engine", "--compute-capability", "sm_89,8.6"]
+    assert export(tiny, "-o", "u.onnx", "--batch", "1:2:4", *options) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^u\.engine: \d+\.\d MB, tensorrt\w* \S+, bf16, batch 1:2:4, \d+ layers, "
+        r"for sm_89, sm_86$",
+        out,
+        re.MULTILINE,
+    )
+    assert 'next: model = stepfuse.TensorRTDenoiser("u.engine")' in out
+    info = read_info("u.engine")
+    assert (info.precision, str(info.batch)) == ("bf16", "1:2:4")
+
+
+def test_the_whole_loop(tiny: str, capsys: Any) -> None:
+    options = ["--whole-loop", "--steps", "3", "--guidance", "2", "--batch", "2"]
+    assert export(tiny, "-o", "sampler.onnx", *options) == 0
+    assert "inputs x_T [2, 1, 8, 8]" in capsys.readouterr().out
+    metadata = sf.export.read_metadata("sampler.onnx")
+    assert (metadata.kind, len(metadata.sampler["timesteps"])) == ("sampler", 3)
+    assert metadata.sampler["guidance_scale"] == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_default_name(tiny: str, capsys: Any) -> None:
+    assert export(tiny, "--batch", "2") == 0
+    assert os.listdir() == ["tiny.onnx"]
+    assert "--check compares it with the original" in capsys.readouterr().out
+
+
+USAGE = [
+    (["-o", "a.pt"], r"--out must end in \.onnx; got 'a\.pt'"),
+    (["--precision", "fp8"], "--precision must be one of fp32, fp16, bf16; got 'fp8'"),
+    (["--batch", "8:4:16"], "batch must be MIN:OPT:MAX with .*; got 8:4:16"),
+    (["--batch", "few"], "batch must read like '1:8:64' .*; got 'few'"),
+    (["--batch", "0"], "batch must be MIN:OPT:MAX with .*; got 0:0:0"),
+    (["--opset", "9"], "opset must be .*; got 9"),
+    (["--opset", "18", "--precision", "bf16"], "opset must be .*bf16.*; got 18"),
+    (["--guidance", "2"], "--guidance 2 is part of a sampler; give --whole-loop too"),
+    (["--whole-loop", "--guidance", "nan"], "--guidance must be a finite number; got nan"),
+    (["--whole-loop", "--steps", "0", "--batch", "1"], r"steps must be in 1 \.\. 100 .*; got 0"),
+    (["--whole-loop", "--eta", "2", "--batch", "1"], r"eta must be in \[0, 1\]; got 2.0"),
+    (["--whole-loop", "--tensorrt", "a.engine"], "--tensorrt is for a network alone; .*"),
+    (["--compute-capability", "sm_89"], "--compute-capability needs --tensorrt FILE; .*'sm_89'"),
+    (["--timing-cache", "t"], "--timing-cache needs --tensorrt FILE; got 't'"),
+    (["--tolerance", "1e-3"], "--tolerance needs --check; got '0.001'"),
+    (["--check", "--tolerance", "0"], r"--tolerance must be a positive number; got 0\.0"),
+    (["--check", "--report", "r.txt"], r"--report must end in \.md or \.json; got 'r\.txt'"),
+    (["-o", "a.onnx", "--tensorrt", "./a.onnx"], "two files with one name; got .*"),
+    (["--colour"], "No such option: --colour.*"),
+]
+FAILURES = [
+    (["-o", "no/a.onnx"], "cannot write no/a.onnx: folder no does not exist"),
+    (["--tensorrt", "no/a.engine"], "cannot write no/a.engine: folder no does not exist"),
+    (["-o", "/proc/a.onnx"], "/proc/a.onnx: .+"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "status"),
+    [(*case, 2) for case in USAGE] + [(*case, 1) for case in FAILURES],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_gives_one_line(
+    tiny: str, options: list[str], line: str, status: int, capsys: Any
+) -> None:
+    assert export(tiny, *options) == status
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"error: {line}\n", captured.err)
+    assert captured.out == ""
+    assert os.listdir() == []
+
+
+@needs_tensorrt
+def test_a_gpu_that_the_library_does_not_know(tiny: str, capsys: Any) -> None:
+    assert export(tiny, "--tensorrt", "a.engine", "--compute-capability", "sm_42") == 2
+    assert "compute_capability must be of sm_75, " in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def test_without_tensorrt(tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_library, "MODULES", {"tensorrt": ("no_such_tensorrt",)})
+    tensorrt_library._import.cache_clear()
+    assert export(tiny, "--tensorrt", "a.engine") == 1
+    tensorrt_library._import.cache_clear()
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: tensorrt is not there .*pip install 'stepfuse\[tensorrt\]'.*\n", error
+    )
+    assert os.listdir() == []
+
+
+def test_a_missing_and_a_damaged_checkpoint(tiny: str, capsys: Any) -> None:
+    assert export("nothing") == 2
+    assert "unknown checkpoint 'nothing'" in capsys.readouterr().err
+    Path("cut.safetensors").write_bytes(Path(tiny).read_bytes()[:100])
+    assert export("cut.safetensors") == 1
+    assert "is truncated or no safetensors file" in capsys.readouterr().err
+    assert os.listdir() == ["cut.safetensors"]
+
+
+@needs_tensorrt
+@pytest.mark.usefixtures("quick")
+def test_ctrl_c_while_building(tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tensorrt_engine.progress_monitor
+
+    def with_signal(library: Any, advance: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(library, advance)
+
+    monkeypatch.setattr(tensorrt_engine, "progress_monitor", with_signal)
+    assert export(tiny, "-o", "a.onnx", "--tensorrt", "a.engine") == 130
+    assert capsys.readouterr().err == "error: interrupted; no file was left half-written\n"
+    # the first file was finished
+    assert os.listdir() == ["a.onnx"]
+
+
+def test_help_teaches_and_is_quick() -> None:
+    script = (
+        "import sys; from stepfuse.engine.cli import run; run(['export', '--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert "--compute-capability" in found.stdout
+    assert "stepfuse export --model digits --out unet.onnx --check" in found.stdout
+    assert "export" in process("--help").stdout
