@@ -1,0 +1,173 @@
+"""Other libraries' pipelines before and after `sf.accelerate`.
+
+    python -m stepfuse.bench.bench_adapters [--json FILE] [--rounds N] [--threads N] [--match TEXT]
+
+Each object is compared with its accelerated copy: the images first, which must agree to 50 dB in
+float32, then the times, in turn in one run. A case whose images differ gets no time, and the
+command fails. What a library's absence leaves out is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import stepfuse as sf
+from stepfuse.bench import peers_setup
+from stepfuse.bench.adapter_cases import Case, cases
+from stepfuse.bench.bench_sampler import alternate, ratio
+from stepfuse.bench.harness import machine
+from stepfuse.engine.files import check_file, write_file
+
+peers_setup.prepare()
+
+LEAST = 50.0  # dB of float32 images to those before: sums in another order are far above
+LEAST_BFLOAT16 = 20.0  # dB: 8 bits through all layers, which a loop takes apart; wrong is under 15
+BEFORE, AFTER, HALF = "before", "after", "after, bfloat16"
+OPTIONS: dict[str, dict[str, Any]] = {AFTER: {}, HALF: {"dtype": torch.bfloat16}}
+LIBRARIES = ("diffusers", "denoising-diffusion-pytorch", "transformers")
+
+
+class Wrong(RuntimeError):
+    """The images of an accelerated object are not those of the original."""
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    error = float((images.double() - reference.double()).square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+class Pair:
+    """An object and its accelerated copies, their images compared.
+
+    Raises `Wrong` where images differ, ImportError where the library is missing.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        original = case.build()
+        self.objects = {BEFORE: original}
+        for name, options in OPTIONS.items():
+            self.objects[name] = sf.accelerate(copy.deepcopy(original), **options)
+        images = {name: self.run(name) for name in self.objects}
+        self.psnr = {name: psnr(images[name], images[BEFORE]) for name in OPTIONS}
+        for name, least in ((AFTER, LEAST), (HALF, LEAST_BFLOAT16)):
+            if not self.psnr[name] >= least:
+                raise Wrong(f"{name}: images at {self.psnr[name]:.1f} dB, under {least:g}")
+
+    @torch.no_grad()
+    def run(self, name: str) -> Tensor:
+        """The images of one of them."""
+        with contextlib.redirect_stderr(io.StringIO()):  # one library cannot hide its progress bar
+            return self.case.run(self.objects[name])
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Compare, then time in turn."""
+    pair = Pair(case)
+    samples = alternate({n: (lambda n=n: pair.run(n)) for n in pair.objects}, rounds)
+    return {
+        "library": case.library,
+        "case": case.label,
+        "psnr": pair.psnr,
+        "ms": {name: statistics.median(seconds) * 1e3 for name, seconds in samples.items()},
+        "times faster": {name: ratio(samples, BEFORE, name) for name in OPTIONS},
+        "samples": samples,
+    }
+
+
+def report(rows: list[dict[str, Any]], left_out: dict[str, str], console: Console) -> None:
+    """The table, and what is not in it."""
+    described = ", ".join(f"{k} {v}" for k, v in machine().items())
+    table = Table(
+        title="before and after sf.accelerate, medians of one run in turn", caption=described
+    )
+    table.add_column("library")
+    table.add_column("case")
+    for heading in (BEFORE, AFTER, "faster", "PSNR dB", "faster in bf16", "PSNR dB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["library"],
+            row["case"],
+            f"{row['ms'][BEFORE]:.0f} ms",
+            f"{row['ms'][AFTER]:.0f} ms",
+            f"{row['times faster'][AFTER]:.2f}x",
+            f"{row['psnr'][AFTER]:.1f}",
+            f"{row['times faster'][HALF]:.2f}x",
+            f"{row['psnr'][HALF]:.1f}",
+        )
+    console.print(table)
+    for label, reason in left_out.items():
+        console.print(f"{label} left out: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Of the libraries that are here."""
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            yield library, version(library)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write the samples where asked to; 1 where images were wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write machine, versions and every sample here")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
+    parser.add_argument("--threads", type=int, help="of torch and of ours")
+    parser.add_argument("--match", default="", help="only cases whose line contains this")
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
+    chosen = [case for case in cases() if options.match in str(case)]
+    if not chosen:
+        known = "\n  ".join(str(case) for case in cases())
+        parser.error(f"no case contains {options.match!r}; there are\n  {known}")
+    if options.json:
+        check_file(options.json)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file has no width of its own
+    rows, left_out, wrong = [], {}, False
+    with console.status("") as status:
+        for case in chosen:
+            status.update(str(case))
+            try:
+                rows.append(measure(case, options.rounds))
+            except (ImportError, Wrong) as error:
+                left_out[str(case)] = str(error)
+                wrong = wrong or isinstance(error, Wrong)
+    report(rows, left_out, console)
+    if options.json:
+        document = {
+            "machine": machine(),
+            "versions": dict(versions()),
+            "rounds": options.rounds,
+            "cases": rows,
+            "left out": left_out,
+        }
+        write_file(options.json, json.dumps(document, indent=1).encode())
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
