@@ -8,7 +8,13 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 # says what is done and how long it took
 STEP = t=$$(date +%s); printf '== %s\n' $(1); $(2) || exit 1; printf '   %s s\n' $$(($$(date +%s) - t))
 
-.PHONY: sample test lint types bench bench-kernels bench-sampler bench-unet clean
+# what `make bench` measures, and where it leaves its results; `make bench BENCH=--quick` is a first look
+BENCH ?= --against all --dtype bf16
+SUITES ?=
+OUT := bench/out
+COMMA := ,
+
+.PHONY: sample test lint types bench bench-suites bench-gate bench-kernels bench-sampler bench-unet clean
 
 sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoint
 	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
@@ -22,7 +28,17 @@ lint: $(VENV)/tested
 types: $(VENV)/tested
 	@$(call STEP,'mypy --strict',$(BIN)/mypy)
 
-bench: bench-kernels bench-sampler bench-unet  ## every benchmark; each verifies before it times
+bench: bench-suites  ## everything; results in bench/out: bench.json, and report.html to look at
+	@$(call STEP,'whole loops of digits',$(BIN)/stepfuse bench --model digits $(BENCH) --out $(OUT)/parts)
+	@$(call STEP,'one file and one report',$(BIN)/python -m stepfuse.bench.report $(OUT)/parts/record.json --suites $(OUT)/parts/suites.json --static --json $(OUT)/bench.json --out $(OUT)/report.html)
+	@echo 'wrote $(OUT)/bench.json and $(OUT)/report.html'
+
+bench-suites: $(VENV)/benched  ## kernels, unet, sampler and adapters under pytest-benchmark
+	@mkdir -p $(OUT)/parts
+	@$(call STEP,'suites',$(BIN)/python -m pytest bench --benchmark-only -q --benchmark-columns=median$(COMMA)iqr$(COMMA)rounds --benchmark-json=$(OUT)/parts/suites.json $(SUITES))
+
+bench-gate:  ## fails where the suites are slower than in BASELINE, beside their references
+	@$(BIN)/python -m stepfuse.bench.gate $(BASELINE) $(OUT)/parts/suites.json
 
 bench-kernels: $(VENV)/benched
 	@$(BIN)/python -m stepfuse.bench.bench_group_norm_silu
