@@ -18,7 +18,7 @@ PACKAGES = (
     (("onnx",), ("onnx",), "stepfuse export", "onnx"),
     (("onnxruntime",), ("onnxruntime", "onnxruntime-gpu"), "checking what was exported", "onnx"),
     (
-        ("tensorrt_rtx", "tensorrt"),
+        ("tensorrt_rtx_bindings", "tensorrt_rtx", "tensorrt"),
         ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx", "tensorrt"),
         "building engines",
         "tensorrt",
