@@ -147,7 +147,7 @@ def _say_next(console: Console, options: Options) -> None:
     )
     console.print(
         f'next: model = stepfuse.{kind}("{path}"); '
-        "stepfuse.Sampler(model, model.metadata.schedule).sample(...)",
+        "stepfuse.Sampler(model, model.schedule).sample(...)",
         soft_wrap=True,
     )
     if not options.check:

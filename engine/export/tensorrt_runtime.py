@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.tensorrt_file import TensorSpec, check_library, read_engine
 from stepfuse.engine.export.tensorrt_library import Messages, find_library
 from stepfuse.kernels.backends import BackendUnavailable
 
 
-class TensorRTDenoiser(nn.Module):
+class TensorRTDenoiser(Described, nn.Module):
     """Runs an engine file of `stepfuse.export.tensorrt`: ``denoiser(x, t, labels=...)``.
 
-        sampler = Sampler(TensorRTDenoiser("unet.engine"), schedule)
+        denoiser = sf.TensorRTDenoiser("unet.engine")
+        sampler = sf.Sampler(denoiser, denoiser.schedule, prediction_type=denoiser.prediction_type)
 
     A call allocates nothing and waits for nothing: inputs are read where they are, unless they have
     another dtype or gaps and are copied into a buffer of the denoiser first; the result is written
@@ -51,6 +54,7 @@ class TensorRTDenoiser(nn.Module):
         super().__init__()
         if results < 1:
             raise ValueError(f"results must be at least 1; got {results}")
+        self.path = Path(path)
         self.info, plan = read_engine(path)
         library = find_library(self.info.library)
         check_library(path, self.info, library.name, library.version)

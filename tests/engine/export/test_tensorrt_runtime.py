@@ -148,6 +148,8 @@ def test_predictions_of_every_batch(engine: Path) -> None:
     assert sorted(denoiser._contexts) == [1, 2, 3, 4]
     assert denoiser._contexts[3].runs == 2
     assert denoiser.metadata == METADATA
+    assert denoiser.schedule == METADATA.schedule
+    assert (denoiser.prediction_type, denoiser.sample_shape) == ("epsilon", (2, 4, 4))
 
 
 def test_inputs_are_read_where_they_are(engine: Path) -> None:
