@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.adapters import accelerate, restore
     from stepfuse.engine.checkpoint import Checkpoint, load
     from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
+    from stepfuse.engine.export.tensorrt_runtime import TensorRTDenoiser
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
     from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
@@ -28,6 +29,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Step",
+    "TensorRTDenoiser",
     "WeightsChanged",
     "__version__",
     "accelerate",
@@ -45,6 +47,7 @@ _HOMES = {
     "engine.adapters": ("accelerate", "restore"),
     "engine.checkpoint": ("Checkpoint", "load"),
     "engine.export.onnx_denoiser": ("OnnxDenoiser",),
+    "engine.export.tensorrt_runtime": ("TensorRTDenoiser",),
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
     "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
