@@ -15,8 +15,8 @@ from stepfuse.engine.export.command import Options
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.loop_file import onnx_loop
 from stepfuse.engine.export.onnx_file import onnx
-from stepfuse.engine.export.onnx_job import Exported
 from stepfuse.engine.export.onnx_graph import CannotExport
+from stepfuse.engine.export.onnx_job import Exported
 from stepfuse.engine.export.parity_check import check
 from stepfuse.engine.export.tensorrt_engine import BuildFailed, tensorrt
 from stepfuse.engine.export.tensorrt_library import find_library, parse_compute_capabilities
