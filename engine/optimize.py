@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.replacement import with_fused_norms
 from stepfuse.engine.passes.trace import CannotTrace
 
@@ -32,11 +33,15 @@ def optimize(
     without: Collection[str] = (),
     timesteps: Iterable[int] = (),
     max_networks: int = 8,
+    release_weights: bool = False,
 ) -> Optimized:
     """Compile ``model(x, t, **condition)`` for inference: same arguments, same result, faster.
 
-        fast = optimize(unet, (x, t), dtype=torch.bfloat16)
-        fast(x, t)                       # as unet(x, t)
+        unet = UNet2DModel.from_pretrained("google/ddpm-cifar10-32")        # of diffusers
+        fast = optimize(unet, (torch.randn(1, 3, 32, 32), torch.tensor([0])), torch.bfloat16)
+
+        fast(x, t).sample                # as unet(x, t).sample
+        print(fast.explain())            # what was fused, and why not the rest
 
     Args:
         model: an nn.Module; neither it nor its weights are changed, and its dropout is off here.
@@ -47,6 +52,10 @@ def optimize(
         without: names of passes to leave out, of `PASSES`.
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
+        release_weights: free each weight of ``model`` once it is packed, which about halves the
+            memory. Only these shapes run then; `Optimized.refresh`, new shapes and whatever needs
+            a freed weight (the model itself, its state_dict, copies, pickles) raise
+            `WeightsReleased`.
 
     Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
     is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.
@@ -60,7 +69,9 @@ def optimize(
         raise ValueError(f"no pass is named {unknown[0]!r}; accepted: {', '.join(PASSES)}")
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
-    fast = Optimized(model, None if dtype is torch.float32 else dtype, without, max_networks)
+    fast = Optimized(
+        model, None if dtype is torch.float32 else dtype, without, max_networks, release_weights
+    )
     args = tuple(example_inputs)
     kwargs: Mapping[str, Any] = {}
     if args and isinstance(args[-1], dict):
@@ -85,9 +96,11 @@ class Optimized(nn.Module):
         dtype: torch.dtype | None,
         without: Collection[str],
         max_networks: int,
+        release_weights: bool = False,
     ) -> None:
         super().__init__()
         self.original = model
+        self.release_weights = release_weights
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
         self._networks: OrderedDict[Any, Network | _Exchanged] = OrderedDict()
@@ -133,8 +146,10 @@ class Optimized(nn.Module):
     def refresh(self) -> None:
         """Read the weights again after they were changed (EMA, LoRA) or replaced.
 
-        Packed copies and tables are rewritten in place, so that recorded steps follow.
+        Packed copies and tables are rewritten in place, so that recorded steps follow. Raises
+        `WeightsReleased` where there is nothing to read any more.
         """
+        self._refuse_if_released("refresh() reads the weights again")
         for network in self._networks.values():
             network.refresh()
 
@@ -147,8 +162,8 @@ class Optimized(nn.Module):
         """Per compiled shape, what every pass matched, and why not the rest."""
         parts = []
         for key, network in self._networks.items():
-            shapes = ", ".join(_described(part) for part in key[1])
-            lines = [f"inputs                 {shapes}", *(str(r) for r in network.reports)]
+            lines = [f"inputs                 {_shapes(key)}", *(str(r) for r in network.reports)]
+            lines.append(f"memory                 {_held_memory(self.original, network)}")
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
@@ -168,6 +183,7 @@ class Optimized(nn.Module):
         key = (spec, tuple(_key(leaf) for leaf in leaves))
         network = self._networks.get(key)
         if network is None:
+            self._refuse_if_released(f"inputs of {_shapes(key)} need the weights again")
             # nothing of this belongs into a step that is being recorded
             with _disable_current_modes(), _fakeness(leaves):
                 network = self._build(args, kwargs)
@@ -182,13 +198,23 @@ class Optimized(nn.Module):
         with _evaluating(self.original):
             try:
                 ordered = dict(sorted(kwargs.items()))
-                network = Network(self.original, args, ordered, self.dtype, self.without)
+                network = Network(
+                    self.original, args, ordered, self.dtype, self.without, self.release_weights
+                )
             except CannotTrace as reason:
                 network = _Exchanged(self.original, args, kwargs, self.dtype, str(reason))
         network.prepare(self.timesteps)
         return network
 
+    def _refuse_if_released(self, what: str) -> None:
+        if _released(self.original):
+            runs = " or ".join(_shapes(key) for key in self._networks) or "nothing"
+            raise WeightsReleased(
+                f"{what}, which release_weights=True has freed; compiled for {runs}"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_if_released("a copy or pickle compiles from the weights again")
         return {**self.__dict__, "_networks": OrderedDict()}
 
 
@@ -230,6 +256,10 @@ class _Exchanged:
         """Take over replaced parameters; changed ones are shared already."""
         self.model = with_fused_norms(self._source)[0].eval()
 
+    def nbytes(self) -> int:
+        """Nothing is held beside the parameters of the original."""
+        return 0
+
     def changed(self) -> None:
         """Parameters are shared with the original, so that they never differ."""
 
@@ -254,6 +284,26 @@ def _fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     """The mode of fake tensors among ``leaves``: what is made for them must be fake too."""
     fakes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
     return next(fakes, contextlib.nullcontext())
+
+
+def _shapes(key: Any) -> str:
+    return ", ".join(_described(part) for part in key[1])
+
+
+def _held_memory(model: nn.Module, network: Network | _Exchanged) -> str:
+    """What is held for a network: constants of its own, weights of the model, weights freed."""
+    freed = sum(w.nbytes for w in _released(model))
+    whole = sum(w.nbytes for w in (*model.parameters(), *model.buffers()))
+    text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
+    text += f"; model {(whole - freed) / _MB:.1f} MB"
+    return text + (f", {freed / _MB:.1f} MB released" if freed else "")
+
+
+def _released(model: nn.Module) -> list[Tensor]:
+    return [w for w in (*model.parameters(), *model.buffers()) if isinstance(w, Released)]
+
+
+_MB = 1 << 20
 
 
 def _described(part: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def rewrite(
 class Network:
     """``model`` for the shapes of (args, kwargs); call it with the leaves of such arguments.
 
-    constants = weights_stage(weights)          when built, and by ``refresh``
+    constant_i = fold_i(weights)                when built, and by ``refresh``, one by one
     e_1 .. e_k = time_stage(t)                  per evaluation, or a row of ``table``
     results = main(leaves, e_1 .. e_k)          per evaluation
     """
@@ -91,6 +92,7 @@ class Network:
         kwargs: dict[str, Any],
         dtype: torch.dtype | None,
         without: Collection[str],
+        release: bool = False,
     ) -> None:
         traced = trace(model, args, kwargs)
         self.reports = rewrite(traced, dtype, without)
@@ -98,6 +100,7 @@ class Network:
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants
         self._compile(traced, model)
+        self._bind_weights(release)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
@@ -124,6 +127,12 @@ class Network:
         self._bind_weights()
         if self.table is not None:
             self.table.refill()
+
+    def nbytes(self) -> int:
+        """Bytes of the constants and of the table, beside the weights themselves."""
+        held = [self._bound[fold.name] for fold in self._folds]
+        table = 0 if self.table is None else self.table.nbytes()
+        return table + sum(v.numel() * v.element_size() for v in held if isinstance(v, Tensor))
 
     def changed(self) -> str | None:
         """The name of a weight that was changed since it was read, or None."""
@@ -152,15 +161,19 @@ class Network:
         self._placeholders = {
             name: target for name, target in placeholders.items() if _is_read(traced.gm, name)
         }
+        self._direct = {
+            n.name
+            for n in nodes
+            if "weight" in n.meta and any(stage(u) != "weights" for u in n.users)
+        }
         named = [t for t in self._placeholders.values() if t not in traced.constants]
         self.weights = Weights(model, dict.fromkeys(named))
         stages = {s: [n for n in nodes if n.op == "call_function" and stage(n) == s] for s in _ALL}
         folded = [n for n in stages["weights"] if any(stage(u) != "weights" for u in n.users)]
-        self._folded = [n.name for n in folded]
-        # the globals of the three functions: every name they read must be there when they are made
-        self._bound: dict[str, Any] = dict.fromkeys([*self._placeholders, *self._folded])
-        self._weights_stage = emit(stages["weights"], [], folded, self._bound)
-        self._bind_weights()
+        # the globals of all functions: every name they read must be there when they are made
+        names = [*self._placeholders, *(n.name for n in folded)]
+        self._bound: dict[str, Any] = dict.fromkeys(names)
+        self._folds = [_fold(node, stages["weights"], self._bound) for node in folded]
 
         frontier = time_frontier(traced.gm)
         self._time, self.table = None, None
@@ -174,21 +187,54 @@ class Network:
         self._main = emit(stages["main"], [*traced.inputs, *frontier], results, self._bound)
 
     @torch.no_grad()
-    def _bind_weights(self) -> None:
+    def _bind_weights(self, release: bool = False) -> None:
+        """Compute the constants, one after the other: what one needs on the way is dropped first.
+
+        With ``release`` a weight that only constants are made of is freed after the last of them.
+        """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
             self._bound[name] = current[target]
         owned = {_memory(tensor) for tensor in current.values()}
-        for name, new in zip(self._folded, self._weights_stage(), strict=True):
-            old = self._bound[name]
+        del current
+        last = {name: fold for fold in self._folds for name in fold.reads} if release else {}
+        for fold in self._folds:
+            (new,) = fold.run()
+            old = self._bound[fold.name]
             if old is not None and _alike(old, new):
                 old.copy_(new)  # a recorded step holds the tensor itself
             else:
                 # constants are copies: those of the next refresh are written over them
-                self._bound[name] = new.clone() if _memory(new) in owned else new
+                self._bound[fold.name] = new.clone() if _memory(new) in owned else new
+            del new, old
+            for name in fold.reads:
+                if last.get(name) is fold and name not in self._direct:
+                    self._bound[name] = None
+                    self.weights.release(self._placeholders[name])
 
 
 _ALL = ("weights", "time", "main")
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """How a constant is computed, and the placeholders of the weights it is made of."""
+
+    name: str
+    run: Callable[[], tuple[Any, ...]]
+    reads: tuple[str, ...]
+
+
+def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> _Fold:
+    needed, stack = set(), [node]
+    while stack:
+        one = stack.pop()
+        if one not in needed:
+            needed.add(one)
+            stack += one.all_input_nodes
+    run = emit([n for n in weights if n in needed], [], [node], bound)
+    reads = tuple(n.name for n in needed if n.op == "placeholder")
+    return _Fold(node.name, run, reads)
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -62,6 +62,10 @@ class TimeTable:
             return tuple(parts)
         return tuple(p.reshape(-1, *s) for p, s in zip(parts, self.shapes, strict=True))
 
+    def nbytes(self) -> int:
+        """Bytes of the rows that were written."""
+        return 0 if self.table is None else len(self.filled) * self.table[0].nbytes
+
     def _fill(self, t: int, row: int) -> None:
         results = self.compute(torch.full((self.count,), t, dtype=self.dtype, device=self.device))
         line = torch.cat([r[0].reshape(-1) for r in results])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepfuse.engine.passes.released import Released
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,23 +28,20 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._model = model
         self._owners = {name: find(model, name) for name in names}
         self.read()
 
     def read(self) -> dict[str, Tensor]:
         """The weights as they are now, which from here on are the unchanged ones."""
-        self.tensors = {n: _held(owner, leaf) for n, (owner, leaf) in self._owners.items()}
-        # fake tensors have no memory that could change
-        self._watched = [
-            (name, owner._parameters if leaf in owner._parameters else owner._buffers, leaf, tensor)
-            for (name, (owner, leaf)), tensor in zip(
-                self._owners.items(), self.tensors.values(), strict=True
-            )
-            if not isinstance(tensor, FakeTensor)
-        ]
-        self._probes = [_probe(tensor) for *_, tensor in self._watched]
+        tensors = {name: _held(owner, leaf) for name, (owner, leaf) in self._owners.items()}
+        self._watched = {
+            name: (_table(*self._owners[name]), self._owners[name][1], tensor, _probe(tensor))
+            for name, tensor in tensors.items()
+            if not isinstance(tensor, FakeTensor)  # they have no memory that could change
+        }
         self._state = self._now()
-        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def changed(self) -> str | None:
         """The name of a weight that is not what it was, or None."""
@@ -50,20 +49,32 @@ class Weights:
         if now == self._state:
             return None
         pairs = zip(self._watched, now, self._state, strict=True)
-        return next(name for (name, *_), new, old in pairs if new != old)
+        return next(name for name, new, old in pairs if new != old)
+
+    def release(self, name: str) -> None:
+        """Free the memory of a weight, wherever in the model it stands; it cannot be read again."""
+        tensor = _held(*self._owners.pop(name))
+        self._watched.pop(name, None)
+        self._state = self._now()
+        stand_in = Released.of(tensor)
+        for module in self._model.modules():
+            for table in (module._parameters, module._buffers):
+                for leaf, held in table.items():
+                    if held is tensor:
+                        table[leaf] = stand_in
+        # others may hold the parameter itself
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def _now(self) -> list[tuple[Any, ...]]:
         return [
             (held[leaf] is tensor, tensor._version, tensor.data_ptr(), probe[0])
-            for (_, held, leaf, tensor), probe in zip(self._watched, self._probes, strict=True)
+            for held, leaf, tensor, probe in self._watched.values()
         ]
 
 
-def address(tensor: Tensor) -> int | None:
-    """Where a tensor's memory starts; None for packed weights and fake tensors, which hide it."""
-    if tensor.layout is not torch.strided or isinstance(tensor, FakeTensor):
-        return None
-    return tensor.untyped_storage().data_ptr()
+def _table(owner: nn.Module, leaf: str) -> Any:
+    """The dictionary of the module that holds it."""
+    return owner._parameters if leaf in owner._parameters else owner._buffers
 
 
 def _held(owner: nn.Module, leaf: str) -> Tensor:

@@ -1,0 +1,140 @@
+"""Weights that are freed after packing: what still runs, what is said about the rest."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.passes.networks import distance, own, small
+from torch import Tensor, nn
+
+from stepfuse import Sampler, Schedule
+from stepfuse.engine.optimize import Optimized, WeightsReleased, optimize
+
+# float32 sums in another order, through some twenty layers
+REORDERED = 1e-5
+
+
+def released(dtype: torch.dtype | None = None) -> tuple[nn.Module, Optimized, tuple[Any, ...]]:
+    model, inputs = small()
+    return model, optimize(model, inputs, dtype, release_weights=True), inputs
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_a_network_runs_without_the_weights_it_was_packed_from(dtype: torch.dtype | None) -> None:
+    model, inputs = small()
+    before = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in before.items()}
+    kept = optimize(model, inputs, dtype)
+    expected = kept(*inputs)
+    assert "released" not in kept.explain()
+    fast = optimize(model, inputs, dtype, release_weights=True)
+    # whoever else holds a parameter does not keep its memory
+    freed = {name for name, p in before.items() if p.numel() == 0}
+    images = {name for name, shape in shapes.items() if len(shape) == 4}
+    # in bfloat16 biases of convolutions are copies as well
+    assert freed >= images
+    assert (freed == images) == (dtype is None)
+    assert torch.equal(fast(*inputs), expected)
+    fast.prepare([5, 0, 999])
+    assert distance(fast(*inputs), expected) < REORDERED
+    after = dict(model.named_parameters())
+    assert {name: p.shape for name, p in after.items()} == shapes
+    megabytes = sum(shapes[name].numel() for name in freed) * 4 / 2**20
+    assert f", {megabytes:.1f} MB released" in fast.explain()
+
+
+NEEDS: list[tuple[str, Callable[[Any, Optimized, Any], Any]]] = [
+    ("refresh", lambda model, fast, inputs: fast.refresh()),
+    (r"\[1, 3, 4, 6\]", lambda model, fast, inputs: fast(torch.ones(1, 3, 4, 6), inputs[1][:1])),
+    ("copy or pickle", lambda model, fast, inputs: copy.deepcopy(fast)),
+    ("copy or pickle", lambda model, fast, inputs: pickle.dumps(fast)),
+    ("conv2d", lambda model, fast, inputs: model(*inputs)),
+    ("conv2d", lambda model, fast, inputs: fast(inputs[0].requires_grad_(), inputs[1])),
+    ("release_weights", lambda model, fast, inputs: model.state_dict()),
+    ("release_weights", lambda model, fast, inputs: copy.deepcopy(model)),
+    ("release_weights", lambda model, fast, inputs: pickle.dumps(model)),
+    ("release_weights", lambda model, fast, inputs: model.a.conv1.weight.sum()),
+    ("release_weights", lambda model, fast, inputs: optimize(model, inputs)),
+]
+
+
+@pytest.mark.parametrize(("message", "act"), NEEDS)
+def test_what_needs_a_freed_weight_says_so(message: str, act: Callable[..., Any]) -> None:
+    model, fast, inputs = released()
+    with pytest.raises(WeightsReleased, match=message):
+        act(model, fast, inputs)
+    with torch.no_grad():
+        assert fast(inputs[0].detach(), inputs[1]).isfinite().all(), "it still runs"
+
+
+def test_a_model_without_weights_is_neither_loaded_nor_moved() -> None:
+    model, _, _ = released()
+    with pytest.raises(RuntimeError, match="release_weights"):
+        model.load_state_dict(small()[0].state_dict())
+    with pytest.raises(WeightsReleased, match="release_weights"):
+        model.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def test_weights_that_are_still_read_are_still_watched() -> None:
+    model, fast, inputs = released()
+    model.a.norm1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"a\.norm1\.weight"):
+        fast(*inputs)
+
+
+@torch.no_grad()
+def test_a_weight_with_two_places_is_freed_in_both() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x))
+            return out
+
+    model, x = Tied().eval(), torch.randn(2, 4, 5, 7)
+    expected = model(x)
+    fast = optimize(model, (x,), release_weights=True)
+    assert distance(fast(x), expected) < REORDERED
+    for conv in (model.a, model.b):
+        with pytest.raises(WeightsReleased):
+            conv(x)
+
+
+def test_a_sampler_over_it_is_captured() -> None:
+    unet, inputs = own()
+    expected = Sampler(unet, Schedule.linear(), steps=4).sample((2, 3, 10, 6), seed=1)
+    fast = optimize(unet, inputs, timesteps=range(0, 1000, 250), release_weights=True)
+    sampler = Sampler(fast, Schedule.linear(), steps=4)
+    assert distance(sampler.sample((2, 3, 10, 6), seed=1), expected) < 1e-4
+    assert sampler.stats()["replays"] == 4, sampler.explain()
+
+
+def test_what_cannot_be_exported_keeps_its_weights() -> None:
+    class Branch(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.mean() > 0 else x
+
+    model, x = Branch(3, 3, 1).eval(), torch.rand(1, 3, 4, 4)
+    fast = optimize(model, (x,), release_weights=True)
+    fast.refresh()
+    assert torch.equal(fast(x), model(x))
+    assert "released" not in fast.explain()
+
+
+def test_constants_are_made_one_by_one() -> None:
+    model, inputs = small()
+    fast = optimize(model, inputs, torch.bfloat16)
+    (network,) = fast._networks.values()
+    reads = [len(fold.reads) for fold in network._folds]
+    assert max(reads) == 1, "each needs one weight, and no other's cast"
+    assert sum(reads) >= 8
