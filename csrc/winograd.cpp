@@ -15,6 +15,7 @@ constexpr int kRows = W == 4 ? 4 : W == 8 ? 6 : 12;  // positions that share the
 constexpr int64_t kPair = 2 * kWide;                 // the two results of an axis
 constexpr int64_t kScratch = 384 << 10;  // bytes of transformed image that stay in the L2 cache
 constexpr int64_t kPositions = 96;       // enough to pay for reading the filters
+constexpr int64_t kShares = 8;           // of the filters at most: each transforms the image anew
 constexpr int64_t kApart = 320;          // bytes, five cache lines: see Image::plane
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,9 +47,10 @@ STEPFUSE_INLINE void write(T* p, Channels v) {
   }
 }
 
-// What one thread works on at a time: `rows` rows of tiles from `row` on, of some samples.
+// What one thread works on at a time: `rows` rows of tiles from `row` on, of some samples, and the
+// channels of the result from `begin` to `end`.
 struct Part {
-  int64_t sample, samples, row, rows;
+  int64_t sample, samples, row, rows, begin, end;
 };
 
 struct Sizes {
@@ -298,8 +300,8 @@ void compute(const Winograd& a, const Sizes& s, const Part& p) {
   const int64_t each = p.rows * s.tiles, axes = s.frequencies / 4;
   const int64_t axis = p.samples * each * kPair;  // y: [axes][samples][positions][2][kWide]
   float* y = scratch<For::results, float>(axes * axis);
-  const T* u = static_cast<const T*>(a.u);
-  for (int64_t k = 0; k < a.filters; k += kWide) {
+  const T* u = static_cast<const T*>(a.u) + p.begin * s.frequencies * s.taps * a.channels;
+  for (int64_t k = p.begin; k < p.end; k += kWide) {
     for (int64_t f = 0; f < s.frequencies; ++f, u += s.taps * a.channels * kWide)
       for (int64_t n = 0; n < p.samples; ++n)
         products(s, f % 4, each, image.at(f, n), a.channels, u,
@@ -311,24 +313,30 @@ void compute(const Winograd& a, const Sizes& s, const Part& p) {
 template <class T>
 void run(const Winograd& a, int threads) {
   const Sizes s(a);
-  // As many rows of tiles as the cache holds and leave work for every thread ...
+  // As many rows of tiles as the cache holds; where one sample is too little, several ...
   int64_t rows = s.tile_rows;
   const auto bytes = [&](int64_t r) {
-    return s.frequencies * Image<T>::plane(a, s, {0, 1, 0, r}) * static_cast<int64_t>(sizeof(T));
+    return s.frequencies * Image<T>::plane(a, s, {0, 1, 0, r, 0, 0}) *
+           static_cast<int64_t>(sizeof(T));
   };
-  while (rows > 4 && (bytes(rows) > kScratch || a.samples * ceil_div(s.tile_rows, rows) < threads))
-    rows = ceil_div(rows, 2);
+  while (rows > 4 && bytes(rows) > kScratch) rows = ceil_div(rows, 2);
   const int64_t strips = ceil_div(s.tile_rows, rows);
-  // ... and where one sample is too little, several.
   int64_t group = 1;
   if (strips == 1)
     group = std::max<int64_t>(1, std::min(kPositions / (rows * s.tiles), a.samples / threads));
-  parallel_for(threads, ceil_div(a.samples, group) * strips, [&](int64_t begin, int64_t end) {
+  const int64_t images = ceil_div(a.samples, group) * strips;
+  // ... and as many shares of the filters as give every thread the same.
+  const int64_t blocks = a.filters / kWide;
+  int64_t shares = 1;
+  while (shares < kShares && (images * shares % threads != 0 || blocks % shares != 0)) ++shares;
+  if (images * shares % threads != 0 || blocks % shares != 0) shares = 1;
+  parallel_for(threads, images * shares, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / strips * group, row = i % strips * rows;
+      const int64_t image = i / shares, share = i % shares * (a.filters / shares);
+      const int64_t sample = image / strips * group, row = image % strips * rows;
       compute<T>(a, s,
                  {sample, std::min(group, a.samples - sample), row,
-                  std::min(rows, s.tile_rows - row)});
+                  std::min(rows, s.tile_rows - row), share, share + a.filters / shares});
     }
   });
 }
