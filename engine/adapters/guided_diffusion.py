@@ -30,7 +30,7 @@ from stepfuse.engine.adapters.guided_diffusion_run import (
     start_dtype,
     with_bar,
 )
-from stepfuse.engine.adapters.network import FastNetwork, check_dtype
+from stepfuse.engine.adapters.network import FastNetwork, check_options
 from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
@@ -77,9 +77,10 @@ def accelerate(
     Returns ``obj``. Raises TypeError for an object whose steps are others, with what differs.
     """
     _check(obj)
-    check_dtype(dtype)
+    check_options(dtype, backend)
     remove(obj)
-    names, reasons = agreeing(obj, FastDiffusion(obj, False, None, True, backend))
+    # on the CPU, wherever it will run
+    names, reasons = agreeing(obj, FastDiffusion(obj, False, None, True, "auto"))
     fast = FastDiffusion(obj, optimize, dtype, strict, backend, reasons)
     if "p_sample" not in names and "ddim_sample" not in names:
         raise TypeError(f"cannot accelerate {kind(obj)}: {reasons['p_sample']}")

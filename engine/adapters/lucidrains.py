@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepfuse.engine.adapters.network import FastNetwork
+from stepfuse.engine.adapters.network import FastNetwork, check_options
 from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
@@ -83,6 +83,7 @@ def accelerate(
     own.
     """
     learned = _check(obj)
+    check_options(dtype, backend)
     network = FastNetwork(obj.model, optimize, dtype)
     remove(obj)
     names = [name for name in _REPLACED if not (learned and name == "ddim_sample")]

@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from stepfuse.engine.optimize import Optimized, WeightsChanged
+from stepfuse.kernels.backends import why_not
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 
 
-def check_dtype(dtype: Any) -> None:
-    """ValueError for a dtype that a network cannot be compiled for."""
+def check_options(dtype: Any, backend: str) -> None:
+    """ValueError for a dtype that no network is compiled for, or a backend that does not exist."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
+    why_not(backend)
 
 
 class FastNetwork:
     """``model`` through `stepfuse.optimize` in ``dtype``, kept in step with its weights.
 
-    Copies and pickles compile again when they run. Raises ValueError for a dtype that a network
-    cannot be compiled for.
+    Copies and pickles compile again when they run.
     """
 
     def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
-        check_dtype(dtype)
         self.model = model
         self._fast: Optimized | None = None
         self._reason = ""

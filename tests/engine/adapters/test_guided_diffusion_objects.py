@@ -175,6 +175,8 @@ def test_what_cannot_be_accelerated() -> None:
         sf.accelerate(oracle.Diffusion)  # the class, not an object
     with pytest.raises(ValueError, match="dtype must be None, float32, bfloat16 or float16"):
         sf.accelerate(diffusion(), dtype=torch.float64)
+    with pytest.raises(ValueError, match="backend must be one of auto, reference.*got 'cuda'"):
+        sf.accelerate(diffusion(), backend="cuda")
 
 
 def test_strict() -> None:
