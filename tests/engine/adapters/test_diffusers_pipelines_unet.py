@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.adapters.diffusers_models import counted, noise, unet2d
+from tests.engine.adapters.diffusers_models import counted, least_unet2d, noise
 from tests.engine.passes.networks import distance
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def test_timesteps_of_every_kind(t: Any, shared: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("t", [*STEPS[:2], 17.75], ids=repr)
 def test_a_network_without_cross_attention(t: Any) -> None:
-    plain = unet2d(num_class_embeds=5)
+    plain = least_unet2d(num_class_embeds=5)
     x, labels = noise(3, 3, 8, 8), torch.tensor([0, 4, 2])
     expected = plain(x, t, labels).sample
     found = accelerate(plain)(x, t, class_labels=labels)
@@ -263,7 +263,7 @@ def test_free_u(unet: Any) -> None:
 
 
 def test_attention_slicing_and_fused_projections(unet: Any) -> None:
-    unet.set_attention_slice(1)
+    unet.set_attention_slice("auto")
     same(unet)
     unet.set_default_attn_processor()
     unet.fuse_qkv_projections()
@@ -366,7 +366,7 @@ def test_the_sampler_takes_it(shared: tuple[Any, Any]) -> None:
 
 
 def test_options_and_errors() -> None:
-    unet = unet2d()
+    unet = least_unet2d()
     with pytest.raises(ValueError, match="not accelerated"):
         restore(unet)
     with pytest.raises(ValueError, match=r"dtype must be one of .* got torch.int8"):
@@ -395,7 +395,7 @@ def test_a_class_with_a_forward_of_its_own() -> None:
         pass
 
     torch.manual_seed(0)
-    options = {**unet2d().config}
+    options = {**least_unet2d().config}
     with pytest.raises(ValueError, match="Other has a forward of its own"):
         accelerate(Other.from_config(options))
     found = accelerate(Same.from_config(options).eval())
