@@ -8,7 +8,8 @@
 A `Record` has one of three kinds. "sampler": whole sampling loops, in ``settings`` and
 ``candidates``. "suite": operators or networks timed in groups, in ``suite``. "roofline": what
 compiled kernels need and what memory bandwidth allows, nothing timed, in ``roofline``. The parts
-that do not belong to a kind are None or empty.
+that do not belong to a kind are None or empty; `make bench` puts ``suite`` and ``roofline`` beside
+the loops of a "sampler" too, for one file and one report.
 
 Units: seconds, bytes, joules. Nothing is averaged before it is written: medians and percentiles
 are taken from the samples by whoever reads them (`stepfuse.bench.samples`).

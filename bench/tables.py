@@ -167,12 +167,15 @@ TABLES: dict[str, Callable[[Record], Iterator[Grid]]] = {
 def filled(text: str, folder: Path) -> str:
     """A document with its places filled from the records that they name, beside ``folder``.
 
+    A place that is empty stays so where there is no such record yet: it shows no figure.
     ValueError for a place without an end, for a table that there is not, or for a file that is no
     record; OSError where a record cannot be read.
     """
 
     def fill(place: re.Match[str]) -> str:
-        start, name, only, _, end = place.groups()
+        start, name, only, figures, end = place.groups()
+        if not figures.strip() and not (folder / name).exists():
+            return place.group()
         return f"{start}{markdown(load(folder / name), only.split())}{end}"
 
     result, count = _PLACE.subn(fill, text)

@@ -204,7 +204,7 @@ def test_a_document_is_filled_from_its_files(tmp_path: Path) -> None:
     [
         ("<!-- from: kept.json -->\nno end\n", "no '<!-- end -->'"),
         ("<!-- from: kept.json speed -->\n<!-- end -->\n", "no table is named"),
-        ("<!-- from: gone.json -->\n<!-- end -->\n", "gone.json"),
+        ("<!-- from: gone.json -->\n12 ms\n<!-- end -->\n", "gone.json"),
     ],
 )
 def test_a_document_that_cannot_be_filled_stays(
@@ -216,6 +216,13 @@ def test_a_document_that_cannot_be_filled_stays(
     assert tables.main(["--write", str(document)]) == 2
     assert said in capsys.readouterr().err
     assert document.read_text() == text
+
+
+def test_a_place_without_figures_may_wait_for_its_file(tmp_path: Path) -> None:
+    text = "<!-- from: kept.json summary -->\n<!-- end -->\n"
+    assert tables.filled(text, tmp_path) == text
+    example().save(tmp_path / "kept.json")
+    assert "Medians of one alternating run" in tables.filled(text, tmp_path)
 
 
 def test_the_command_prints_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
