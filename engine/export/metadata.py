@@ -161,4 +161,6 @@ def read_strings(path: str | os.PathLike[str]) -> dict[str, str]:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own, which moved between its releases
         raise ValueError(f"{path} is truncated or no ONNX file: {error}") from None
+    if not model.HasField("graph"):
+        raise ValueError(f"{path} is truncated or no ONNX file: it holds no graph")
     return {entry.key: entry.value for entry in model.metadata_props}

@@ -147,7 +147,8 @@ class OnnxDenoiser(nn.Module):
             condition: the other inputs by name; where the network has a null class, labels that are
                 missing or None stand for it.
 
-        Raises ValueError for shapes, a batch or names that the file does not take.
+        Raises ValueError or TypeError for shapes, dtypes, a batch or names that the file does not
+        take, RuntimeError where ONNX Runtime stops (a label out of range, say).
         """
         if self.metadata is not None and self.metadata.batch is not None and x.dim():
             self.metadata.batch.check(x.shape[0])
@@ -160,6 +161,8 @@ class OnnxDenoiser(nn.Module):
                 raise ValueError(
                     f"{port.name} has {value.shape[0]} entries; accepted: {x.shape[0]}, as x has"
                 )
+            if value.is_floating_point() != port.dtype.is_floating_point:
+                raise TypeError(f"{port.name} has dtype {value.dtype}; accepted: {port.dtype}")
             value = value.to(device=self.like_x.device, dtype=port.dtype)
             values.append(value.contiguous())
         result: Tensor = _OP(values, self._handle)
@@ -183,7 +186,11 @@ class OnnxDenoiser(nn.Module):
         )
         if on_gpu:  # ONNX Runtime has a stream of its own
             torch.cuda.current_stream(output.device).synchronize()
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        # ONNX Runtime's exceptions have no base class of their own
+        except Exception as error:
+            raise RuntimeError(f"ONNX Runtime cannot run {self.path}: {error}") from error
         if on_gpu:
             binding.synchronize_outputs()
         return output

@@ -95,7 +95,7 @@ def rename_sizes(graph: Any, names: Mapping[str, str]) -> None:
 
 
 def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool, branches: bool) -> Any:
-    """``branches``: the network may shrink the range of the batch to that of the branch it takes."""
+    """``branches``: the network may shrink the range of the batch to that of its branch."""
     dims: dict[int, Any] = {}
     if not batch.fixed:
         whole = Dim(BATCH, min=batch.minimum, max=batch.maximum)
