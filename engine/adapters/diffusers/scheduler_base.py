@@ -197,7 +197,12 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> dict[int, Row]:
         if not timesteps:
             return {}
-        numbers = self._rows(list(timesteps), *options)
+        with torch.inference_mode(False), torch.no_grad():  # rows serve a later training step too
+            numbers = self._rows(list(timesteps), *options)
+            dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
+            table = numbers.to(sample.device, dtype)
+            # two columns, so that each step's number starts at 16 bytes, as allocations do
+            steps = torch.arange(len(numbers), device=sample.device).repeat(2, 1).t().contiguous()
         finite: list[bool] = numbers[:, _COEFFICIENTS].isfinite().all(dim=1).tolist()
         if not self.strict and not all(finite):
             raise ValueError(
@@ -205,11 +210,8 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"there; got prediction_type {self.config.prediction_type!r}, accepted where abar "
                 "is 0: 'sample', 'v_prediction', where it is 1: 'epsilon', 'v_prediction'"
             )
-        dtype = torch.float64 if sample.dtype is torch.float64 else torch.float32
-        table = numbers.to(sample.device, dtype)
-        steps = torch.arange(len(numbers), device=sample.device).unbind()
         return {
-            t: Row(table, steps[i].view(1) if finite[i] else None, values)
+            t: Row(table, steps[i, :1] if finite[i] else None, values)
             for i, (t, values) in enumerate(zip(timesteps, numbers.tolist(), strict=True))
         }
 

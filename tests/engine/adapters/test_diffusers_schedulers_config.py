@@ -319,6 +319,9 @@ def test_inference_mode(name: str, made_inside: bool) -> None:
         assert scheduler.add_noise(X, X, torch.tensor([4])).shape == X.shape
     assert_same(loops[1], loops[0], theirs.alphas_cumprod)
     assert_same(run(scheduler), loops[0], theirs.alphas_cumprod)
+    output = X.clone().requires_grad_()  # rows that inference made serve autograd too
+    scheduler.step(output, scheduler.timesteps[0], X).prev_sample.sum().backward()
+    assert output.grad is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
