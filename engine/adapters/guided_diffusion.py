@@ -80,7 +80,7 @@ def accelerate(
     check_options(dtype, backend)
     remove(obj)
     # on the CPU, wherever it will run
-    names, reasons = agreeing(obj, FastDiffusion(obj, False, None, True, "auto"))
+    names, reasons = agreeing(obj, lambda d: FastDiffusion(d, False, None, True, "auto"))
     fast = FastDiffusion(obj, optimize, dtype, strict, backend, reasons)
     if "p_sample" not in names and "ddim_sample" not in names:
         raise TypeError(f"cannot accelerate {kind(obj)}: {reasons['p_sample']}")

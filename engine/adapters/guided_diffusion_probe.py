@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,17 +18,20 @@ _STEP_NEEDS = _BOTH_NEED | {"x", "t"}
 _LOOP_NEEDS = _BOTH_NEED | {"shape", "noise", "device", "progress"}
 _OPTIONAL = {"cond_fn", "eta"}
 _SHAPE = (2, 2, 3, 5)
+_LOOPED = 3  # timesteps of a loop
 _NEAR = 1e-4  # of the largest number: float32 here, float32 coefficients there
 
 
-def agreeing(obj: Any, fast: Any) -> tuple[list[str], dict[str, str]]:
-    """The methods of ``obj`` that do what those of ``fast`` do, and why the others do not.
+def agreeing(obj: Any, make: Callable[[Any], Any]) -> tuple[list[str], dict[str, str]]:
+    """The methods of ``obj`` that do what those of ``make(obj)`` do, and why the others do not.
 
     A method without ``cond_fn`` is not called with one; one that does something else with it is
     named "<method> with cond_fn". The generator's state is left as it was.
     """
     names: list[str] = []
     reasons: dict[str, str] = {}
+    fast, short = make(obj), copy.copy(obj)
+    short.num_timesteps = min(_LOOPED, obj.num_timesteps)  # where a loop starts
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in _STEPS:
             if not hasattr(obj, name):
@@ -45,7 +49,10 @@ def agreeing(obj: Any, fast: Any) -> tuple[list[str], dict[str, str]]:
                     if difference:
                         reasons[f"{name} with cond_fn"] = difference
             for loop in (f"{name}_loop", f"{name}_loop_progressive") if name in _LOOPS else ():
-                reason = _signature_problem(obj, loop, _LOOP_NEEDS)
+                arguments = {"model": _model(fast), "shape": _SHAPE, "device": "cpu"}
+                reason = _signature_problem(obj, loop, _LOOP_NEEDS) or _difference(
+                    short, make(short), loop, arguments
+                )
                 if reason:
                     reasons[loop] = reason
                 else:
@@ -114,11 +121,12 @@ def _difference(obj: Any, fast: Any, name: str, arguments: dict[str, Any]) -> st
 def _run(call: Callable[[], Any]) -> Tensor:
     torch.default_generator.manual_seed(1)  # of the CPU alone
     result = call()
-    if isinstance(result, dict):
-        if not {"sample", "pred_xstart"} <= set(result):
-            return torch.empty(0)
-        result = torch.stack([result["sample"], result["pred_xstart"]])
-    return torch.as_tensor(result)
+    if isinstance(result, Tensor):
+        return result
+    results = [result] if isinstance(result, dict) else list(result)
+    if not all({"sample", "pred_xstart"} <= set(each) for each in results):
+        return torch.empty(0)
+    return torch.stack([each[name] for each in results for name in ("sample", "pred_xstart")])
 
 
 def _model(fast: Any) -> Callable[..., Tensor]:

@@ -136,7 +136,6 @@ class Rows:
         rows[:, Column.C_X] = direction * np.sqrt(1 / self.abar) / noise
         rows[:, Column.C_0] = np.sqrt(end) - direction / noise
         rows[:, Column.SIGMA] = sigma
-        rows[0, Column.SIGMA] = 0
 
 
 def network_times(diffusion: Any) -> list[int] | list[float]:

@@ -300,7 +300,6 @@ class FastDiffusion(Fast):
             table[:, Column.SIGMA] = 1
         else:
             table[:, Column.SIGMA] = (small / 2).exp()
-        table[0, Column.SIGMA] = 0
         return table.flip(0)
 
     def _implicit(self, objective: str, times: tuple[int, ...], eta: float) -> Tensor:

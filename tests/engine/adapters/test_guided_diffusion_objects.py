@@ -44,6 +44,14 @@ class SkippingLoop(oracle.Diffusion):
         return super().p_sample_loop(*args, **kwargs) + skip_timesteps
 
 
+class RoundedLoop(oracle.Diffusion):
+    """A loop with the usual arguments that does something more."""
+
+    def descend(self, *args: Any) -> Any:
+        for results in super().descend(*args):
+            yield {**results, "sample": results["sample"].round(decimals=1)}
+
+
 class Failing(oracle.Diffusion):
     def reverse(self, *args: Any) -> Any:
         raise NotImplementedError("a sampler to come")
@@ -163,6 +171,16 @@ def test_other_loops_are_left_alone() -> None:
     torch.testing.assert_close(sample(d, skip_timesteps=3), plain, rtol=1e-5, atol=1e-5)
 
 
+def test_loops_that_do_more_are_left_alone() -> None:
+    d = RoundedLoop(betas(60))
+    plain = sample(d)
+    sf.accelerate(d, optimize=False)
+    torch.testing.assert_close(sample(d), plain, rtol=0, atol=0.02)
+    assert torch.equal(sample(d), sample(d).round(decimals=1))
+    assert {"p_sample", "ddim_sample"} <= set(vars(d))
+    assert not {name for name in vars(d) if "_loop" in name and "reverse" not in name}
+
+
 def test_what_cannot_be_accelerated() -> None:
     with pytest.raises(TypeError, match=r"Failing: it fails on a small example: NotImpl.* to come"):
         sf.accelerate(Failing(betas(60)))
@@ -175,7 +193,7 @@ def test_what_cannot_be_accelerated() -> None:
         sf.accelerate(oracle.Diffusion)  # the class, not an object
     with pytest.raises(ValueError, match="dtype must be None, float32, bfloat16 or float16"):
         sf.accelerate(diffusion(), dtype=torch.float64)
-    with pytest.raises(ValueError, match="backend must be one of auto, reference.*got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, reference.*got 'cuda'"):
         sf.accelerate(diffusion(), backend="cuda")
 
 

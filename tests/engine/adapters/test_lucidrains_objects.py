@@ -194,7 +194,7 @@ def test_reasons() -> None:
         sf.accelerate(bump(), graph="auto")
     with pytest.raises(ValueError, match=r"dtype must be None, float32.*got torch\.int8"):
         sf.accelerate(bump(), dtype=torch.int8)
-    with pytest.raises(ValueError, match="backend must be one of auto, reference.*got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of auto, reference.*got 'cuda'"):
         sf.accelerate(bump(), backend="cuda")
     assert lucidrains.explain(bump()) == "not accelerated"
 
