@@ -12,14 +12,17 @@ import pytest
 import torch
 
 import stepfuse as sf
+from stepfuse.engine.checkpoint import save
 from stepfuse.engine.unet import UNet, UNetConfig
 
 SIDE, CLASSES = 8, 3
+SHAPE = (1, SIDE, SIDE)
+SCHEDULE = sf.Schedule.linear(100)
 CONFIG = replace(
     UNetConfig.digits(),
     base_channels=8,
     norm_groups=4,
-    channel_multipliers=(1, 2),
+    channel_multipliers=(1,),
     attention_factors=(),
     num_classes=CLASSES,
 )
@@ -39,17 +42,36 @@ def network() -> UNet:
     return model
 
 
-@functools.cache
 def exported(precision: str = "fp32") -> Path:
     """The network as an ONNX file; skips where the packages are missing."""
+    return _exported(precision)
+
+
+@functools.cache
+def checkpoint() -> str:
+    """The network as a checkpoint file."""
+    path = Path(folder.name) / "tiny.safetensors"
+    save(
+        path,
+        network(),
+        SCHEDULE,
+        sample_shape=SHAPE,
+        labels=[str(n) for n in range(CLASSES)],
+        dtype=torch.float32,
+    )
+    return str(path)
+
+
+@functools.cache
+def _exported(precision: str) -> Path:
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     path = Path(folder.name) / f"{precision}.onnx"
     sf.export.onnx(
         network(),
         path,
-        sample_shape=(1, SIDE, SIDE),
-        schedule=sf.Schedule.linear(100),
+        sample_shape=SHAPE,
+        schedule=SCHEDULE,
         prediction_type="epsilon",
         precision=precision,
         batch=BATCH,

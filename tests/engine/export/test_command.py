@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from tests.engine.cli_case import SIDE, process
-from tests.engine.export.export_case import altered
+from tests.engine.cli_case import process
+from tests.engine.export.export_case import SIDE, altered, checkpoint, exported
 
 import stepfuse as sf
 from stepfuse.engine.cli import run
 from stepfuse.engine.export import exporting, tensorrt_engine, tensorrt_library
-from stepfuse.engine.export.onnx_file import onnx
+from stepfuse.engine.export.onnx_job import Exported
 from stepfuse.engine.export.tensorrt_file import read_info
 from stepfuse.engine.export.tensorrt_library import find_library
 from stepfuse.kernels.backends import BackendUnavailable
@@ -39,104 +37,75 @@ except BackendUnavailable as reason:
 needs_tensorrt = pytest.mark.skipif(bool(NO_TENSORRT), reason=NO_TENSORRT)
 
 
-def export(model: str, *options: str) -> int:
+def export(*options: str, model: str | None = None) -> int:
     """`stepfuse export` in this process; its exit status."""
-    return run(["export", "--model", model, *options])
-
-
-class First(NamedTuple):
-    """A command that was run for all tests: its folder, exit status and output."""
-
-    folder: Path
-    status: int
-    out: str
-    exported: Any
-
-
-@pytest.fixture(scope="module")
-def first(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> First:
-    """A file of the tiny checkpoint, compared."""
-    folder = tmp_path_factory.mktemp("first")
-    results = []
-
-    def keep(*arguments: Any, **options: Any) -> Any:
-        results.append(onnx(*arguments, **options))
-        return results[-1]
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(folder)
-        patch.setattr(exporting, "onnx", keep)
-        status = export(
-            tiny, "-o", "unet.onnx", "--batch", "1:2:3", "--check", "--report", "r.json"
-        )
-    return First(folder, status, out.getvalue(), results[0])
+    return run(["export", "--model", model or checkpoint(), *options])
 
 
 @pytest.fixture
-def quick(first: First, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is not exported again: that file is copied."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is not exported again: the file that all tests share is copied."""
 
-    def copied(model: Any, path: Path, **options: Any) -> Any:
-        path.write_bytes((first.folder / "unet.onnx").read_bytes())
-        return replace(first.exported, path=path)
+    def copied(model: Any, path: Path, *, precision: str, **options: Any) -> Exported:
+        path.write_bytes(exported(precision).read_bytes())
+        metadata = sf.export.read_metadata(path)
+        return Exported(path, None, metadata, {}, Counter(), "not asked for")
 
     monkeypatch.setattr(exporting, "onnx", copied)
 
 
-def test_a_file_compared_and_the_report(
-    tiny: str, first: First, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(first.folder)
-    assert first.status == 0
-    lines = first.out.splitlines()
+def test_a_file_compared_and_the_report(capsys: Any) -> None:
+    options = ["--batch", "1:2:3", "--check", "--report", "r.json"]
+    assert export("-o", "unet.onnx", *options) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     size = rf"\d+\.\d MB, fp32, opset \d+, inputs x \[batch, 1, {SIDE}, {SIDE}\], t \[batch\]"
     assert re.match(rf"unet\.onnx: {size}, labels \[batch\]$", lines[0])
     assert lines[1].startswith("compared: ONNX Runtime ")
     assert "passed" in lines
-    assert 'next: model = stepfuse.OnnxDenoiser("unet.onnx")' in first.out
+    assert 'next: model = stepfuse.OnnxDenoiser("unet.onnx")' in out
     report = json.loads(Path("r.json").read_text())
     assert report["passed"] is True
     assert {case["batch"] for case in report["cases"]} == {1, 2, 3}
     assert sorted(os.listdir()) == ["r.json", "unet.onnx"]
 
     # what the file draws is what the checkpoint draws
-    checkpoint, denoiser = sf.load(tiny), sf.OnnxDenoiser("unet.onnx")
+    original, denoiser = sf.load(checkpoint()), sf.OnnxDenoiser("unet.onnx")
     condition = {"labels": torch.tensor([0, 2])}
     pictures = [
         sf.Sampler(model, denoiser.schedule, steps=5).sample(
-            (2, *checkpoint.sample_shape), seed=1, condition=condition
+            (2, *original.sample_shape), seed=1, condition=condition
         )
-        for model in (checkpoint.model, denoiser)
+        for model in (original.model, denoiser)
     ]
     assert float((pictures[0] - pictures[1]).abs().max()) < 1e-4
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_difference_is_an_exit_status(
-    tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_difference_is_an_exit_status(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = exporting.onnx
 
     def wrong(model: Any, path: Path, **options: Any) -> Any:
         result = copied(model, path, **options)
-        altered(path, path, "down.2.block.shortcut.weight", 0.2)
+        altered(path, path, "up.0.block.shortcut.weight", 0.2)
         return result
 
     monkeypatch.setattr(exporting, "onnx", wrong)
-    assert export(tiny, "-o", "unet.onnx", "--batch", "2", "--check", "--report", "r.md") == 1
+    assert export("-o", "unet.onnx", "--batch", "2", "--check", "--report", "r.md") == 1
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"error: unet\.onnx differs from the reference: relative L2 .*above.*; "
-        r"worst layer down\.2\.block\.shortcut\n",
+        r"worst layer up\.0\.block\.shortcut\n",
         error,
     )
-    assert "worst layers: down.2.block.shortcut" in Path("r.md").read_text()
+    assert "worst layers: up.0.block.shortcut" in Path("r.md").read_text()
 
 
 @needs_tensorrt
-def test_an_engine_in_half_precision(tiny: str, capsys: Any) -> None:
+@pytest.mark.usefixtures("quick")
+def test_an_engine_in_half_precision(capsys: Any) -> None:
     options = ["--precision", "bf16", "--tensorrt", "u.engine", "--compute-capability", "sm_89,8.6"]
-    assert export(tiny, "-o", "u.onnx", "--batch", "1:2:4", *options) == 0
+    assert export("-o", "u.onnx", "--batch", "1:2:4", *options) == 0
     out = capsys.readouterr().out
     assert re.search(
         r"^u\.engine: \d+\.\d MB, tensorrt\w* \S+, bf16, batch 1:2:4, \d+ layers, "
@@ -149,9 +118,9 @@ def test_an_engine_in_half_precision(tiny: str, capsys: Any) -> None:
     assert (info.precision, str(info.batch)) == ("bf16", "1:2:4")
 
 
-def test_the_whole_loop(tiny: str, capsys: Any) -> None:
+def test_the_whole_loop(capsys: Any) -> None:
     options = ["--whole-loop", "--steps", "3", "--guidance", "2", "--batch", "2"]
-    assert export(tiny, "-o", "sampler.onnx", *options) == 0
+    assert export("-o", "sampler.onnx", *options) == 0
     assert "inputs x_T [2, 1, 8, 8]" in capsys.readouterr().out
     metadata = sf.export.read_metadata("sampler.onnx")
     assert (metadata.kind, len(metadata.sampler["timesteps"])) == ("sampler", 3)
@@ -159,8 +128,8 @@ def test_the_whole_loop(tiny: str, capsys: Any) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_default_name(tiny: str, capsys: Any) -> None:
-    assert export(tiny, "--batch", "2") == 0
+def test_the_default_name(capsys: Any) -> None:
+    assert export("--batch", "2") == 0
     assert os.listdir() == ["tiny.onnx"]
     assert "--check compares it with the original" in capsys.readouterr().out
 
@@ -198,10 +167,8 @@ FAILURES = [
     [(*case, 2) for case in USAGE] + [(*case, 1) for case in FAILURES],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_bad_input_gives_one_line(
-    tiny: str, options: list[str], line: str, status: int, capsys: Any
-) -> None:
-    assert export(tiny, *options) == status
+def test_bad_input_gives_one_line(options: list[str], line: str, status: int, capsys: Any) -> None:
+    assert export(*options) == status
     captured = capsys.readouterr()
     assert re.fullmatch(f"error: {line}\n", captured.err)
     assert captured.out == ""
@@ -209,16 +176,16 @@ def test_bad_input_gives_one_line(
 
 
 @needs_tensorrt
-def test_a_gpu_that_the_library_does_not_know(tiny: str, capsys: Any) -> None:
-    assert export(tiny, "--tensorrt", "a.engine", "--compute-capability", "sm_42") == 2
+def test_a_gpu_that_the_library_does_not_know(capsys: Any) -> None:
+    assert export("--tensorrt", "a.engine", "--compute-capability", "sm_42") == 2
     assert "compute_capability must be of sm_75, " in capsys.readouterr().err
     assert os.listdir() == []
 
 
-def test_without_tensorrt(tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_library, "MODULES", {"tensorrt": ("no_such_tensorrt",)})
     tensorrt_library._import.cache_clear()
-    assert export(tiny, "--tensorrt", "a.engine") == 1
+    assert export("--tensorrt", "a.engine") == 1
     tensorrt_library._import.cache_clear()
     error = capsys.readouterr().err
     assert re.fullmatch(
@@ -227,18 +194,18 @@ def test_without_tensorrt(tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatc
     assert os.listdir() == []
 
 
-def test_a_missing_and_a_damaged_checkpoint(tiny: str, capsys: Any) -> None:
-    assert export("nothing") == 2
+def test_a_missing_and_a_damaged_checkpoint(capsys: Any) -> None:
+    assert export(model="nothing") == 2
     assert "unknown checkpoint 'nothing'" in capsys.readouterr().err
-    Path("cut.safetensors").write_bytes(Path(tiny).read_bytes()[:100])
-    assert export("cut.safetensors") == 1
+    Path("cut.safetensors").write_bytes(Path(checkpoint()).read_bytes()[:100])
+    assert export(model="cut.safetensors") == 1
     assert "is truncated or no safetensors file" in capsys.readouterr().err
     assert os.listdir() == ["cut.safetensors"]
 
 
 @needs_tensorrt
 @pytest.mark.usefixtures("quick")
-def test_ctrl_c_while_building(tiny: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_building(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = tensorrt_engine.progress_monitor
 
     def with_signal(library: Any, advance: Any) -> Any:
@@ -246,7 +213,7 @@ def test_ctrl_c_while_building(tiny: str, capsys: Any, monkeypatch: pytest.Monke
         return original(library, advance)
 
     monkeypatch.setattr(tensorrt_engine, "progress_monitor", with_signal)
-    assert export(tiny, "-o", "a.onnx", "--tensorrt", "a.engine") == 130
+    assert export("-o", "a.onnx", "--tensorrt", "a.engine") == 130
     assert capsys.readouterr().err == "error: interrupted; no file was left half-written\n"
     # the first file was finished
     assert os.listdir() == ["a.onnx"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.export.export_case import CLASSES, SIDE, altered, exported, network
+from tests.engine.export.export_case import CLASSES, SCHEDULE, SHAPE, altered, exported, network
 from torch import Tensor, nn
 
 import stepfuse as sf
@@ -21,8 +21,6 @@ from stepfuse.engine.export.parity import TOLERANCES, Deviation, Tolerance, psnr
 from stepfuse.engine.export.parity_inputs import batch_sizes, timestep_bins
 from stepfuse.engine.export.parity_onnx import OnnxProbe
 
-SCHEDULE = sf.Schedule.linear(100)
-SHAPE = (1, SIDE, SIDE)
 needs_onnx = pytest.mark.usefixtures("onnx_packages")
 
 
@@ -96,11 +94,11 @@ def test_a_right_file_passes(precision: str) -> None:
 FAULTS = [
     ("conv_in.weight", "conv_in"),
     ("down.0.block.conv1.weight", "down.0.block.conv1"),
-    ("down.2.block.shortcut.bias", "down.2.block.shortcut"),
     ("middle.0.block.norm2.weight", "middle.0.block.norm2"),
     ("middle.0.attention.qkv.bias", "middle.0.attention.qkv"),
     ("class_embedding.weight", "class_embedding"),
     ("time_embedding.2.weight", "time_embedding.2"),
+    ("up.0.block.shortcut.bias", "up.0.block.shortcut"),
     ("up.1.block.projection.bias", "up.1.block.projection"),
     ("norm_out.bias", "norm_out"),
     ("conv_out.weight", "conv_out"),
@@ -121,10 +119,10 @@ def test_a_planted_fault_is_caught_and_named(weight: str, layer: str, tmp_path: 
 @needs_onnx
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_fault_in_half_precision(precision: str, tmp_path: Path) -> None:
-    weight = "up.3.block.conv1.weight"
+    weight = "up.1.block.conv1.weight"
     wrong = altered(exported(precision), tmp_path / "wrong.onnx", weight, 0.5)
     report = check(wrong, bins=2, batch="2")
-    assert report.worst_layer == "up.3.block.conv1"
+    assert report.worst_layer == "up.1.block.conv1"
     assert report.layers[0].local > 10 * report.layers[1].local
 
 
@@ -132,12 +130,12 @@ def test_a_fault_in_half_precision(precision: str, tmp_path: Path) -> None:
 def test_layers_are_found_by_their_weights_too(tmp_path: Path) -> None:
     import onnx
 
-    wrong = altered(exported(), tmp_path / "wrong.onnx", "down.1.conv.weight", 0.05)
+    wrong = altered(exported(), tmp_path / "wrong.onnx", "down.0.block.conv2.weight", 0.05)
     model = onnx.load(wrong)
     for node in model.graph.node:
         del node.metadata_props[:]
     onnx.save(model, wrong)
-    assert check(wrong, bins=2, batch="2").worst_layer == "down.1.conv"
+    assert check(wrong, bins=2, batch="2").worst_layer == "down.0.block.conv2"
 
 
 @needs_onnx
@@ -145,7 +143,7 @@ def test_layers_are_found_by_their_weights_too(tmp_path: Path) -> None:
 def test_half_precision_is_rounded_after_every_operation(precision: str) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     probe = OnnxProbe(exported(precision))
-    layers = ["conv_in", "down.0.block.norm1", "middle.0.attention.qkv", "up.3.block.conv2"]
+    layers = ["conv_in", "down.0.block.norm1", "middle.0.attention.qkv", "up.1.block.conv2"]
     names = probe.layer_values(layers)
     inputs = {
         "x": torch.randn(2, *SHAPE),
