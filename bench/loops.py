@@ -144,7 +144,8 @@ def why_no_scheduler(workload: Workload) -> str:
 def generator_noise(workload: Workload, batch: int) -> Tensor | None:
     """What `DiffusersLoop` draws, [S, N, C, H, W]; None where it draws nothing.
 
-    DDIM draws in every step where eta > 0, DDPM in every step but that at timestep 0.
+    DDIM draws in every step where eta > 0, DDPM in every step but that at timestep 0; no update
+    takes noise there.
     """
     spec = workload.spec
     if spec.method == "ddim" and spec.eta == 0:
@@ -152,9 +153,7 @@ def generator_noise(workload: Workload, batch: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(spec.seed)
     shape = (batch, *workload.shape)
     rows = [
-        torch.zeros(shape)
-        if spec.method == "ddpm" and t == 0
-        else torch.randn(shape, generator=generator)
+        torch.zeros(shape) if t == 0 else torch.randn(shape, generator=generator)
         for t in workload.timesteps
     ]
     return torch.stack(rows).to(workload.device)

@@ -176,7 +176,14 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize(
     ("at", "kept"),
-    [("batch 1: building", 0), ("batch 3: verifying", 1), ("cold start", 2)],
+    [
+        ("batch 1: building", 0),
+        ("one loop at a time", 0),
+        ("loops one after the other", 1),
+        ("timing with 2 steps", 1),
+        ("batch 3: verifying", 1),
+        ("cold start", 2),
+    ],
 )
 def test_ctrl_c_keeps_what_was_measured(at: str, kept: int, tiny: str, tmp_path: Path) -> None:
     run = bench(tiny, OURS, Silent(at, interrupt))
@@ -184,7 +191,9 @@ def test_ctrl_c_keeps_what_was_measured(at: str, kept: int, tiny: str, tmp_path:
     record = run.run()
     assert not record.complete
     assert "Interrupted" in record.notes[-1]
-    assert all(len(c.latency) == kept for c in record.candidates)
+    for c in record.candidates:
+        assert len(c.latency) == kept
+        assert all(f.seconds for f in (*c.latency, *c.over_steps, *c.throughput))
     assert load(tmp_path / "record.json") == record
 
 
