@@ -42,14 +42,14 @@ def summary(record: Record) -> Iterator[Grid]:
         found = {r.batch: statistics.median(r.seconds) / r.batch for r in c.latency if r.seconds}
         rates = [statistics.median(_rates(w)) for w in c.throughput if w.seconds]
         cold = c.cold_start
-        total = statistics.median(_totals(cold)) if cold and cold.first_seconds else None
+        totals = _totals(cold) if cold else []
         peak = statistics.median(cold.peak_bytes) if cold and cold.peak_bytes else None
         grid.add(
             [
                 named(c),
                 *(units.digits(found[b] * 1e3) if b in found else NO_FIGURE for b in sizes),
                 units.digits(max(rates)) if rates else NO_FIGURE,
-                units.seconds(total) if total else NO_FIGURE,
+                units.seconds(statistics.median(totals)) if totals else NO_FIGURE,
                 units.size(peak) if peak else NO_FIGURE,
                 _psnr(c),
             ],
@@ -207,7 +207,7 @@ def cold(record: Record) -> Iterator[Grid]:
     )
     for c in record.candidates:
         s = c.cold_start
-        if s is None or not s.first_seconds:
+        if s is None or not _totals(s):
             continue
         parts = [statistics.median(x) for x in (s.import_seconds, s.build_seconds, s.first_seconds)]
         own = [peak - base for peak, base in zip(s.peak_bytes, s.imported_bytes, strict=False)]

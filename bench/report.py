@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def html(record: Record, *, roofline: Sequence[Any] | None = None) -> str:
     """
     rows = [asdict(r) if is_dataclass(r) and not isinstance(r, type) else r for r in roofline or ()]
     if rows:
-        record = Record(**{**vars(record), "roofline": rows})
+        record = replace(record, roofline=rows)
     title = _title(record)
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
