@@ -14,7 +14,7 @@ import torch
 
 from stepfuse.bench.candidates import Entry
 from stepfuse.bench.energy import Counter, NoCounter, counter, energy
-from stepfuse.bench.latency import latency, other_steps, timer_for
+from stepfuse.bench.latency import LEAST_ROUNDS, latency, other_steps, timer_for
 from stepfuse.bench.loops import Loop, SamplerLoop
 from stepfuse.bench.machine import busy, describe
 from stepfuse.bench.memory import PROCESSES, ColdStartFailed, Launch, cold_start
@@ -24,6 +24,7 @@ from stepfuse.bench.throughput import throughput
 from stepfuse.bench.verify import Reference
 from stepfuse.bench.workload import Workload
 
+WORTH_SAYING = 300.0  # seconds that a figure takes at least
 STEPS_ROUNDS = 7  # rounds of each other number of steps: a line through medians needs no more
 
 
@@ -220,15 +221,17 @@ class Bench:
         reference = Reference(self.workload, batch)
         reference.images("philox")
         passed = {}
+        seconds = 0.0
         for name, loop in loops.items():
             candidate = self.record.candidate(name)
             self.watch.stage(f"batch {batch}: verifying the images of {name}")
+            start = time.perf_counter()
             try:
                 found, reason = reference.check(loop, candidate.dtype)
             except Exception as error:
                 found, reason = None, _described(error)
-            worst = candidate.verified
-            if found and (worst is None or found.max_abs > worst.max_abs or not found.passed):
+            seconds += time.perf_counter() - start
+            if found and (candidate.verified is None or found.worse_than(candidate.verified)):
                 candidate.verified = found
             if reason:
                 # nothing of a candidate that is wrong anywhere is shown
@@ -239,6 +242,12 @@ class Bench:
                 self._leave_out(candidate, "verify", reason)
             else:
                 passed[name] = loop
+        if LEAST_ROUNDS * seconds > WORTH_SAYING:
+            least = LEAST_ROUNDS * seconds / 60
+            self.watch.say(
+                f"batch {batch}: {LEAST_ROUNDS} rounds, the least, take up to {least:.0f} minutes; "
+                "fewer --steps or smaller --batch take less"
+            )
         return passed
 
     def _throughput(
@@ -266,7 +275,7 @@ class Bench:
                 loop.prepare(fewer)
                 loop.images()
             self._figure(
-                f"batch {batch}: timing with {fewer} steps",
+                f"batch {batch}: timing with {fewer} of the {steps} steps",
                 min(self.plan.rounds, STEPS_ROUNDS),
                 lambda most, seconds, samples=samples: latency(
                     loops, samples, most, seconds, self._timer, self.watch.tick

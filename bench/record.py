@@ -18,6 +18,7 @@ are taken from the samples by whoever reads them (`stepfuse.bench.samples`).
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,6 +165,12 @@ class Verified:
     psnr: float | None
     limit: str
     passed: bool
+
+    def worse_than(self, other: Verified) -> bool:
+        """Whether it failed where the other did not, or else is farther from the reference."""
+        if self.passed != other.passed:
+            return other.passed
+        return (self.psnr or math.inf) < (other.psnr or math.inf)
 
 
 @dataclass

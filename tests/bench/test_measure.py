@@ -18,7 +18,7 @@ from stepfuse.bench.energy import Counter, NoCounter
 from stepfuse.bench.latency import LEAST_ROUNDS
 from stepfuse.bench.measure import Bench, Budget, Plan
 from stepfuse.bench.memory import ColdStartFailed
-from stepfuse.bench.record import load
+from stepfuse.bench.record import Verified, load
 from stepfuse.bench.workload import Spec, Workload
 
 ROUNDS = 4
@@ -180,7 +180,7 @@ def interrupt() -> None:
         ("batch 1: building", 0),
         ("one loop at a time", 0),
         ("loops one after the other", 1),
-        ("timing with 2 steps", 1),
+        ("timing with 2 of", 1),
         ("batch 3: verifying", 1),
         ("cold start", 2),
     ],
@@ -257,6 +257,25 @@ def test_a_time_limit_bounds_the_rounds(tiny: str) -> None:
     assert len(c.latency[0].seconds) == LEAST_ROUNDS
     assert len(c.throughput[0].seconds) == LEAST_ROUNDS
     assert record.complete
+
+
+def test_the_worst_of_all_batches_is_kept() -> None:
+    limit = "PSNR of at least 25 dB"
+    near, far = Verified(1, 0.2, 40.0, limit, True), Verified(8, 0.1, 30.0, limit, True)
+    same, wrong = Verified(2, 0.0, None, limit, True), Verified(2, 1.0, 45.0, limit, False)
+    assert far.worse_than(near)
+    assert near.worse_than(same)
+    assert wrong.worse_than(far)
+    assert not any(a.worse_than(b) for a, b in [(near, far), (same, near), (far, wrong)])
+
+
+def test_what_will_take_long_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Silent()
+    bench(tiny, OURS[:1], watch, batches=(1,)).run()
+    assert watch.said == []
+    monkeypatch.setattr(measure, "WORTH_SAYING", 0.0)
+    bench(tiny, OURS[:1], watch, batches=(1,)).run()
+    assert "batch 1: 3 rounds, the least, take up to 0 minutes" in watch.said[0]
 
 
 @pytest.mark.parametrize(
