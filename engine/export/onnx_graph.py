@@ -87,11 +87,14 @@ def rename_sizes(graph: Any, names: Mapping[str, str]) -> None:
     """Other words for dynamic sizes, also inside expressions such as "4*s77"."""
     for value in _values(graph):
         if value.shape is not None:
-            for axis, size in enumerate(value.shape):
-                if not isinstance(size, int) and size.value is not None:
-                    value.shape[axis] = re.sub(
-                        r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), size.value
-                    )
+            words = [size if isinstance(size, int) else size.value for size in value.shape]
+            renamed = [
+                re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), word)
+                if isinstance(word, str)
+                else word
+                for word in words
+            ]
+            value.shape = type(value.shape)(renamed)
 
 
 def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool, branches: bool) -> Any:
