@@ -18,12 +18,14 @@ from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.passes.fuse_residual_add import fuse_residual_add
 from stepfuse.engine.passes.gather_attention import gather_attention
 from stepfuse.engine.passes.graph import PassReport, finish, stage, value
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.hoist_timestep import hoist_timestep, time_frontier
 from stepfuse.engine.passes.lower_precision import lower_precision
 from stepfuse.engine.passes.measure import pays
 from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
+from stepfuse.engine.passes.stopwatch import forget
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
@@ -100,7 +102,11 @@ class Network:
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants
         self._compile(traced, model)
+        del traced
+        forget()
+        trim()
         self._bind_weights(release)
+        trim()
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
@@ -198,6 +204,7 @@ class Network:
         owned = {_memory(tensor) for tensor in current.values()}
         del current
         last = {name: fold for fold in self._folds for name in fold.reads} if release else {}
+        freed = 0
         for fold in self._folds:
             (new,) = fold.run()
             old = self._bound[fold.name]
@@ -209,10 +216,15 @@ class Network:
             del new, old
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
+                    freed += self._bound[name].nbytes
                     self._bound[name] = None
                     self.weights.release(self._placeholders[name])
+            if freed > _TRIM_EVERY:
+                freed = 0
+                trim()
 
 
+_TRIM_EVERY = 16 << 20  # bytes
 _ALL = ("weights", "time", "main")
 
 

@@ -47,3 +47,8 @@ def best_times(
 @functools.cache
 def _other_memory() -> Tensor:
     return torch.ones(_CACHE // 4)
+
+
+def forget() -> None:
+    """Free what was held between measurements."""
+    _other_memory.cache_clear()
