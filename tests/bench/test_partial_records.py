@@ -65,7 +65,7 @@ def test_it_is_printed_and_compared(seed: int) -> None:
 
 
 @pytest.mark.skipif(bool(svg.why_not()), reason=svg.why_not() or "matplotlib is there")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.filterwarnings("error")
 def test_it_is_drawn(seed: int) -> None:
     assert report.html(torn(seed)).endswith("</html>\n")

@@ -107,10 +107,16 @@ def test_one_of_the_suites_and_what_it_leaves(tmp_path: Path) -> None:
     path = tmp_path / "suites.json"
     code = f"""
 import pytest
-pytest.main(["bench", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"])
+
+class Listed:
+    @pytest.hookimpl(tryfirst=True)  # before -k takes its choice
+    def pytest_collection_modifyitems(self, items):
+        print(*(item.nodeid for item in items), sep="\\n")
+
 options = ["--rounds", "3", "--benchmark-json", {str(path)!r}, "-p", "no:cacheprovider"]
 which = "test_philox and SD and float32"
-raise SystemExit(pytest.main(["bench", "--benchmark-only", "-q", "-k", which, *options]))
+chosen = ["bench", "--benchmark-only", "-q", "-k", which, *options]
+raise SystemExit(pytest.main(chosen, plugins=[Listed()]))
 """
     found = subprocess.run(
         [sys.executable, "-c", code],
