@@ -15,6 +15,7 @@ from tests.engine.adapters import guided_diffusion_oracle as oracle
 from torch import Tensor, nn
 
 import stepfuse as sf
+from stepfuse.engine.adapters import guided_diffusion
 
 SHAPE = (3, 2, 4, 5)
 STEPS = 12
@@ -91,6 +92,7 @@ def compare(d: Any, run: Callable[[Any], Any], near: float = NEAR, **options: An
 
     theirs, state = seeded()
     assert sf.accelerate(d, **{"optimize": False, **options}) is d
+    assert "not replaced" not in guided_diffusion.explain(d)
     ours, after = seeded()
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
     assert torch.equal(state, after)

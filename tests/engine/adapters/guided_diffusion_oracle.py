@@ -44,6 +44,10 @@ class Diffusion:
         self.num_timesteps = len(self.betas)
         self.model_mean_type, self.model_var_type = model_mean_type, model_var_type
         self.rescale_timesteps = rescale_timesteps
+        products = [1.0]
+        for beta in self.betas:
+            products.append(products[-1] * (1 - float(beta)))
+        self.products = torch.tensor([*products, 0.0], dtype=torch.float64)
 
     def told(self, t: Tensor) -> Tensor:
         """What a network hears of index t."""
@@ -51,10 +55,7 @@ class Diffusion:
 
     def abar(self, t: Tensor, x: Tensor) -> Tensor:
         """The product of 1 - beta up to and with t; 1 before the first, 0 after the last."""
-        products = [1.0]
-        for beta in self.betas:
-            products.append(products[-1] * (1 - float(beta)))
-        values = torch.tensor([*products, 0.0], dtype=torch.float64)[t + 1]
+        values = self.products[t + 1]
         return values.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     def reverse(

@@ -114,6 +114,20 @@ def test_progressive(cond_fn: Any, loop: str, library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_a_gradient_that_draws(loop: str, library: str) -> None:
+    """Random numbers of a cond_fn come before the step's in DDIM, after them in DDPM."""
+    model, d = Network(False), diffusion(library)
+
+    def noisy(x: Tensor, t: Tensor) -> Tensor:
+        return torch.randn_like(x)
+
+    how = {"cond_fn": noisy, "model_kwargs": {}}
+    how |= {"eta": 0.7} if loop == "ddim_sample_loop" else {}
+    compare(d, lambda d: getattr(d, loop)(model, SHAPE, **how), near=2e-4)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_gradients_stay_on_between_the_steps(library: str) -> None:
     """Theirs leave them off for whoever reads a generator in the meantime."""
     d = sf.accelerate(diffusion(library), optimize=False)
