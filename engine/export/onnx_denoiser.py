@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.runtime import Provider, check_providers, device_of, quiet_options
-from stepfuse.engine.schedule import Schedule
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.registration import define
 
@@ -60,7 +60,7 @@ class Port:
             raise ValueError(f"{self.name} has shape {tuple(shape)}; accepted: [{accepted}]")
 
 
-class OnnxDenoiser(nn.Module):
+class OnnxDenoiser(Described, nn.Module):
     """Runs an ONNX file as ``denoiser(x, t, **condition)``.
 
         denoiser = sf.OnnxDenoiser("digits.onnx")
@@ -114,28 +114,6 @@ class OnnxDenoiser(nn.Module):
         like_x = torch.empty(0, dtype=self.inputs[0].dtype, device=device_of(chosen[0]))
         self.register_buffer("like_x", like_x, persistent=False)
         self.like_x: Tensor
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule in the file. ValueError where it names none."""
-        schedule: Schedule = self._known("schedule")
-        return schedule
-
-    @property
-    def prediction_type(self) -> Any:
-        """ "epsilon", "sample", ... as the file says. ValueError where it does not."""
-        return self._known("prediction_type")
-
-    @property
-    def variance_type(self) -> Any:
-        """As the file says. ValueError where it does not."""
-        return self._known("variance_type")
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of one sample."""
-        shape: tuple[int, ...] = self._known("sample_shape")
-        return shape
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
@@ -220,12 +198,6 @@ class OnnxDenoiser(nn.Module):
                 raise ValueError(f"the file needs the tensor {name!r}; got {value!r}")
             named[name] = value
         return named
-
-    def _known(self, name: str) -> Any:
-        value = None if self.metadata is None else getattr(self.metadata, name)
-        if value is None:
-            raise ValueError(f"{self.path} names no {name}; give it to the Sampler yourself")
-        return value
 
 
 def _session(runtime: Any, path: Path, options: Any, providers: list[Provider]) -> Any:
