@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -15,6 +16,8 @@ from stepfuse.engine.adapters.diffusers.scheduler_base import NoisingScheduler
 from stepfuse.engine.adapters.diffusers.scheduler_rows import ddpm_rows
 from stepfuse.kernels.step_row import Column
 
+# before 0.32 a step of a list that was not given went to t - T // S
+_BY_STRIDE = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 32)
 _LEARNED = ("learned", "learned_range")
 _SMALLEST_VARIANCE = 1e-20
 
@@ -94,6 +97,8 @@ class DDPMScheduler(NoisingScheduler):
         """The timestep after t in the list, -1 after the last; t - 1 where no list was chosen."""
         if not (self.custom_timesteps or self.num_inference_steps):
             return t - 1
+        if _BY_STRIDE and self.strict and not self.custom_timesteps:
+            return t - len(self) // self.num_inference_steps  # type: ignore[operator, no-any-return]
         listed = self._timestep_list()
         if t not in listed:
             raise IndexError(f"timestep must be one of {listed}; got {t}")

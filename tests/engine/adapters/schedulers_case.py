@@ -68,9 +68,10 @@ def run(
         output = torch.randn(wide, generator=seeded(100 + i))
         if channels is not None:  # a variance in 0 .. 1 says something to every variance type
             output[:, shape[1] :].sigmoid_()
-        x, x0 = scheduler.step(output, t, x, return_dict=False, **kwargs)
+        result = scheduler.step(output, t, x, **kwargs)
+        x = result.prev_sample
         samples.append(x)
-        originals.append(x0)
+        originals.append(result.pred_original_sample)
     states = [generator.get_state() for generator in drawn]
     return Loop(torch.as_tensor(timesteps), samples, originals, states)
 

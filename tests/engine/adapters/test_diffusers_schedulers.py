@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine.adapters.schedulers_case import ODD, assert_same, close, pair, run
 
+from stepfuse.engine.adapters.diffusers import ddpm
+
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 SPACINGS = ["leading", "trailing", "linspace"]
 CLIPS: list[dict[str, Any]] = [
@@ -257,123 +259,47 @@ def test_fixed_large_log_is_nan_in_both_wherever_noise_is_added() -> None:
     assert loops[1].samples[0].isnan().all()
 
 
-SHAPES = [(1, 1), (2, 3), (5,), (), (0, 3, 4, 4), (1, 3, 2, 2, 2), (1, 1, 1, 1)]
-
-
-@pytest.mark.parametrize(
-    ("shape", "thresholding"),
-    [*((shape, False) for shape in SHAPES), ((2, 3, 4), True), ((1, 3, 2, 2, 2), True)],
-)
-def test_shapes(shape: tuple[int, ...], thresholding: bool) -> None:
-    theirs, ours = pair("DDIMScheduler", thresholding=thresholding)
-    results = []
-    for scheduler in (theirs, ours):
-        scheduler.set_timesteps(5)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        results.append(scheduler.step(0.3 * x + 0.1, 400, x))
-    assert results[1].prev_sample.shape == shape
-    close(results[1].prev_sample, results[0].prev_sample, 1.0, "x")
-    close(results[1].pred_original_sample, results[0].pred_original_sample, 3.0, "x0")
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced"])
-def test_layouts(layout: str) -> None:
-    base = torch.randn(4, 6, 5, 7)
-    x = {
-        "channels_last": base.to(memory_format=torch.channels_last),
-        "permuted": base.permute(1, 0, 3, 2),
-        "sliced": base[:, ::2],
-    }[layout]
-    output = torch.randn(x.shape)
-    results = []
-    for scheduler in pair("DDIMScheduler"):
-        scheduler.set_timesteps(5)
-        results.append(scheduler.step(output, 400, x).prev_sample)
-    close(results[1], results[0], 4.0, "x")
-
-
-def test_broadcast_outputs_as_in_theirs() -> None:
-    x, output = torch.randn(4, 3, 5, 5), torch.randn(1, 3, 5, 5)
-    results = []
-    for scheduler in pair("DDIMScheduler"):
-        scheduler.set_timesteps(5)
-        generator = torch.Generator().manual_seed(0)
-        results.append(scheduler.step(output, 400, x, eta=1.0, generator=generator).prev_sample)
-    close(results[1], results[0], 4.0, "x")
-
-
-HALVES = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
-def test_half_precision(name: str, dtype: torch.dtype, output_dtype: torch.dtype) -> None:
-    """Of their dtype; and as near to the float32 step as one rounding, which theirs is not."""
-    x = torch.randn(ODD, generator=torch.Generator().manual_seed(1)).to(dtype)
-    output = torch.randn(ODD, generator=torch.Generator().manual_seed(2)).to(output_dtype)
-    theirs, ours = pair(name)
-    kwargs = {"eta": 0.8} if name == "DDIMScheduler" else {}
-    for scheduler in (theirs, ours):
-        scheduler.set_timesteps(10)
-    for t in (900, 500, 100, 0):
-        a = theirs.step(output, t, x, generator=torch.Generator().manual_seed(5), **kwargs)
-        b = ours.step(output, t, x, generator=torch.Generator().manual_seed(5), **kwargs)
-        assert b.prev_sample.dtype is a.prev_sample.dtype
-        assert b.pred_original_sample.dtype is a.pred_original_sample.dtype
-        noise = torch.randn(ODD, generator=torch.Generator().manual_seed(5), dtype=output_dtype)
-        exact = _exact_step(name, theirs, output, t, x, noise, kwargs)
-        wide = b.prev_sample.dtype is torch.float32
-        unit = 1e-6 if wide else HALVES[b.prev_sample.dtype]
-        error = (b.prev_sample.double() - exact).abs()
-        assert (error <= unit * exact.abs() + 2e-6).all()
-        assert (a.prev_sample.double() - exact).abs().max() <= 16 * HALVES[dtype] * 4
-
-
-def _exact_step(
-    name: str,
-    scheduler: Any,
-    output: torch.Tensor,
-    t: int,
-    x: torch.Tensor,
-    noise: torch.Tensor,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Their step in float64 on the same numbers, with the given noise."""
-    x, output, noise = x.double(), output.double(), noise.double()
-    if name == "DDIMScheduler":
-        return scheduler.step(output, t, x, variance_noise=noise, **kwargs).prev_sample
-    mean = scheduler.step(output, 0, x).prev_sample if t == 0 else None
-    if mean is not None:
-        return mean
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    std = scheduler._get_variance(t).double().sqrt()
-    return scheduler.step(output, t, x, generator=generator).prev_sample + std * (noise - drawn)
-
-
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler"])
-def test_float64(name: str) -> None:
-    results = []
-    x = torch.randn(ODD, dtype=torch.float64)
-    output = torch.randn(ODD, dtype=torch.float64)
-    for scheduler in pair(name):
-        scheduler.set_timesteps(10)
-        kwargs = {} if name == "DDIMInverseScheduler" else {"generator": torch.manual_seed(3)}
-        results.append(scheduler.step(output, 500, x, **kwargs))
-    # their float32 coefficients, applied in float64
-    for key in ("prev_sample", "pred_original_sample"):
-        torch.testing.assert_close(results[1][key], results[0][key], rtol=1e-6, atol=1e-6)
-
-
-def test_gradients_flow_as_in_theirs() -> None:
-    grads = []
-    for scheduler in pair("DDIMScheduler", clip_sample=False):
+def test_both_forms_of_the_result(name: str) -> None:
+    theirs, ours = pair(name)
+    x = torch.randn(ODD)
+    forms = []
+    for scheduler in (theirs, ours):
         scheduler.set_timesteps(5)
-        x = torch.linspace(-1, 1, 30).reshape(1, 2, 3, 5).requires_grad_()
-        output = x.detach().flip(-1).requires_grad_()
-        result = scheduler.step(output, 600, x)
-        (result.prev_sample.square().sum() + result.pred_original_sample.sum()).backward()
-        grads.append((x.grad, output.grad))
-    for mine, other in zip(*grads[::-1], strict=True):
-        close(mine, other, 20.0, "gradient")
+        forms.append(scheduler.step(x, 0, x))
+    assert type(forms[0]) is type(forms[1])
+    listed = ours.step(x, 0, x, return_dict=False)
+    assert type(listed) is tuple
+    assert torch.equal(listed[0], forms[1]["prev_sample"])
+    assert torch.equal(listed[1], forms[1][1])
+
+
+def test_the_rule_of_older_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 0.32 DDPM stepped to t - T // S, unless the list was given."""
+    monkeypatch.setattr(ddpm, "_BY_STRIDE", True)
+    for strict, previous in ((True, 966 - 1000 // 30), (False, 932)):
+        scheduler = ddpm.DDPMScheduler(timestep_spacing="trailing", strict=strict)
+        scheduler.set_timesteps(30)
+        assert scheduler.previous_timestep(966) == previous
+        scheduler.set_timesteps(timesteps=[966, 932, 1])
+        assert scheduler.previous_timestep(966) == 932
+
+
+def test_options_of_one_call_say_nothing_of_the_next() -> None:
+    theirs, ours = pair("DDIMScheduler")
+    x, output = torch.randn(ODD), torch.randn(ODD)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+    for eta, clipped in ((0.0, False), (0.4, False), (1.0, True), (0.0, True), (0.4, False)):
+        results = [
+            s.step(
+                output,
+                700,
+                x,
+                eta=eta,
+                use_clipped_model_output=clipped,
+                generator=torch.Generator().manual_seed(1),
+            )
+            for s in (theirs, ours)
+        ]
+        close(results[1].prev_sample, results[0].prev_sample, 4.0, f"eta {eta}, {clipped}")
