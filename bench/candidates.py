@@ -18,6 +18,7 @@ OURS = "stepfuse"
 LIBRARIES = ("diffusers", "compile", "onnxruntime", "openvino")
 DTYPES = ("fp32", "bf16")
 ONNX = ("onnx", "onnxscript")
+CPU_ONLY = ("compile-bf16", "onnxruntime", "openvino", "openvino-bf16")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Entry:
             return f"{', '.join(missing)} is not installed; pip install {' '.join(missing)}"
         if workload is None:
             return ""
-        if workload.device.type == "cuda" and self.library in ("onnxruntime", "openvino"):
-            return f"{self.library} is set up for the CPU here; the network is on a GPU"
+        if workload.device.type != "cpu" and self.name in CPU_ONLY:
+            return f"{self.name} is set up for the CPU here; the network is on {workload.device}"
         return why_no_scheduler(workload) if self.diffusers_loop else ""
 
     def described(self, spec: Spec) -> Candidate:

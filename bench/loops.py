@@ -90,7 +90,7 @@ class DiffusersLoop:
         self.prepare(workload.spec.steps)
 
     def prepare(self, steps: int) -> None:
-        self.scheduler.set_timesteps(steps)
+        self.scheduler.set_timesteps(steps, device=self.x_T.device)
         self.timesteps = list(self.scheduler.timesteps)
 
     @torch.no_grad()

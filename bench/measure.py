@@ -311,6 +311,8 @@ class Bench:
     def _cold_starts(self) -> None:
         live = [c for c in self.record.candidates if not c.failure]
         spec = replace(self.workload.spec, threads=self.record.machine.threads)
+        if self.plan.processes and self.workload.device.type != "cpu":
+            self._note("Peak memory is that of the host, not that of the GPU.")
         for c in live if self.plan.processes else []:
             self.watch.stage(f"cold start and memory of {c.name}, in new processes")
             try:

@@ -219,6 +219,14 @@ def test_settings_that_diffusers_lacks(settings: dict[str, Any], said: str, tiny
     assert entry("stepfuse").why_not(workload(tiny, **settings)) == ""
 
 
+def test_peers_of_the_cpu_are_left_out_on_a_gpu(tiny: str) -> None:
+    work = workload(tiny)
+    work.device = torch.device("cuda")
+    for e in candidates.ENTRIES:
+        reason = replace(e, needs=()).why_not(work)
+        assert ("set up for the CPU here" in reason) == (e.name in candidates.CPU_ONLY), e.name
+
+
 def test_a_learned_variance_has_no_loop_in_diffusers(tmp_path: Path) -> None:
     config = replace(TINY, learned_variance=True, num_classes=None)
     work = workload(save(tmp_path / "learned.safetensors", config))
