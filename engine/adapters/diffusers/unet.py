@@ -132,6 +132,8 @@ class Forward:
         self._announced: set[int] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # by torch.compile, which wants the network itself
+            return type(self.unet).forward(self.unet, *args, **kwargs)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         fast = self._ready(args, kwargs, given)
         if fast is None:
@@ -205,7 +207,7 @@ class Forward:
     def _timesteps(self, fast: Optimized, sample: Tensor, timestep: Any) -> Tensor:
         """``timestep`` as [N] on the device of ``sample``, its row in the table filled."""
         on_cpu = sample.device.type == "cpu"
-        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
         if t.numel() == 1:
             # a value on the CPU costs nothing to read, one on another device a wait
             if on_cpu and t.device.type == "cpu" and not t.is_floating_point():
@@ -213,7 +215,7 @@ class Forward:
                 if 0 <= value < _TABLE and value not in self._announced:
                     fast.prepare([value])
                     self._announced.add(value)
-                return torch.full((len(sample),), value)
+                return torch.full((len(sample),), value, device="cpu")
             t = t.to(sample.device).reshape(1).repeat(len(sample))
         return t if t.is_floating_point() else t.long()
 
@@ -236,7 +238,6 @@ def _not_now(unet: nn.Module, given: dict[str, Any]) -> str | None:
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
     ):
         return "traced, recorded or transformed by somebody else"

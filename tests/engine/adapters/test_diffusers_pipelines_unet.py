@@ -164,6 +164,22 @@ def test_transforms_run_the_original(shared: tuple[Any, Any]) -> None:
     assert torch.equal(slope(fast), slope(plain))
 
 
+def test_compiled_by_torch(shared: tuple[Any, Any]) -> None:
+    """torch.compile is given the network, not what stands before it."""
+    plain, fast = shared
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X, T, TEXT).sample, plain(X, T, TEXT).sample)
+
+
+def test_another_default_device(shared: tuple[Any, Any]) -> None:
+    plain, fast = shared
+    expected = plain(X, T, TEXT).sample
+    for t in (T, 17):
+        with torch.device("meta"):
+            found = fast(X, t, TEXT).sample
+        assert distance(found, expected) < REORDERED
+
+
 def test_autocast_runs_the_original(shared: tuple[Any, Any]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (unet(X, T, TEXT).sample for unet in reversed(shared))
