@@ -25,7 +25,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
     """Verify, then time: see `stepfuse.bench.suite`."""
-    return Timed(benchmark, request.config.getoption("--rounds"))
+    return Timed(benchmark, request.config.getoption("--rounds", default=21))
 
 
 @pytest.fixture(scope="session")

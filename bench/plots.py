@@ -91,7 +91,7 @@ def _steps(record: Record) -> Plot | None:
         axes.set(xlabel="steps of the loop", ylabel="seconds for the whole loop")
         _from_zero(axes, x=True)
         _legend(canvas, axes)
-    note = "Straight through zero: a step costs the same wherever it is. Bars: middle half of runs."
+    note = "Straight through zero where every step costs the same. Bars: middle half of the runs."
     return Plot("steps", title, note, out[0])
 
 

@@ -47,7 +47,7 @@ a { color: var(--ours-1); }
 
 FIGURES = """\
 .figures {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr));
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 170px), 1fr));
   gap: 12px; margin: 26px 0 0;
 }
 .figures div { padding: 14px 16px; }
