@@ -6,6 +6,7 @@ One module per library, imported when an object may be of it. Each has
     supports(obj) -> bool            is this one of those?
     accelerate(obj, **options)       change obj in place and return it
     restore(obj)                     take every change back and return it
+    explain(obj) -> str              what is replaced, and why not the rest
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ def restore(obj: Object) -> Object:
     """
     plain: Object = _adapter(obj).restore(obj)
     return plain
+
+
+def explain(obj: Any) -> str:
+    """What of an accelerated object is replaced, and why not the rest.
+
+    Raises TypeError for an object that no adapter takes, with what is supported.
+    """
+    text: str = _adapter(obj).explain(obj)
+    return text
 
 
 def _adapter(obj: Any) -> ModuleType:

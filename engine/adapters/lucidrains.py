@@ -147,7 +147,7 @@ class FastDiffusion(Fast):
             return results
         with _plain_tensors():
             table = self._table(self._ancestral, d.objective)
-            network = self.network.ready([t])
+            network = self._network([t])
             out = self._output(network, x, t, x_self_cond)
             noise = torch.randn_like(x) if t > 0 else None
             step = self._step(x, out, table, d.num_timesteps - 1 - t, noise, return_x0=True)
@@ -223,7 +223,7 @@ class FastDiffusion(Fast):
         d = self.diffusion
         with _plain_tensors():
             table = self._table(*rows)
-            network = self.network.ready(times)
+            network = self._network(times)
             x = torch.randn(tuple(shape), device=d.device)
             noise, x0 = torch.empty_like(x), None
             images = [x]
@@ -239,6 +239,10 @@ class FastDiffusion(Fast):
                     images.append(x)
             result: Tensor = d.unnormalize(torch.stack(images, dim=1) if return_all else x)
         return result
+
+    def _network(self, times: Sequence[int]) -> Any:
+        self.network = self.network.of(self.diffusion.model)  # an attribute, set at any time
+        return self.network.ready(times)
 
     def _output(self, network: Any, x: Tensor, t: int, x_self_cond: Tensor | None) -> Any:
         """The model's output; x0 goes in only where the model was built for it."""

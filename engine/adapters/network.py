@@ -29,7 +29,7 @@ class FastNetwork:
     """
 
     def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
-        self.model = model
+        self.model, self._options = model, (optimize, dtype)
         self._fast: Optimized | None = None
         self._reason = ""
         if not optimize:
@@ -40,6 +40,10 @@ class FastNetwork:
             precision = None if dtype is torch.float32 else dtype
             self._fast = Optimized(model, precision, (), 8)
             self._settings = _settings(model)
+
+    def of(self, model: Any) -> FastNetwork:
+        """This one, or one with its options where ``model`` is another."""
+        return self if model is self.model else FastNetwork(model, *self._options)
 
     def ready(self, timesteps: Iterable[int] = ()) -> Any:
         """What to call for ``timesteps``, all of them, up to date with the model's weights."""

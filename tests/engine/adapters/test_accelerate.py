@@ -23,11 +23,12 @@ def test_round_trip(make: Any) -> None:
     before = dict(vars(obj))
     assert sf.accelerate(obj, optimize=False) is obj
     assert vars(obj) != before
+    assert "p_sample_loop" in adapters.explain(obj)
     assert sf.restore(obj) is obj
     assert vars(obj) == before
 
 
-def test_every_adapter_has_the_same_four_names() -> None:
+def test_every_adapter_has_the_same_names() -> None:
     for name in adapters._LIBRARIES:
         module = adapters._module(name)
         assert module.SUPPORTED
@@ -35,10 +36,11 @@ def test_every_adapter_has_the_same_four_names() -> None:
         assert module.supports(object()) is False
         assert callable(module.accelerate)
         assert callable(module.restore)
+        assert callable(module.explain)
 
 
 @pytest.mark.parametrize("obj", [object(), torch.nn.Linear(1, 1), 3, None, "pipeline", bump])
-@pytest.mark.parametrize("call", [sf.accelerate, sf.restore])
+@pytest.mark.parametrize("call", [sf.accelerate, sf.restore, adapters.explain])
 def test_unknown_objects(call: Any, obj: Any) -> None:
     """One TypeError with everything that is supported, by every library."""
     with pytest.raises(TypeError) as caught:
