@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.onnx_facts import parse_model
 from stepfuse.engine.export.onnx_graph import MODULE
+from stepfuse.engine.export.onnx_write import PROTOBUF_LIMIT
 from stepfuse.engine.export.runtime import CPU, quiet_options
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -28,17 +30,24 @@ class OnnxProbe:
     CPU kernels do not take bfloat16, and keep float32 between many operations of a float16 file,
     which hides overflow.
 
-    Raises ValueError for a file that is truncated or no network.
+    Raises ValueError for a file that is truncated, no network, or too large to be rounded.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.runtime = library("onnxruntime", "checking an ONNX file")
-        self.model = parse_model(path, weights=True)
+        self.folder = str(Path(path).resolve().parent)
+        # weights in a second file stay there
+        self.model = parse_model(path)
         kinds = {tensor.data_type for tensor in self.model.graph.initializer}
         half = next((kind for kind in HALVES if kind in kinds), None)
         self.emulated = half is not None
         if half is not None:
-            self.model = rounded_to_half(self.model, half)
+            self.model = rounded_to_half(parse_model(path, weights=True), half)
+            if self.model.ByteSize() >= PROTOBUF_LIMIT:
+                raise ValueError(
+                    f"{path} is too large to be rounded to {HALVES[half]} in memory; give check a "
+                    "runtime, OnnxDenoiser(path) say, in place of the path"
+                )
         weights = {tensor.name for tensor in self.model.graph.initializer}
         self.inputs = [v.name for v in self.model.graph.input if v.name not in weights]
         self.session = self._session(self.model)
@@ -86,9 +95,11 @@ class OnnxProbe:
         return {**by_weight, **by_scope}
 
     def _session(self, model: Any) -> Any:
-        return self.runtime.InferenceSession(
-            model.SerializeToString(), quiet_options(self.runtime), providers=[CPU]
+        options = quiet_options(self.runtime)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", self.folder
         )
+        return self.runtime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
 
     def _run(
         self, session: Any, inputs: Mapping[str, Tensor], outputs: list[str] | None

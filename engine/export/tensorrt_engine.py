@@ -64,6 +64,7 @@ def tensorrt(
 
     Args:
         onnx_path: of `stepfuse.export.onnx`, or any file with a batch as its only dynamic axis.
+            A second file with its weights stays beside it.
         engine_path: where the engine goes; appears whole or not at all.
         precision: "fp32", "fp16" or "bf16". A strongly typed network keeps the types of the file,
             so that this only checks them; None takes what the file has.
@@ -95,9 +96,11 @@ def tensorrt(
 
     messages = Messages(found)
     trt = found.module
-    builder = trt.Builder(messages.logger)
-    if not builder:
-        raise BackendUnavailable(f"{found} cannot build here: {messages.reason()}")
+    try:
+        builder = trt.Builder(messages.logger)
+    except TypeError as error:  # its way of saying that there is none, without a GPU say
+        reason = messages.reason() if messages.errors else error
+        raise BackendUnavailable(f"{found} cannot build here: {reason}") from None
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(typed) if strongly_typed and typed is not None else 0)
     _parse(found, network, messages, facts.path)
@@ -245,11 +248,14 @@ def _interrupts_kept() -> Iterator[threading.Event]:
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        # None: a handler that Python did not install and cannot bring back
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _spec(tensor: Any) -> TensorSpec:
-    return TensorSpec(tensor.name, tuple(tensor.shape), DTYPES[tensor.dtype.name])
+    return TensorSpec(
+        tensor.name, tuple(tensor.shape), DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+    )
 
 
 def _layers(lines: Sequence[str]) -> tuple[Layer, ...]:

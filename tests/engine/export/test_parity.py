@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.export.export_case import CLASSES, SCHEDULE, SHAPE, altered, exported, network
+from tests.engine.export.export_case import (
+    CLASSES,
+    CONFIG,
+    SCHEDULE,
+    SHAPE,
+    altered,
+    exported,
+    network,
+)
 from torch import Tensor, nn
 
 import stepfuse as sf
@@ -20,6 +28,7 @@ from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.parity import TOLERANCES, Deviation, Tolerance, psnr
 from stepfuse.engine.export.parity_inputs import batch_sizes, timestep_bins
 from stepfuse.engine.export.parity_onnx import OnnxProbe
+from stepfuse.engine.unet import UNet
 
 needs_onnx = pytest.mark.usefixtures("onnx_packages")
 
@@ -139,6 +148,26 @@ def test_layers_are_found_by_their_weights_too(tmp_path: Path) -> None:
 
 
 @needs_onnx
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_in_a_second_file(precision: str, tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / "split.onnx"
+    onnx.save(
+        onnx.load(exported(precision)),
+        path,
+        save_as_external_data=True,
+        location="split.data",
+        size_threshold=256,
+    )
+    assert (tmp_path / "split.data").stat().st_size > 10_000
+    whole, split = (check(file, bins=2, batch="2") for file in (exported(precision), path))
+    assert split.cases == whole.cases
+    # the search for the layer too
+    assert check(path, bins=2, batch="2", tolerance=1e-12).worst_layer is not None
+
+
+@needs_onnx
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_rounded_after_every_operation(precision: str) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -195,6 +224,21 @@ def test_a_fault_in_one_batch_size_or_one_class() -> None:
         return torch.where((labels == CLASSES)[:, None, None, None], found.nan_to_num(1) + 1, found)
 
     assert not check(null).passed
+
+
+def test_a_learned_variance_and_no_classes() -> None:
+    config = replace(CONFIG, num_classes=None, learned_variance=True, in_channels=2)
+    model = UNet(config).eval()
+    torch.nn.init.normal_(model.conv_out.weight, std=0.2)
+    options: Any = {"sample_shape": (2, 8, 8), "schedule": SCHEDULE, "bins": 2, "images": 1}
+    same = sf.export.check(model, copy.deepcopy(model), steps=3, **options)
+    assert same.passed
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.conv_out.bias[3] += 0.1  # of the variance: no image shows it
+    report = sf.export.check(model, other, steps=3, **options)
+    assert report.psnr == same.psnr
+    assert report.worst_layer == "conv_out"
 
 
 def test_not_a_number_fails() -> None:
