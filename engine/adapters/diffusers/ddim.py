@@ -54,12 +54,6 @@ class DDIMScheduler(NoisingScheduler):
         self._begin(strict)
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
-        """Choose the timesteps of a loop of ``num_inference_steps``, by ``timestep_spacing``."""
-        self._space_timesteps(num_inference_steps, device)
-
     def _ends(self, timesteps: list[int], abar: Tensor) -> Tensor:
         """abar where steps end: at t - T // S, or at the next entry where not strict."""
         if self.num_inference_steps is None:

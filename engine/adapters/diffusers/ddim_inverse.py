@@ -58,12 +58,6 @@ class DDIMInverseScheduler(StepScheduler):
             torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         )
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
-        """Choose the timesteps of a loop of ``num_inference_steps``, ascending."""
-        self._space_timesteps(num_inference_steps, device)
-
     def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         assert self.num_inference_steps is not None
         config, abar, t = self.config, self._abar(), torch.tensor(timesteps, device="cpu")

@@ -75,7 +75,7 @@ class DDPMScheduler(NoisingScheduler):
         schedule, and for more steps than that has.
         """
         if timesteps is None:
-            self._space_timesteps(num_inference_steps, device)  # type: ignore[arg-type]
+            super().set_timesteps(num_inference_steps, device)  # type: ignore[arg-type]
             self.custom_timesteps = False
             return
         if num_inference_steps is not None:
@@ -93,27 +93,33 @@ class DDPMScheduler(NoisingScheduler):
         self.custom_timesteps = True
         self._take_timesteps(listed, device)
 
-    def _previous(self, t: int) -> int:
-        """The timestep after t in the list, -1 after the last; t - 1 where no list was chosen."""
+    def _previous(self, timesteps: list[int]) -> list[int]:
+        """The entries after these in the list, -1 after the last; t - 1 where none was chosen."""
         if not (self.custom_timesteps or self.num_inference_steps):
-            return t - 1
+            return [t - 1 for t in timesteps]
         if _BY_STRIDE and self.strict and not self.custom_timesteps:
-            return t - len(self) // self.num_inference_steps  # type: ignore[operator, no-any-return]
+            stride = len(self) // self.num_inference_steps  # type: ignore[operator]
+            return [t - stride for t in timesteps]
         listed = self._timestep_list()
-        if t not in listed:
-            raise IndexError(f"timestep must be one of {listed}; got {t}")
-        return [*listed, -1][listed.index(t) + 1]
+        # where an index is repeated the first counts: read backwards, it is written last
+        after = dict(zip(reversed(listed), reversed([*listed[1:], -1]), strict=True))
+        for t in timesteps:
+            if t not in after:
+                raise IndexError(f"timestep must be one of the {len(listed)} chosen; got {t}")
+        return [after[t] for t in timesteps]
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The timestep that `step` goes to from ``timestep``, -1 standing for x_0."""
         if not (self.custom_timesteps or self.num_inference_steps):
             return timestep - 1
-        return torch.tensor(self._previous(self._index(timestep)), device=self.timesteps.device)
+        return torch.tensor(
+            self._previous([self._index(timestep)])[0], device=self.timesteps.device
+        )
 
     def _rows(self, timesteps: list[int], *options: Any) -> Tensor:
         kind, _ = options
         abar, t = self._abar(), torch.tensor(timesteps, device="cpu")
-        previous = torch.tensor([self._previous(t) for t in timesteps], device="cpu")
+        previous = torch.tensor(self._previous(timesteps), device="cpu")
         ends = torch.where(previous >= 0, abar[previous.clamp(min=0)], self.one.to(abar))
         rows = ddpm_rows(t, abar[t], ends, self.config.prediction_type, self._clip(), kind)
         if self.strict and kind == "learned":
@@ -136,7 +142,7 @@ class DDPMScheduler(NoisingScheduler):
         if kind == "learned":
             return predicted_variance  # type: ignore[return-value]
         index, abar = self._index(t), self.alphas_cumprod
-        previous = self._previous(index)
+        previous = self._previous([index])[0]
         large = 1 - abar[index] / (abar[previous] if previous >= 0 else self.one)
         before = abar[previous] if previous >= 0 else self.one
         small = ((1 - before) / (1 - abar[index]) * large).clamp(min=_SMALLEST_VARIANCE)

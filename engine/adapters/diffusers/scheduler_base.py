@@ -101,8 +101,15 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """``sample`` as it is: these schedulers scale nothing."""
         return sample
 
-    def _space_timesteps(self, steps: int, device: str | torch.device | None) -> None:
-        config = self.config
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Choose the timesteps of a loop of ``num_inference_steps``, by ``timestep_spacing``.
+
+        Raises ValueError for less than one step, for more than the training schedule has, and for a
+        spacing that the scheduler does not know.
+        """
+        config, steps = self.config, num_inference_steps
         train_steps = config.num_train_timesteps
         listed = spaced(
             config.timestep_spacing, self._spacings, train_steps, steps, config.steps_offset
