@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.network import Network, Source
@@ -45,7 +46,6 @@ def build(network: Network, source: Source, batch: BatchProfile, opset: int, siz
     example = source.with_batch(count)
     with torch.no_grad(), _quietly():
         program, branches = _traced(network, example, batch, sizes)
-        program = program.run_decompositions(_decompositions())
         try:
             exported = torch.onnx.export(
                 program,
@@ -68,12 +68,14 @@ def _traced(
     network: Network, example: Source, batch: BatchProfile, sizes: bool
 ) -> tuple[ExportedProgram, bool]:
     """The network's program, and whether it branches on sizes."""
+    inputs = tuple(example.inputs.values())
     refused: Exception | None = None
     for branches in (False, True):
         shapes = _dynamic_shapes(example, batch, sizes, branches)
         try:
-            inputs = tuple(example.inputs.values())
-            return torch.export.export(network, inputs, dynamic_shapes=shapes), branches
+            with _Decomposed():
+                program = torch.export.export(network, inputs, dynamic_shapes=shapes)
+            return program, branches
         # torch.export raises exceptions of many kinds, user code of any kind
         except Exception as error:
             refused = refused or error
@@ -113,8 +115,15 @@ def _dynamic_shapes(source: Source, batch: BatchProfile, sizes: bool, branches: 
     return (image, dims, conditions) if conditions else (image, dims)
 
 
-def _decompositions() -> dict[Any, Any]:
-    return {torch.ops.stepfuse.group_norm_silu.default: _group_norm_silu}
+class _Decomposed(TorchFunctionMode):
+    """Inside, the fused op is done by plain ones, which is what a trace then shows."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.stepfuse.group_norm_silu.default:
+            return _group_norm_silu(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def _group_norm_silu(

@@ -35,7 +35,8 @@ class Draft:
 
     ``branches`` says that the network asks for its batch size, see `build`.
 
-    Raises OSError where ``path`` cannot be written, `BadGraph` where the checker complains.
+    Raises OSError where ``path`` cannot be written, `BadGraph` where the checker complains,
+    ValueError for weights that do not fit.
     """
 
     def __init__(
@@ -53,6 +54,11 @@ class Draft:
         model.metadata_props.update(metadata.to_strings())
         weights = [v for v in model.graph.initializers.values() if v.const_value.nbytes > _SMALL]
         total = sum(v.const_value.nbytes for v in weights)
+        if external_data is False and total > PROTOBUF_LIMIT:
+            raise ValueError(
+                f"weights of {total} bytes do not fit into one ONNX file; "
+                "accepted: external_data=True or None"
+            )
         self.data: Path | None = None
         self._tensors: list[Any] = []
         if external_data or (external_data is None and total > PROTOBUF_LIMIT):
@@ -64,10 +70,7 @@ class Draft:
                 value.const_value = ir.ExternalTensor(
                     name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name
                 )
-        try:
-            self.proto = ir.to_proto(model)
-        except ValueError as error:  # protobuf's word for too much
-            raise ValueError(f"the model does not fit into one file: {error}") from None
+        self.proto = ir.to_proto(model)
         _check(self.proto)
 
     def write_data(self) -> None:

@@ -186,6 +186,7 @@ def test_a_dynamic_size(tmp_path: Path) -> None:
     check(made.path, Small(), x[..., :5], t, condition)
 
 
+@pytest.mark.usefixtures("once")
 def test_a_branch_on_the_batch_must_not_matter(tmp_path: Path) -> None:
     batch = f"1:3:{LARGE}"
     harmless = Small(branch=lambda h: h.contiguous())
@@ -245,6 +246,9 @@ def test_above_the_limit_weights_go_to_their_own_file(
 ) -> None:
     once.setattr(onnx_write, "PROTOBUF_LIMIT", 500)
     assert export(tmp_path / "limit.onnx", ONE).data is not None
+    with pytest.raises(ValueError, match="do not fit into one ONNX file; accepted: external_data="):
+        export(tmp_path / "forced.onnx", ONE, external_data=False)
+    assert not (tmp_path / "forced.onnx").exists()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, once: pytest.MonkeyPatch) -> None:
