@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfuse.engine.adapters.guided_diffusion_probe import agreeing, signature
 from stepfuse.engine.adapters.guided_diffusion_rows import (
@@ -363,7 +363,8 @@ class FastDiffusion(Fast):
             if network.model is model:
                 return network
         network = FastNetwork(model, self.optimize, self.dtype)
-        self._networks = [*self._networks[1 - _CACHED :], network]
+        if isinstance(model, nn.Module):  # a function may be another one at every call
+            self._networks = [*self._networks[1 - _CACHED :], network]
         return network
 
     def __getstate__(self) -> dict[str, Any]:

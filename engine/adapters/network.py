@@ -31,7 +31,7 @@ class FastNetwork:
     def __init__(self, model: Any, optimize: bool, dtype: torch.dtype | None) -> None:
         self.model, self._options = model, (optimize, dtype)
         self._fast: Optimized | None = None
-        self._reason = ""
+        self._reason, self._announces = "", True
         if not optimize:
             self._reason = "optimize=False"
         elif not isinstance(model, nn.Module):
@@ -60,7 +60,12 @@ class FastNetwork:
         except WeightsChanged:
             fast.refresh()
         new = set(timesteps).difference(fast.timesteps)
-        if new and max(new) <= _LAST_TIMESTEP:
+        if new and max(new) > _LAST_TIMESTEP:
+            # announcing some of them would leave the others without a row
+            self._announces = False
+            if fast.timesteps:
+                fast = self._fast = Optimized(self.model, fast.dtype, (), 8)
+        if new and self._announces:
             fast.prepare(sorted(new))
         return fast
 

@@ -205,10 +205,11 @@ def test_q_sample(library: str) -> None:
     compare(d, run)
 
 
-def test_float64() -> None:
+@pytest.mark.parametrize("var", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"])
+def test_float64(var: str) -> None:
     """In float64 the rows and the oracle agree to its digits: no coefficient is merely near."""
     for mean in ("EPSILON", "START_X", "PREVIOUS_X"):
-        model, d = Network(True).double(), diffusion("oracle", mean, "LEARNED_RANGE")
+        model, d = Network(var.startswith("LEARNED")).double(), diffusion("oracle", mean, var)
         noise = torch.randn(SHAPE, dtype=torch.float64)
 
         def run(d: Any, model: Any = model, noise: Tensor = noise) -> list[Tensor]:
