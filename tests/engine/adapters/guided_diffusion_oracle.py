@@ -287,6 +287,20 @@ class Improved(Diffusion):
         device: Any = None,
         progress: bool = False,
     ) -> Tensor:
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        return list(self.p_sample_loop_progressive(**given))[-1]["sample"]
+
+    def p_sample_loop_progressive(  # type: ignore[override]
+        self,
+        model: Any,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Any = None,
+        model_kwargs: dict[str, Any] | None = None,
+        device: Any = None,
+        progress: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
         how = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
         how["model_kwargs"] = model_kwargs
-        return list(self.descend(self.p_sample, model, shape, noise, device, how))[-1]["sample"]
+        return self.descend(self.p_sample, model, shape, noise, device, how)
