@@ -241,8 +241,11 @@ def _not_now(unet: nn.Module, given: dict[str, Any]) -> str | None:
         or torch._C._get_tracing_state() is not None
     ):
         return "traced, recorded or transformed by somebody else"
-    if torch.is_autocast_enabled(given["sample"].device.type):
+    device = given["sample"].device.type
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
+    if torch.get_default_device().type not in ("cpu", device):
+        return "the default device is not that of the sample"
     return None
 
 
