@@ -17,7 +17,8 @@ _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one pr
 def exceed_cache(gm: GraphModule) -> bool:
     """Whether the network's weights are too large to stay in the cache between two evaluations."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and "weight" in n.meta]
-    return sum(n.meta["val"].nbytes for n in placeholders) > _CACHE // 2
+    held: int = sum(n.meta["val"].nbytes for n in placeholders)
+    return held > _CACHE // 2
 
 
 def best_times(

@@ -54,7 +54,9 @@ def filters(weight: Tensor, square: bool, dtype: torch.dtype) -> Tensor:
     """G w G^T (or G w) of w [K, C, 3, 3], computed in float64 and rounded once, as the operator
     takes it: [K / wide, frequencies, taps, C, wide], in bfloat16 with pairs of C side by side.
     """
-    few = weight.split(4 * native.winograd_wide)  # float64 of all of them would be a peak of memory
+    few = torch.split(
+        weight, 4 * native.winograd_wide
+    )  # float64 of all of them would be a peak of memory
     return torch.cat([_filters(part, square, dtype) for part in few])
 
 

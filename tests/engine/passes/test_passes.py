@@ -246,6 +246,29 @@ def test_time_alone_is_hoisted_and_the_class_is_not() -> None:
         assert distance(without_class(*inputs), model(*inputs)) < REORDERED
 
 
+@pytest.mark.parametrize("announced", [False, True])
+@torch.no_grad()
+def test_samples_of_one_timestep_that_differ_have_no_table(announced: bool) -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = own(num_classes=3)[0]
+            self.register_buffer("labels", torch.tensor([0, 2]))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            out: Tensor = self.model(x, t, labels=self.labels)
+            return out
+
+    model, (x, t) = Labelled().eval(), own()[1]
+    fast = optimize(model, (x, t), timesteps=[3, 700] if announced else ())
+    assert distance(fast(x, t), model(x, t)) < REORDERED
+    fast.prepare([9])
+    model.labels.copy_(torch.tensor([1, 1]))
+    fast.refresh()
+    for pair in ([9, 9], [3, 9]):
+        assert distance(fast(x, torch.tensor(pair)), model(x, torch.tensor(pair))) < REORDERED
+
+
 def test_a_timestep_that_is_no_vector_is_left() -> None:
     fast = optimize(nn.Conv2d(3, 3, 1), (torch.randn(1, 3, 4, 4),))
     assert report(fast, "hoist_timestep").note == "no timestep [N] as the second argument"
