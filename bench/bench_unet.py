@@ -6,11 +6,17 @@ is the sum of the network's own convolutions and linear layers, each timed alone
 with packed weights: what remains when everything between them costs nothing. "cpu ms" is the least
 processor time of an evaluation, all threads together: on a busy machine it tells more than the
 clock, though a thread that waits by spinning counts too.
+
+    OMP_NUM_THREADS=2 python -m stepfuse.bench.bench_unet --batch 1 8 32 --memory --json unet.json
+
+``--memory`` runs every candidate once more, alone in a process of its own, and prints a table of
+their resident sets.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -27,16 +33,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.bench import peers_setup
+from stepfuse.bench import peers_setup, unet_memory
 from stepfuse.bench.harness import machine
 from stepfuse.bench.peers import PEERS, Call, Plain
 from stepfuse.bench.products import products
+from stepfuse.bench.twin import diffusers_twin
+from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.optimize import optimize
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
 OURS = {"fp32": None, "bf16": torch.bfloat16}
+RELEASED = "-released"  # ours, with the weights freed that were packed
+MODELS = ("cifar10", "digits")
 TIMESTEP = 500
+MOST_IMAGES = 8  # of a batch whose images are compared: fifty evaluations of every candidate
 SETTLE_SECONDS = 0.02  # idle threads of the candidate before stop spinning
 
 
@@ -79,6 +90,66 @@ def from_config(config: dict[str, Any]) -> nn.Module:
     return network
 
 
+class Labelled(nn.Module):
+    """A class-conditional network of diffusers with its labels fixed: ``model(x, t)``."""
+
+    labels: Tensor
+
+    def __init__(self, model: nn.Module, labels: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("labels", labels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = self.model(x, t, class_labels=self.labels).sample
+        return result
+
+
+def network(
+    name: str, config: dict[str, Any] | None, batch: int
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """(``model(x, t)`` with a tensor for its result, the shape of its x).
+
+    "digits" is diffusers' twin of the embedded checkpoint, every class in turn.
+    """
+    if config is None and name == "digits":
+        checkpoint = sf.load("digits")
+        labels = torch.arange(batch) % (checkpoint.num_classes or 1)
+        model: nn.Module = Labelled(diffusers_twin(checkpoint.model), labels)
+        return model.eval(), (batch, *checkpoint.sample_shape)
+    unet: Any = cifar10() if config is None else from_config(config)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    model = Plain(unet).eval()
+    return model, (batch, unet.config.in_channels, height, width)
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x and t."""
+    generator = torch.Generator().manual_seed(shape[0])
+    return torch.randn(shape, generator=generator), torch.full(shape[:1], TIMESTEP)
+
+
+def maker(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
+    """What builds the candidate of this name; RuntimeError where it cannot run here."""
+    if name.startswith("stepfuse-"):
+        release = name.endswith(RELEASED)
+        dtype = OURS[name.removeprefix("stepfuse-").removesuffix(RELEASED)]
+        timesteps = [*sf.spaced_timesteps(1000, 50), TIMESTEP]
+        return lambda: optimize(model, (x, t), dtype, timesteps=timesteps, release_weights=release)
+    peer = next(peer for peer in PEERS if peer.name == name)
+    reason = peer.why_not()
+    if reason:
+        raise RuntimeError(reason)
+    return lambda: peer.build(model, x, t)
+
+
+def import_packages(name: str) -> None:
+    """Import what the candidate needs, so that it does not count as the candidate's own memory."""
+    for package in next((peer.needs for peer in PEERS if peer.name == name), ()):
+        importlib.import_module(package)
+
+
 def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor) -> Candidate:
     """Time from nothing to the first result, and the memory that it holds then."""
     process = psutil.Process()
@@ -92,26 +163,16 @@ def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor)
 def candidates(model: nn.Module, x: Tensor, t: Tensor, names: list[str]) -> list[Candidate]:
     """Ours, then the peers that were asked for and can run; the others are listed with a reason."""
     found = []
-    timesteps = sf.spaced_timesteps(1000, 50)
-    for dtype, precision in OURS.items():
-
-        def make(precision: torch.dtype | None = precision) -> Call:
-            return optimize(model, (x, t), precision, timesteps=[*timesteps, TIMESTEP])
-
-        found.append(build(f"stepfuse-{dtype}", dtype, make, x, t))
-    for peer in PEERS:
-        if peer.name not in names:
-            continue
-        reason = peer.why_not()
-        if not reason:
-            try:
-                found.append(
-                    build(peer.name, peer.dtype, lambda p=peer: p.build(model, x, t), x, t)
-                )
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        if reason:
-            Console(stderr=True).print(f"{peer.name} left out: {reason}")
+    dtypes = {f"stepfuse-{dtype}": dtype for dtype in OURS}
+    dtypes |= {peer.name: peer.dtype for peer in PEERS if peer.name in names}
+    for name, dtype in dtypes.items():
+        try:
+            found.append(build(name, dtype, maker(name, model, x, t), x, t))
+        except Exception as error:
+            if name.startswith("stepfuse-"):
+                raise
+            reason = str(error).splitlines()[0][:200] if str(error) else ""
+            Console(stderr=True).print(f"{name} left out: {type(error).__name__}: {reason}")
     return found
 
 
@@ -196,7 +257,7 @@ def show(
             f"{ratio(c.seconds, alone[c.dtype]):.2f}",
             f"{ratio(c.seconds, base.seconds):.2f}",
             f"{c.error:.1e}",
-            f"{c.psnr:.1f}",
+            "" if math.isnan(c.psnr) else f"{c.psnr:.1f}",
             f"{c.first_step:.1f}",
             f"{c.memory / 2**20:.0f}",
         )
@@ -221,46 +282,64 @@ def as_json(batch: int, found: list[Candidate], alone: dict[str, list[float]]) -
     return {"batch": batch, "candidates": rows, "products_seconds": alone}
 
 
-@torch.no_grad()
-def main() -> None:
-    """Command line."""
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", type=Path, help="JSON of a diffusers UNet2DModel")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="what is evaluated")
+    parser.add_argument("--config", type=Path, help="JSON of a diffusers UNet2DModel, instead")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of every candidate")
     names = [peer.name for peer in PEERS]
     quick = [name for name in names if not name.startswith("inductor")]
     parser.add_argument(
-        "--peers", nargs="*", choices=names, default=quick, metavar="NAME",
-        help=f"of {', '.join(names)}; the inductor ones take a minute each and are not the default",
+        "--peers", nargs="*", choices=[*names, "all"], default=quick, metavar="NAME",
+        help=f"of {', '.join(names)}, or all; inductor's take a minute each: not the default",
     )  # fmt: skip
     parser.add_argument("--no-images", action="store_true", help="leave the PSNR of images out")
+    parser.add_argument("--memory", action="store_true", help="each candidate in its own process")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     options = parser.parse_args()
+    options.peers = names if "all" in options.peers else options.peers
+    if min(options.batch) < 1 or options.rounds < 1:
+        parser.error("--batch and --rounds must be at least 1")
+    if options.json:
+        check_file(options.json)
+    return options
+
+
+@torch.no_grad()
+def main() -> None:
+    """Command line."""
+    options = arguments()
     peers_setup.prepare()
     if options.threads:
         torch.set_num_threads(options.threads)
-    network = from_config(json.loads(options.config.read_text())) if options.config else cifar10()
-    model = Plain(network).eval()
-    size, channels = network.config.sample_size, network.config.in_channels
+    config = json.loads(options.config.read_text()) if options.config else None
     console, results = Console(), []
     if not console.is_terminal:
         console.width = 120  # a file has no width of its own
     for batch in options.batch:
-        generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, channels, size, size, generator=generator)
-        t = torch.full((batch,), TIMESTEP)
+        model, shape = network(options.model, config, batch)
+        x, t = inputs(shape)
         found = verified(candidates(model, x, t, options.peers), model, x, t)
         sums = {dtype: products(model, x, t, precision) for dtype, precision in OURS.items()}
         alone = alternate(found, x, t, sums, options.rounds)
-        if not options.no_images:
+        if batch <= MOST_IMAGES and not options.no_images:
             compare_images(found, model, x)
         show(console, batch, found, alone)
         results.append(as_json(batch, found, alone))
+        names = [c.name for c in found]
+        del model, found, sums
+        if options.memory:
+            names += [f"stepfuse-{dtype}{RELEASED}" for dtype in OURS]
+            job = {"model": options.model, "config": config, "batch": batch}
+            memory = unet_memory.in_processes(names, job | {"threads": options.threads})
+            console.print(unet_memory.table(memory, batch))
+            results[-1]["memory"] = memory
     if options.json:
-        document = {"machine": machine(), "results": results}
-        options.json.write_text(json.dumps(document, indent=1))
+        document = {"machine": machine(), "model": options.model, "config": config}
+        write_file(options.json, json.dumps(document | {"results": results}, indent=1).encode())
 
 
 if __name__ == "__main__":
