@@ -107,7 +107,7 @@ def export_command(
         typer.Option(
             "--model",
             "-m",
-            help="Embedded checkpoint, or the path of a .safetensors file.",
+            help="What to export: an embedded checkpoint, or the path of a .safetensors file.",
             rich_help_panel=WHAT,
         ),
     ] = "digits",

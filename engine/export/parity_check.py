@@ -328,15 +328,10 @@ class _PlainNorm(nn.Module):
         self.norm = [norm]  # in a list: this module has no children and stays a layer
         self.weight, self.bias = norm.weight, norm.bias
 
-    def forward(
-        self,
-        x: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        add: Tensor | None = None,
-    ) -> Tensor:
-        """As `GroupNormSiLU.forward`."""
+    def forward(self, x: Tensor, **modulation: Tensor | None) -> Tensor:
+        """As `GroupNormSiLU.forward`, with scale, shift and add by name."""
         norm = self.norm[0]
+        scale, shift, add = (modulation.get(name) for name in ("scale", "shift", "add"))
         silu = norm.act == "silu"
         y = formula(x, self.weight, self.bias, norm.groups, norm.eps, scale, shift, add, silu)
         return y.to(x.dtype)
