@@ -91,7 +91,8 @@ class Report:
         ]
         if self.psnr:
             lines.append(
-                f"{len(self.psnr)} images after {self.steps} steps of DDIM: "
+                f"{len(self.psnr)} image{'s' if len(self.psnr) > 1 else ''} after {self.steps} "
+                "steps of DDIM: "
                 f"{min(self.psnr):.1f} dB or better (accepted {self.tolerance.psnr:g} dB)"
             )
         if self.emulated:
