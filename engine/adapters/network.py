@@ -49,7 +49,7 @@ class FastNetwork:
         """What to call for ``timesteps``, all of them, up to date with the model's weights."""
         fast = self._fast
         # with gradients on, those of the parameters may be wanted too
-        if fast is None or torch.is_grad_enabled() or _drops(self.model):
+        if fast is None or torch.is_grad_enabled() or _obstacle(self.model):
             return self.model
         if _settings(self.model) != self._settings:
             # moved or converted: nothing that was compiled fits any longer
@@ -73,17 +73,23 @@ class FastNetwork:
         """What was compiled, or why the model runs as it is."""
         if self._fast is None:
             return f"as it is: {self._reason}"
-        if _drops(self.model):
-            return "as it is: dropout is on; call eval() for the compiled one"
-        return self._fast.explain()
+        obstacle = _obstacle(self.model)
+        return f"as it is: {obstacle}" if obstacle else self._fast.explain()
 
 
-def _drops(model: nn.Module) -> bool:
-    """Dropout that is on draws random numbers, which a compiled network does not."""
-    return any(
-        isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-        for module in model.modules()
-    )
+def _obstacle(model: nn.Module) -> str:
+    """Why a compiled network would not do what the model does now; empty where it would."""
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a module has a forward hook"
+        if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
+            return "a batch normalisation is in training mode; call eval()"
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return "dropout is on; call eval()"
+    settings = _settings(model)
+    if settings is not None and torch.is_autocast_enabled(settings[1].type):
+        return "autocast is on"
+    return ""
 
 
 def _settings(model: nn.Module) -> Any:

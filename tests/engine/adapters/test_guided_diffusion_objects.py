@@ -14,6 +14,7 @@ from torch import Tensor
 
 import stepfuse as sf
 from stepfuse.engine.adapters import guided_diffusion
+from stepfuse.engine.unet import UNet, UNetConfig
 
 
 def sample(d: Any, model: Any = None, **options: Any) -> Tensor:
@@ -210,3 +211,52 @@ def test_strict() -> None:
     ours, after = run()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.equal(after, state)
+
+
+def network() -> UNet:
+    """A small U-Net with random weights."""
+    torch.manual_seed(0)
+    config = UNetConfig(base_channels=8, channel_multipliers=(1, 2), norm_groups=4, dropout=0.5)
+    model = UNet(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def images(d: Any, model: UNet) -> Tensor:
+    torch.manual_seed(5)
+    return d.ddim_sample_loop(model, (1, 3, 8, 8))
+
+
+def test_bfloat16() -> None:
+    d, model = diffusion(), network()
+    plain = images(d, model)
+    error = float((images(sf.accelerate(d, dtype=torch.bfloat16), model) - plain).square().mean())
+    assert 1e-12 < error < 4e-3  # images in [-1, 1]: more than 30 dB, in another arithmetic
+
+
+def test_weights_changed_afterwards() -> None:
+    """Training, EMA or a checkpoint between two loops."""
+    d, model = sf.accelerate(diffusion()), network()
+    first = images(d, model)
+    with torch.no_grad():
+        model.conv_in.weight.mul_(1.5)
+    second = images(d, model)
+    assert not torch.allclose(first, second, atol=1e-3)
+    expected = images(sf.restore(d), model)
+    torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_that_is_on() -> None:
+    d, model = diffusion(), network().train()
+    plain = images(d, model)
+    torch.testing.assert_close(images(sf.accelerate(d), model), plain, rtol=1e-4, atol=1e-4)
+    assert "dropout is on" in guided_diffusion.explain(d)
+    assert not torch.allclose(images(d, model.eval()), plain, atol=1e-3)
+
+
+def test_hooks_are_called() -> None:
+    d, model, seen = sf.accelerate(diffusion()), network(), []
+    model.conv_in.register_forward_hook(lambda *_: seen.append(1))
+    images(d, model)
+    assert len(seen) == d.num_timesteps

@@ -134,6 +134,13 @@ def test_ema_copy() -> None:
         check_same(ours, seeded(lambda plain=plain: plain.sample(1)))
 
 
+def test_hooks_are_called() -> None:
+    diffusion, seen = sf.accelerate(unet(sampling_timesteps=3)), []
+    diffusion.model.mid_block1.register_forward_hook(lambda *_: seen.append(1))
+    diffusion.sample(1)
+    assert len(seen) == 3
+
+
 class OwnPosterior(GaussianDiffusion):
     def q_posterior(self, *args: Any, **kwargs: Any) -> Any:
         return super().q_posterior(*args, **kwargs)

@@ -84,6 +84,26 @@ def test_itself() -> None:
         assert plain.explain() == "as it is: optimize=False"
 
 
+def test_hooks_autocast_and_batch_statistics() -> None:
+    """What a compiled network would pass over."""
+    network, seen = FastNetwork(Small(), True, None), []
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    hook = network.model.convolution.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        network.ready([1])(x, t)
+        assert seen == [1]
+        assert network.explain() == "as it is: a module has a forward hook"
+        hook.remove()
+        assert network.ready([1]) is not network.model
+        with torch.autocast("cpu", torch.bfloat16):
+            assert network.ready([1]) is network.model
+            assert network.explain() == "as it is: autocast is on"
+        network.model.add_module("norm", nn.BatchNorm2d(3))
+        assert network.ready([1]) is network.model
+        network.model.eval()
+        assert network.ready([1]) is not network.model
+
+
 def test_options_go_to_another_model() -> None:
     network = FastNetwork(Small(), True, torch.bfloat16)
     assert network.of(network.model) is network
