@@ -16,6 +16,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pauses before a time is taken, and short windows."""
+    """No pauses before a time is taken, short windows, and nothing collected between batches."""
     monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(throughput, "WINDOW_SECONDS", 0.02)
+    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: 0))
