@@ -35,11 +35,13 @@ def attention(gm: GraphModule) -> PassReport:
     """Write out every unmasked attention on the CPU that is faster so, by measurement."""
     report = PassReport("attention")
     for node in calls(gm, SDPA):
-        problem, build, scale = _choice(node)
-        if report.count(problem):
+        problem = _problem(node)
+        form = None if problem else _fastest(node)
+        if report.count(problem or ("" if form else "the fused operator is faster")):
+            assert form is not None
             q, k, v = node.args[:3]
             with gm.graph.inserting_before(node):
-                written = build(functools.partial(call, gm.graph), q, k, v, scale)
+                written = form(functools.partial(call, gm.graph), q, k, v, _scale(node))
             replace(node, written)
     finish(gm)
     return report
@@ -74,37 +76,45 @@ def _shape(q: Any) -> torch.Size:
     return value(q).shape if isinstance(q, Node) else q.shape
 
 
-def _choice(node: Node) -> tuple[str, Build, float]:
-    """(why it stays as it is, or "", how to write it out, scale)."""
-    masks = dict(zip(("mask", "dropout", "causal"), node.args[3:], strict=False))
-    masks.update(node.kwargs)
-    scale = masks.pop("scale", None)
-    q, k, v = (value(n) for n in node.args[:3] if isinstance(n, Node))
-    scale = float(scale) if isinstance(scale, (int, float)) else q.shape[-1] ** -0.5
-    if any(masks.values()):
-        return "masked, causal or with dropout", batched, scale
+def _problem(node: Node) -> str:
+    """Why it has no other form here; empty where it has."""
+    mask, dropout, causal = (*node.args[3:6], *(None,) * 3)[:3]
+    named = (node.kwargs.get(name) for name in ("attn_mask", "dropout_p", "is_causal"))
+    q, k, _ = _operands(node)
+    if any((mask, dropout, causal, *named)):
+        return "masked, causal or with dropout"
     if q.device.type != "cpu":
-        return "not on the CPU", batched, scale
+        return "not on the CPU"
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.dtype not in (torch.float32, torch.bfloat16):
-        return "of a shape or dtype without another form", batched, scale
+        return "of a shape or dtype without another form"
     if q.shape[:-1].numel() * k.shape[2] > MOST_WEIGHTS:
-        return "more positions than are worth writing out", batched, scale
-    strides = tuple(tuple(part.stride()) for part in (q, k, v))
-    shapes = tuple(tuple(part.shape) for part in (q, k, v))
+        return "more positions than are worth writing out"
+    return ""
+
+
+def _fastest(node: Node) -> Build | None:
+    """The form that is faster than the fused operator, None where there is none."""
+    parts = _operands(node)
+    n, heads = parts[0].shape[:2]
     forms: list[Build] = [batched]
-    if q.shape[1] == 1 and q.shape[0] <= MOST_SAMPLES and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if heads == 1 and n <= MOST_SAMPLES and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         forms.append(one_by_one)
-    times = _seconds(shapes, strides, q.dtype, tuple(forms), torch.get_num_threads())
-    best = min(range(len(times)), key=times.__getitem__)
-    return (
-        ("the fused operator is faster", batched, scale)
-        if best == 0
-        else (
-            "",
-            forms[best - 1],
-            scale,
-        )
-    )
+    shapes = tuple(tuple(part.shape) for part in parts)
+    strides = tuple(tuple(part.stride()) for part in parts)
+    fused, *times = _seconds(shapes, strides, parts[0].dtype, tuple(forms), torch.get_num_threads())
+    best = min(times)
+    return forms[times.index(best)] if best < fused else None
+
+
+def _operands(node: Node) -> list[Tensor]:
+    """What stands for q, k and v."""
+    return [value(n) for n in node.args[:3] if isinstance(n, Node)]
+
+
+def _scale(node: Node) -> float:
+    given = node.kwargs.get("scale")
+    width = _operands(node)[0].shape[-1]
+    return float(given) if isinstance(given, (int, float)) else float(width**-0.5)
 
 
 def _directly(target: Any, *args: Any) -> Any:

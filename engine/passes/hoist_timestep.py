@@ -4,9 +4,9 @@
     table[row of t]                                          one gather
 
 In a U-Net of DDPM that is the embedding and the projections of all residual blocks. The marked
-nodes become a function of their own, ``t [N] -> (e_1 [N, ...], ..., e_k [N, ...])``; row n of each
-result depends on t[n] alone, so that its results for one timestep are one row of a table
-(`timetable.TimeTable`). Exact for a row computed with the same batch size.
+nodes become a function of their own, ``t [N] -> (e_1 [N, ...], ..., e_k [N, ...])``; where row n of
+each result depends on t[n] alone, which the table checks by value, the results for one timestep are
+one row of it (`timetable.TimeTable`). Exact for a row computed with the same batch size.
 """
 
 from __future__ import annotations

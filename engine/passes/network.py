@@ -167,10 +167,15 @@ class Network:
         self._placeholders = {
             name: target for name, target in placeholders.items() if _is_read(traced.gm, name)
         }
+        # read as they are, or no weights of the model: never released
         self._direct = {
-            n.name
-            for n in nodes
-            if "weight" in n.meta and any(stage(u) != "weights" for u in n.users)
+            node.name
+            for node in nodes
+            if "weight" in node.meta
+            and (
+                node.meta["weight"] in traced.constants
+                or any(stage(u) != "weights" for u in node.users)
+            )
         }
         named = [t for t in self._placeholders.values() if t not in traced.constants]
         self.weights = Weights(model, dict.fromkeys(named))
@@ -206,14 +211,7 @@ class Network:
         last = {name: fold for fold in self._folds for name in fold.reads} if release else {}
         freed = 0
         for fold in self._folds:
-            (new,) = fold.run()
-            old = self._bound[fold.name]
-            if old is not None and _alike(old, new):
-                old.copy_(new)  # a recorded step holds the tensor itself
-            else:
-                # constants are copies: those of the next refresh are written over them
-                self._bound[fold.name] = new.clone() if _memory(new) in owned else new
-            del new, old
+            self._bind_constant(fold, owned)
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
                     freed += self._bound[name].nbytes
@@ -222,6 +220,16 @@ class Network:
             if freed > _TRIM_EVERY:
                 freed = 0
                 trim()
+
+    def _bind_constant(self, fold: _Fold, owned: set[int | None]) -> None:
+        """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""
+        (new,) = fold.run()
+        old = self._bound[fold.name]
+        if old is not None and _alike(old, new):
+            old.copy_(new)  # a recorded step holds the tensor itself
+        else:
+            # constants are copies: those of the next refresh are written over them
+            self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
 
 _TRIM_EVERY = 16 << 20  # bytes

@@ -119,6 +119,25 @@ def test_a_sampler_over_it_is_captured() -> None:
     assert sampler.stats()["replays"] == 4, sampler.explain()
 
 
+@torch.no_grad()
+def test_tensors_made_while_tracing_are_kept() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.tensor([[0.5, 2.0], [1.5, -1.0]])
+            out: Tensor = nn.functional.conv2d(self.conv(x), scale[:, :, None, None])
+            return out
+
+    model, x = Constant().eval(), torch.randn(2, 2, 5, 7)
+    expected = model(x)
+    fast = optimize(model, (x,), release_weights=True)
+    assert distance(fast(x), expected) < REORDERED
+    assert model.conv.weight.numel() == 4, "its shape is still known"
+
+
 def test_what_cannot_be_exported_keeps_its_weights() -> None:
     class Branch(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
