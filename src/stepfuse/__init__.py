@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.guidance import CFG, ClassifierGuidance
     from stepfuse.engine.latents import interpolate, slerp
     from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
+    from stepfuse.engine.passes.released import WeightsReleased
     from stepfuse.engine.sampler import Sampler, Step
     from stepfuse.engine.schedule import Schedule
     from stepfuse.engine.timesteps import spaced_timesteps
@@ -31,6 +32,7 @@ __all__ = [
     "Step",
     "TensorRTDenoiser",
     "WeightsChanged",
+    "WeightsReleased",
     "__version__",
     "accelerate",
     "export",
@@ -51,6 +53,7 @@ _HOMES = {
     "engine.guidance": ("CFG", "ClassifierGuidance"),
     "engine.latents": ("interpolate", "slerp"),
     "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
+    "engine.passes.released": ("WeightsReleased",),
     "engine.sampler": ("Sampler", "Step"),
     "engine.schedule": ("Schedule",),
     "engine.timesteps": ("spaced_timesteps",),
