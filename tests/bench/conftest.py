@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from tests.engine.cli_case import TINY, save
 
-from stepfuse.bench import latency, throughput
+from stepfuse.bench import latency, measure, throughput
 
 
 @pytest.fixture(scope="session")
