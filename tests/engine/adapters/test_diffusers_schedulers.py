@@ -112,7 +112,7 @@ common = {
     "thresholding": st.booleans(),
     "sample_max_value": st.sampled_from([0.9, 1.0, 3.0]),  # errors grow by 1 / s each step
 }
-example = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+example = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @example
