@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from stepfuse.engine.checkpoint import Checkpoint
 from stepfuse.engine.export.batch_profile import BatchProfile
@@ -24,6 +23,9 @@ from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.table import Method
 from stepfuse.engine.timesteps import Spacing
 from stepfuse.kernels.step_row import Column
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def onnx_loop(

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import nn
 from tqdm.auto import tqdm
-from typing_extensions import TypedDict
 
 from stepfuse.engine.checkpoint import Checkpoint
 from stepfuse.engine.export.batch_profile import BatchProfile

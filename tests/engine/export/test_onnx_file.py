@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,10 @@ def test_a_dynamic_size(tmp_path: Path) -> None:
     made = export(tmp_path / "sizes.onnx", dynamic_size=True)
     assert made.inputs["x"] == ("batch", 2, "rows", "columns")
     x, t, condition = inputs(3, side=9)
-    check(made.path, Small(), x[..., :5], t, condition)
+    x = x[..., :5]
+    check(made.path, Small(), x, t, condition)
+    got = sf.OnnxDenoiser(made.path)(x, t, **condition)
+    assert torch.equal(got, run(made.path, {"x": x, "t": t, **condition}))
 
 
 @pytest.mark.usefixtures("once")
@@ -317,3 +321,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         export(tmp_path / "no" / "x.onnx")
     with pytest.raises(IsADirectoryError, match="it is a folder"):
         export(tmp_path)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_packages_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        sf.BackendUnavailable, match=rf"{package}.* `pip install 'stepfuse\[onnx\]'`"
+    ):
+        export(tmp_path / "x.onnx")
