@@ -58,7 +58,7 @@ def accelerate(obj: Object, **options: Any) -> Object:
 def restore(obj: Object) -> Object:
     """Undo `accelerate` exactly and return the object.
 
-    One that was not accelerated stays as it is; diffusers' adapter raises ValueError for it.
+    One that was not accelerated stays as it is.
     Raises TypeError for an object that no adapter takes, with what is supported.
     """
     plain: Object = _adapter(obj).restore(obj)

@@ -90,8 +90,8 @@ def accelerate(
 def restore(obj: Object) -> Object:
     """Undo `accelerate` and return the object, with the scheduler it had and no attribute left.
 
-    Raises ValueError for an object that was not accelerated, RuntimeError where another library has
-    put its hooks over the U-Net's forward since.
+    One that was not accelerated stays as it is. Raises RuntimeError where another library has put
+    its hooks over the U-Net's forward since.
     """
     if pipelines.is_pipeline(obj):
         pipelines.restore(obj)

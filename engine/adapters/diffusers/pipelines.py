@@ -79,11 +79,11 @@ def restore(pipe: Any) -> None:
     """Put back what was there, the same objects.
 
     What the user exchanged since stays: a scheduler or a U-Net assigned after `accelerate`.
-    Raises ValueError where nothing was accelerated, RuntimeError where somebody hides the forward.
+    Raises RuntimeError where somebody hides the forward.
     """
     changes = changes_of(pipe)
     if changes is None:
-        raise ValueError(f"this {type(pipe).__name__} was not accelerated: nothing to restore")
+        return
     _release(changes)
     if changes.ours is not None and pipe.scheduler is changes.ours:
         vars(pipe)["scheduler"] = changes.theirs

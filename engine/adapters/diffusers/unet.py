@@ -99,9 +99,9 @@ def install(unet: nn.Module, dtype: torch.dtype | None) -> Forward:
 
 
 def remove(unet: nn.Module) -> None:
-    """Take the forward away again.
+    """Take the forward away again, if there is one.
 
-    Raises ValueError where there is none, RuntimeError where somebody put another over it.
+    Raises RuntimeError where somebody put another over it.
     """
     found = forward_of(unet)
     if found is None:
@@ -110,7 +110,7 @@ def remove(unet: nn.Module) -> None:
                 "the forward of the U-Net was replaced after it was accelerated; undo that first "
                 "(hooks for offloading: pipe.remove_all_hooks())"
             )
-        raise ValueError(f"this {type(unet).__name__} was not accelerated: nothing to restore")
+        return
     del vars(unet)["forward"]
     if found.hidden is not None:
         vars(unet)["forward"] = found.hidden
