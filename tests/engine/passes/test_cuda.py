@@ -79,7 +79,7 @@ def test_full_networks_run_without_a_host_sync(
     assert not {"aten::sin", "aten::cos", "aten::exp"} & set(seen.names)
     # images are channels-last from the first convolution on, and the filters were turned once
     assert int(done["channels_last"].note.split()[0]) <= 5
-    filters = [v for v in (network._bound[name] for name in network._folded) if v.dim() == 4]
+    filters = [v for v in (network._bound[f.name] for f in network._folds) if v.dim() == 4]
     wide = [v for v in filters if v.shape[2] == 3]
     assert len(wide) == sum(isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3 for m in modules)
     assert all(v.is_contiguous(memory_format=torch.channels_last) for v in wide)
