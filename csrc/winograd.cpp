@@ -13,7 +13,7 @@ namespace {
 constexpr int kWide = kWinogradWide;
 constexpr int kRows = W == 4 ? 4 : W == 8 ? 6 : 12;  // positions that share the registers of a product
 constexpr int64_t kPair = 2 * kWide;                 // the two results of an axis
-constexpr int64_t kScratch = 384 << 10;  // bytes of transformed image that stay in the L2 cache
+constexpr int64_t kScratch = 640 << 10;  // bytes of transformed image that stay in the L2 cache
 constexpr int64_t kPositions = 96;       // enough to pay for reading the filters
 constexpr int64_t kShares = 8;           // of the filters at most: each transforms the image anew
 constexpr int64_t kApart = 320;          // bytes, five cache lines: see Image::plane
