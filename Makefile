@@ -14,7 +14,7 @@ SUITES ?=
 OUT := bench/out
 COMMA := ,
 
-.PHONY: sample test lint types bench bench-suites bench-gate bench-kernels bench-sampler bench-unet clean
+.PHONY: sample test lint types bench bench-suites bench-gate bench-kernels bench-sampler bench-unet bench-adapters clean
 
 sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoint
 	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
@@ -53,6 +53,9 @@ bench-sampler: $(VENV)/benched
 
 bench-unet: $(VENV)/benched
 	@$(BIN)/python -m stepfuse.bench.bench_unet
+
+bench-adapters: $(VENV)/benched
+	@$(BIN)/python -m stepfuse.bench.bench_adapters
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
