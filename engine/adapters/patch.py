@@ -7,22 +7,23 @@ carry both objects, each copy its own pair.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
 _NAME = "_stepfuse"
 
 
-class Fast:
+class Fast(ABC):
     """The base of what replaces an object's methods."""
 
     def __init__(self) -> None:
         self.replaced: tuple[str, ...] = ()
         self.hidden: dict[str, Any] = {}
 
+    @abstractmethod
     def explain(self) -> str:
         """What is replaced, and what is not and why."""
-        raise NotImplementedError
 
     def theirs(self, obj: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call what ``name`` was before."""
