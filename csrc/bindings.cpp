@@ -1,13 +1,15 @@
 // The Python module: integers in (addresses, sizes, codes), nothing out. Shapes, dtypes and strides
 // are checked by the callers in kernels/cpp/.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <iterator>
 #include <string>
 
+#include "convolve.h"
 #include "ops.h"
 #include "parallel.h"
-#include "winograd.h"
 
 namespace py = pybind11;
 using namespace stepfuse;
@@ -167,25 +169,53 @@ void bind_group_norm_silu(py::module_& m) {
         });
 }
 
-void bind_winograd(py::module_& m) {
-  m.attr("winograd_wide") = kWinogradWide;
-  m.attr("winograd_bfloat16") = kWinogradBFloat16;
-  m.def("winograd", [](uintptr_t x, uintptr_t u, uintptr_t bias, uintptr_t residual, uintptr_t out,
-                       int dtype, int64_t samples, int64_t height, int64_t width, int64_t channels,
-                       int64_t filters, bool square, int threads) {
-    const Winograd a{pointer<void>(x),
-                     pointer<void>(u),
-                     pointer<float>(bias),
-                     pointer<void>(residual),
-                     pointer<void>(out),
-                     static_cast<DType>(dtype),
-                     samples,
-                     height,
-                     width,
-                     channels,
-                     filters,
-                     square};
-    run(samples * height * width * channels * filters, [&] { winograd(a, threads); });
+void bind_convolve(py::module_& m) {
+  m.attr("wide") = kWide;
+  m.attr("bfloat16_products") = kBFloat16Products;
+  // `norm`: what group_norm_silu takes, or an empty list
+  m.def("convolve", [](uintptr_t x, uintptr_t u, uintptr_t bias, uintptr_t residual, uintptr_t out,
+                       int dtype, int form, int64_t stride, int64_t samples, int64_t height,
+                       int64_t width, int64_t channels, int64_t filters, const py::list& norm,
+                       float eps, int threads) {
+    GroupNorm before{};
+    if (norm.size() > 0) before = group_norm(norm, eps);
+    const Convolution a{pointer<void>(x),
+                        pointer<void>(u),
+                        pointer<float>(bias),
+                        pointer<void>(residual),
+                        pointer<void>(out),
+                        static_cast<DType>(dtype),
+                        static_cast<Form>(form),
+                        stride,
+                        samples,
+                        height,
+                        width,
+                        channels,
+                        filters,
+                        norm.size() > 0 ? &before : nullptr};
+    run(samples * height * width * channels * filters, [&] { convolve(a, threads); });
+  });
+  m.def("concatenate", [](const std::vector<std::pair<uintptr_t, int64_t>>& parts, uintptr_t out,
+                          int64_t pixels, int threads) {
+    Concatenate a{{}, pointer<void>(out), pixels};
+    int64_t bytes = 0;
+    for (const auto& [data, width] : parts) {
+      a.parts.push_back({pointer<void>(data), width});
+      bytes += width * pixels;
+    }
+    run(bytes, [&] { concatenate(a, threads); });
+  });
+  // an operand: its address and three strides; sizes: samples, heads, queries, keys, width, values
+  m.def("attend", [](const std::array<int64_t, 4>& q, const std::array<int64_t, 4>& k,
+                     const std::array<int64_t, 4>& v, const std::array<int64_t, 4>& out, int dtype,
+                     const std::array<int64_t, 6>& sizes, float scale, int threads) {
+    const auto operand = [](const std::array<int64_t, 4>& o) {
+      return Attention::Operand{pointer<void>(static_cast<uintptr_t>(o[0])), o[1], o[2], o[3]};
+    };
+    const Attention a{operand(q), operand(k), operand(v), operand(out), static_cast<DType>(dtype),
+                      sizes[0],   sizes[1],   sizes[2],   sizes[3],     sizes[4],
+                      sizes[5],   scale};
+    run(sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4], [&] { attend(a, threads); });
   });
 }
 
@@ -197,5 +227,5 @@ PYBIND11_MODULE(STEPFUSE_MODULE, m) {
   bind_noise(m);
   bind_denoise_step(m);
   bind_group_norm_silu(m);
-  bind_winograd(m);
+  bind_convolve(m);
 }

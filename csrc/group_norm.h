@@ -119,26 +119,44 @@ void for_whole_units(const GroupNorm& a, int64_t units, int threads, const Work&
   });
 }
 
-// Calls work(unit, piece) for every piece of every unit, backwards: what was summed last is still
-// in the cache.
-template <class Unit, class Work>
-void for_units(const GroupNorm& a, int threads, const Work& work) {
-  const int64_t units = Unit::units(a), whole = units - units % threads;
-  for_whole_units<Unit>(a, whole, threads, [&](const Unit& unit) {
-    for (int64_t p = unit.pieces(); p-- > 0;) work(unit, p);
-  });
-  if (whole == units) return;
+// Calls whole(unit) for units that one thread sums, as many as all threads get, and shared(unit) for
+// those left over, which all threads have summed together.
+template <class Unit, class Whole, class Shared>
+void for_summed_units(const GroupNorm& a, int threads, const Whole& whole, const Shared& shared) {
+  const int64_t units = Unit::units(a), even = units - units % threads;
+  for_whole_units<Unit>(a, even, threads, whole);
+  if (even == units) return;
   Unit unit(a);
-  for (int64_t u = whole; u < units; ++u) {
+  for (int64_t u = even; u < units; ++u) {
     unit.begin(u);
     parallel_for(threads, unit.pieces(), [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p) unit.moments(p);
     });
     unit.finish();
-    parallel_for(threads, unit.pieces(), [&](int64_t first, int64_t last) {
-      for (int64_t p = last; p-- > first;) work(unit, p);
-    });
+    shared(unit);
   }
+}
+
+// Calls work(unit) once the statistics of the unit are known.
+template <class Unit, class Work>
+void for_statistics(const GroupNorm& a, int threads, const Work& work) {
+  for_summed_units<Unit>(a, threads, work, work);
+}
+
+// Calls work(unit, piece) for every piece of every unit, backwards: what was summed last is still
+// in the cache.
+template <class Unit, class Work>
+void for_units(const GroupNorm& a, int threads, const Work& work) {
+  for_summed_units<Unit>(
+      a, threads,
+      [&](const Unit& unit) {
+        for (int64_t p = unit.pieces(); p-- > 0;) work(unit, p);
+      },
+      [&](const Unit& unit) {
+        parallel_for(threads, unit.pieces(), [&](int64_t first, int64_t last) {
+          for (int64_t p = last; p-- > first;) work(unit, p);
+        });
+      });
 }
 
 }  // namespace stepfuse

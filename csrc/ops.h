@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "vec.h"
 
@@ -88,5 +89,17 @@ struct GroupNormGradients {
   float *dscale, *dshift, *dadd;  // [N, C]
 };
 void group_norm_silu_backward(const GroupNorm&, const GroupNormGradients&, int threads);
+
+// Images side by side in their channels: pixel after pixel, the bytes of each part.
+struct Concatenate {
+  struct Part {
+    const void* data;  // [pixels][bytes]
+    int64_t bytes;
+  };
+  std::vector<Part> parts;
+  void* out;  // [pixels][sum of bytes]
+  int64_t pixels;
+};
+void concatenate(const Concatenate&, int threads);
 
 }  // namespace stepfuse

@@ -1,12 +1,14 @@
-"""Attention as two matrix products, where that is faster than the fused operator.
+"""Attention in the form that is fastest here.
 
-    sdpa(q, k, v) ──► softmax(q k^T / sqrt(d)) v        q, k, v [N, heads, L, d]
+    sdpa(q, k, v) ──► attend(q, k, v)                       the C++ module's operator
+                  ──► softmax(q k^T / sqrt(d)) v            two products, q, k, v [N, heads, L, d]
 
 PyTorch's fused attention for CPUs works in small tiles that bfloat16 instructions cannot fill: at
-256 positions and 256 channels it takes three times as long as the products themselves. One head in
-float32 goes to oneDNN, sample by sample: q k^T is a linear layer whose weight is k. Head widths and
-the number of positions are free; the [L, L] weights must stay small. Exact up to the order of
-summation in float32; in bfloat16 the logits are rounded too, relative 2^-9.
+256 positions and 256 channels it takes three times as long as the products themselves. Written
+out, one head goes to oneDNN, sample by sample: q k^T is a linear layer whose weight is k. Head
+widths and the number of positions are free; the [L, L] weights of products must stay small. Exact
+up to the order of summation in float32; in bfloat16 weights are rounded, and the logits of products
+too, relative 2^-9.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from stepfuse.engine.passes.attend import attend, attend_eagerly
+from stepfuse.engine.passes.convolve import why_not
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
 from stepfuse.engine.passes.stopwatch import best_times
 
@@ -45,6 +49,11 @@ def attention(gm: GraphModule) -> PassReport:
             replace(node, written)
     finish(gm)
     return report
+
+
+def by_operator(apply: Callable[..., Any], q: Any, k: Any, v: Any, scale: float) -> Any:
+    """`attend`."""
+    return apply(attend, q, k, v, scale)
 
 
 def batched(apply: Callable[..., Any], q: Any, k: Any, v: Any, scale: float) -> Any:
@@ -87,18 +96,27 @@ def _problem(node: Node) -> str:
         return "not on the CPU"
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.dtype not in (torch.float32, torch.bfloat16):
         return "of a shape or dtype without another form"
-    if q.shape[:-1].numel() * k.shape[2] > MOST_WEIGHTS:
-        return "more positions than are worth writing out"
-    return ""
+    return "" if _forms(*_operands(node)) else "more positions than are worth writing out"
+
+
+def _forms(q: Tensor, k: Tensor, v: Tensor) -> list[Build]:
+    """Those that can compute it."""
+    forms: list[Build] = []
+    if not why_not(q.dtype) and q.dtype == v.dtype and q.shape[-1] % 2 == 0:
+        forms.append(by_operator)
+    n, heads, positions, _ = q.shape
+    if n * heads * positions * k.shape[2] <= MOST_WEIGHTS:
+        forms.append(batched)
+        one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if heads == 1 and n <= MOST_SAMPLES and one_dnn:
+            forms.append(one_by_one)
+    return forms
 
 
 def _fastest(node: Node) -> Build | None:
     """The form that is faster than the fused operator, None where there is none."""
     parts = _operands(node)
-    n, heads = parts[0].shape[:2]
-    forms: list[Build] = [batched]
-    if heads == 1 and n <= MOST_SAMPLES and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        forms.append(one_by_one)
+    forms = _forms(*parts)
     shapes = tuple(tuple(part.shape) for part in parts)
     strides = tuple(tuple(part.stride()) for part in parts)
     fused, *times = _seconds(shapes, strides, parts[0].dtype, tuple(forms), torch.get_num_threads())
@@ -118,7 +136,7 @@ def _scale(node: Node) -> float:
 
 
 def _directly(target: Any, *args: Any) -> Any:
-    return target(*args)
+    return attend_eagerly(*args) if target is attend else target(*args)
 
 
 @functools.cache

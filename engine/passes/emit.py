@@ -18,8 +18,10 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from stepfuse.engine.passes.attend import attend, attend_eagerly
+from stepfuse.engine.passes.concatenate import join, join_eagerly
+from stepfuse.engine.passes.convolve import convolve, convolve_eagerly
 from stepfuse.engine.passes.fuse_group_norm_silu import OP as GROUP_NORM
-from stepfuse.engine.passes.winograd import convolve, winograd
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 
@@ -84,11 +86,9 @@ class _Emitter:
 
 
 def _callable(target: Any) -> Any:
-    if target is GROUP_NORM:
-        return _group_norm
-    if target is winograd:
-        return convolve
-    return getattr(target, "_op", target)  # skips a Python frame per call
+    """What is called for an operator: its kernel directly, where it has a way there."""
+    direct = _DIRECTLY.get(target)
+    return direct or getattr(target, "_op", target)  # skips a Python frame per call
 
 
 def _group_norm(
@@ -106,3 +106,11 @@ def _group_norm(
     """The public op, which skips the dispatcher where nobody watches it."""
     act: Any = "silu" if silu else "none"
     return group_norm_silu(x, weight, bias, groups, eps, scale, shift, add, act, backend)
+
+
+_DIRECTLY: dict[Any, Callable[..., Tensor]] = {
+    GROUP_NORM: _group_norm,
+    convolve: convolve_eagerly,
+    attend: attend_eagerly,
+    join: join_eagerly,
+}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from stepfuse.engine.passes.convolve import convolve
 from stepfuse.engine.passes.graph import (
     PassReport,
     aten,
@@ -119,7 +120,7 @@ def _lies_alike(s: _Sum) -> bool:
             seen = _undone(view, seen, lambda x, shape: x.view(shape))
     except RuntimeError:
         return False
-    if s.product.target is _LINEAR:
+    if value(s.product).dim() == 3:
         return seen.is_contiguous()
     # convolutions take any layout and bring it into theirs, through views they should not have to
     return not s.views or seen.is_contiguous(memory_format=torch.channels_last)
@@ -152,7 +153,9 @@ def _fuse(gm: GraphModule, s: _Sum) -> bool:
                 lambda x, shape: call(graph, aten.view.default, x, shape),
                 lambda x, order: call(graph, aten.permute.default, x, order),
             )
-        over = is_call(other, *_FRESH) and only_user(other) is s.total
+        over = (
+            s.product.target in _FRESH and is_call(other, *_FRESH) and only_user(other) is s.total
+        )
         target, arguments = _with_sum(s.product, other, over)
         result = graph.call_function(target, arguments)
         result.meta.update(val=s.product.meta["val"], stage="main")
@@ -162,11 +165,19 @@ def _fuse(gm: GraphModule, s: _Sum) -> bool:
     return over
 
 
+def _is_free(other: Node, total: Node) -> bool:
+    """Whether the residual's memory is read by the sum alone, and no view of something else."""
+    return is_call(other, *_FRESH) and only_user(other) is total
+
+
 def _with_sum(product: Node, other: Node, over: bool) -> tuple[Any, tuple[Any, ...]]:
     """The operator that adds ``other``, and its arguments."""
+    if product.target is convolve:
+        x, u, bias, _, *rest = product.args
+        return convolve, (x, u, bias, other, *rest)
     if product.target is _LINEAR:
         x, weight, bias = product.args[:3]
         return mkldnn._linear_pointwise.binary, (x, other, weight, bias, "add")
     x, *geometry = product.args[:7]
-    rest = (*geometry, "add", 1.0, None, [], None)
-    return (_IN_PLACE, (other, x, *rest)) if over else (_OUT_OF_PLACE, (x, other, *rest))
+    sums = (*geometry, "add", 1.0, None, [], None)
+    return (_IN_PLACE, (other, x, *sums)) if over else (_OUT_OF_PLACE, (x, other, *sums))

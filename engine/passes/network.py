@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 from stepfuse.engine.passes.attention import attention
 from stepfuse.engine.passes.channels_last import channels_last
+from stepfuse.engine.passes.concatenate import concatenate
+from stepfuse.engine.passes.convolution_forms import convolution_forms
 from stepfuse.engine.passes.emit import emit
+from stepfuse.engine.passes.fold_group_norm import fold_group_norm
 from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.passes.fuse_residual_add import fuse_residual_add
 from stepfuse.engine.passes.gather_attention import gather_attention
@@ -22,6 +25,7 @@ from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.hoist_timestep import hoist_timestep, time_frontier
 from stepfuse.engine.passes.lower_precision import lower_precision
 from stepfuse.engine.passes.measure import pays
+from stepfuse.engine.passes.merge_linears import merge_linears
 from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
@@ -31,19 +35,21 @@ from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
 from stepfuse.engine.passes.weights import Weights
 from stepfuse.engine.passes.widen_conv1d import widen_conv1d
-from stepfuse.engine.passes.winograd_convolutions import winograd_convolutions
 
 PASSES = (
     "remove_no_ops",
     "widen_conv1d",
     "gather_attention",
-    "upsampled_convolutions",
     "fuse_group_norm_silu",
     "hoist_timestep",
+    "merge_linears",
     "lower_precision",
     "channels_last",
+    "concatenate",
     "attention",
-    "winograd_convolutions",
+    "upsampled_convolutions",
+    "convolution_forms",
+    "fold_group_norm",
     "prepack_convolutions",
     "fuse_residual_add",
 )
@@ -58,12 +64,15 @@ def rewrite(
         "remove_no_ops": remove_no_ops,
         "widen_conv1d": widen_conv1d,
         "gather_attention": gather_attention,
-        "upsampled_convolutions": upsampled_convolutions,
         "fuse_group_norm_silu": fuse_group_norm_silu,
         "hoist_timestep": lambda gm: hoist_timestep(gm, traced.time),
+        "merge_linears": merge_linears,
         "channels_last": channels_last,
+        "concatenate": concatenate,
         "attention": attention,
-        "winograd_convolutions": winograd_convolutions,
+        "upsampled_convolutions": upsampled_convolutions,
+        "convolution_forms": convolution_forms,
+        "fold_group_norm": fold_group_norm,
         "prepack_convolutions": prepack_convolutions,
         "fuse_residual_add": fuse_residual_add,
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from stepfuse.engine.passes.convolve import convolve
 from stepfuse.engine.passes.graph import (
     PassReport,
     aten,
@@ -148,9 +149,12 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
 
 
 def is_packed(node: object) -> bool:
-    """A convolution or linear layer with a packed weight and nothing fused to it yet."""
-    return (
-        is_tensor(node)
-        and isinstance(node, Node)
-        and node.target in (mkldnn._convolution_pointwise.default, mkldnn._linear_pointwise.default)
+    """A convolution or linear layer with a packed weight and no residual yet."""
+    if not is_tensor(node) or not isinstance(node, Node):
+        return False
+    if node.target is convolve:
+        return node.args[3] is None
+    return node.target in (
+        mkldnn._convolution_pointwise.default,
+        mkldnn._linear_pointwise.default,
     )

@@ -1,6 +1,7 @@
 """Upsample and convolve in one product with fewer multiplications.
 
     conv3x3(nearest2x(x), w) = conv_transpose4x4(x, [1 1; 1 1] * flip(w)), stride 2
+                             = convolve(x, packed w, enlarged)
 
 In an enlarged image every 2x2 pixels are equal, so that the nine weights meet at most four values:
 their sums can be taken once, before anything runs. The figure, for one axis and w = (a, b, c):
@@ -8,23 +9,36 @@ their sums can be taken once, before anything runs. The figure, for one axis and
     pixel 2i      a x[i-1] + (b + c) x[i]         4 sums (c, b + c, a + b, a), each used for
     pixel 2i + 1  (a + b) x[i] + c x[i+1]         every second pixel: a transposed convolution
 
-16 products for a 2x2 patch of the result instead of 36, and the enlarged image is never written.
-Zeros beyond the border stay zeros. Exact up to the order of summation (float32: relative 1e-6); the
-sums of weights are taken in float64. Measured once per shape; CPU tensors only.
+16 products for a 2x2 patch of the result instead of 36, and the enlarged image is never written. A
+pair of pixels shares (a + b + c) x[i], which leaves 9 of them: see `convolve`. Zeros beyond the
+border stay zeros. Exact up to the order of summation (float32: relative 1e-6); sums of weights are
+taken in float64. All three are measured once per shape; CPU tensors only.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from stepfuse.engine.passes.convolution_forms import uncast
+from stepfuse.engine.passes.convolve import (
+    NO_NORM,
+    blank_filters,
+    convolve,
+    convolve_eagerly,
+    filters,
+    fits,
+    why_not,
+)
 from stepfuse.engine.passes.graph import (
     PassReport,
     aten,
+    call,
     calls,
     finish,
     is_call,
@@ -47,25 +61,38 @@ def upsampled_convolutions(gm: GraphModule) -> PassReport:
     """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster."""
     report = PassReport("upsampled_convolutions")
     cold = exceed_cache(gm)
+    taken: Counter[str] = Counter()
     for upsample in calls(gm, _UPSAMPLE):
-        conv = only_user(upsample)
+        conv = _reader(upsample)
         problem = _problem(upsample, conv)
-        if report.count(problem or _slower(upsample, conv, cold)):
+        form = None if problem or conv is None else _fastest(upsample, conv, cold)
+        if report.count(problem or ("" if form else "the direct convolution is faster")):
             assert conv is not None
-            _rewrite(gm, upsample, conv)
+            taken[form or ""] += 1
+            (_enlarged if form == "enlarged" else _transposed)(gm, upsample, conv)
+    report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
     finish(gm)
     return report
 
 
-def summed(weight: Tensor) -> Tensor:
+def summed(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[1 1; 1 1] * flip(w) for w [K, C, 3, 3]: [C, K, 4, 4], as conv_transpose2d takes it."""
     s = _SUMS.to(weight.device)
     wide = torch.einsum("pi,qj,kcij->ckpq", s, s, weight.double())
-    return wide.to(weight.dtype).contiguous()
+    return wide.to(dtype or weight.dtype).contiguous()
+
+
+def _reader(upsample: Node) -> Node | None:
+    """The only node that reads the enlarged image, in whatever layout."""
+    reader = only_user(upsample)
+    layout = {"memory_format": torch.channels_last}
+    if is_call(reader, aten.contiguous.default) and reader is not None and reader.kwargs == layout:
+        reader = only_user(reader)
+    return reader
 
 
 def _problem(upsample: Node, conv: Node | None) -> str:
-    if conv is None or not is_call(conv, aten.conv2d.default) or conv.args[0] is not upsample:
+    if conv is None or not is_call(conv, aten.conv2d.default):
         return "not read by one convolution alone"
     x, out = _source(upsample), value(upsample)
     if list(out.shape[2:]) != [2 * size for size in x.shape[2:]]:
@@ -79,16 +106,18 @@ def _problem(upsample: Node, conv: Node | None) -> str:
         return "the weight is computed from the inputs"
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "not on a CPU with oneDNN"
-    if {x.dtype, value(weight).dtype} != {torch.float32}:
-        return "not float32"
+    if x.dtype != value(weight).dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return "neither float32 nor bfloat16"
     return ""
 
 
-def _slower(upsample: Node, conv: Node | None, cold: bool) -> str:
-    assert conv is not None
-    shape, channels_out = tuple(_source(upsample).shape), value(conv).shape[1]
-    direct, merged = _seconds(shape, channels_out, cold, torch.get_num_threads())
-    return "" if merged < direct else "the direct convolution is faster"
+def _fastest(upsample: Node, conv: Node, cold: bool) -> str | None:
+    """ "transposed" or "enlarged"; None for the convolution of the enlarged image."""
+    x, channels_out = _source(upsample), value(conv).shape[1]
+    threads = torch.get_num_threads()
+    times = _seconds(tuple(x.shape), channels_out, x.dtype, cold, threads)
+    best = min(times)
+    return ("transposed", "enlarged")[times.index(best) - 1] if best < times[0] else None
 
 
 def _source(upsample: Node) -> Tensor:
@@ -97,14 +126,20 @@ def _source(upsample: Node) -> Tensor:
     return value(source)
 
 
-def _rewrite(gm: GraphModule, upsample: Node, conv: Node) -> None:
+def _transposed(gm: GraphModule, upsample: Node, conv: Node) -> None:
     _, weight, bias, *_ = convolution_arguments(conv)
     with gm.graph.inserting_before(conv):
-        wide = gm.graph.call_function(summed, (weight,))
+        image = call(
+            gm.graph,
+            aten.contiguous.default,
+            upsample.args[0],
+            memory_format=torch.channels_last,
+        )
+        wide = gm.graph.call_function(summed, (uncast(weight), value(weight).dtype))
         merged = gm.graph.call_function(
             aten.conv_transpose2d.input,
             # stride, padding, padding of the output, groups, dilation
-            (upsample.args[0], wide, bias, _TWOS, _ONES, _ZEROS, 1, _ONES),
+            (image, wide, bias, _TWOS, _ONES, _ZEROS, 1, _ONES),
         )
     channels_out, channels = value(weight).shape[:2]
     wide.meta["val"] = value(weight).new_empty(channels, channels_out, 4, 4)
@@ -113,17 +148,30 @@ def _rewrite(gm: GraphModule, upsample: Node, conv: Node) -> None:
     replace(conv, merged)
 
 
+def _enlarged(gm: GraphModule, upsample: Node, conv: Node) -> None:
+    _, weight, bias, *_ = convolution_arguments(conv)
+    dtype = value(weight).dtype
+    with gm.graph.inserting_before(conv):
+        packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype))
+        packed.meta.update(val=value(weight), stage="weights")
+        arguments = (upsample.args[0], packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
+        merged = gm.graph.call_function(convolve, arguments)
+    merged.meta.update(val=conv.meta["val"], stage="main")
+    replace(conv, merged)
+
+
 @functools.cache
 def _seconds(
-    shape: tuple[int, ...], channels_out: int, cold: bool, threads: int
-) -> tuple[float, float]:
-    """(enlarged and convolved, merged) in float32; ``threads`` only tells results apart."""
-    x = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(channels_out, shape[1], 3, 3)
+    shape: tuple[int, ...], channels_out: int, dtype: torch.dtype, cold: bool, threads: int
+) -> tuple[float, float, float]:
+    """(enlarged and convolved, transposed, in one); ``threads`` only tells results apart."""
+    x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(channels_out, shape[1], 3, 3, dtype=dtype)
     twice = [*shape[:2], 2 * shape[2], 2 * shape[3]]
     direct = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
     geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
-    merged = mkldnn._reorder_convolution_transpose_weight(summed(weight), *geometry, list(shape))
+    wide = torch.zeros(shape[1], channels_out, 4, 4, dtype=dtype)
+    merged = mkldnn._reorder_convolution_transpose_weight(wide, *geometry, list(shape))
     plain: tuple[Any, ...] = ("none", [], "")
 
     def enlarged() -> Tensor:
@@ -137,5 +185,9 @@ def _seconds(
         y: Tensor = mkldnn._convolution_transpose_pointwise(x, merged, None, *geometry, *plain)
         return y
 
-    first, second = best_times([enlarged, transposed], _REPEATS, warm=x if cold else None)
-    return first, second
+    runs = [enlarged, transposed]
+    if not why_not(dtype) and fits(x.shape, channels_out, "enlarged"):
+        u = blank_filters(weight.shape, "enlarged", dtype)
+        runs.append(lambda: convolve_eagerly(x, u, None, None, "enlarged", 1, *NO_NORM))
+    times = [*best_times(runs, _REPEATS, warm=x if cold else None), float("inf")]
+    return times[0], times[1], times[2]

@@ -30,7 +30,7 @@ def run(
         last = True
     else:
         last, dense, dense_out = False, x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    values, kept = _arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
+    values, kept = arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
     native.group_norm_silu(values, eps, dense_out.data_ptr(), threads())
     del kept
     if dense_out is not out:
@@ -69,7 +69,7 @@ def backward(
     written = [v if v is None or v.is_contiguous() else v.contiguous() for v in outputs]
     if dx is not None:
         written[0] = dx if dx.stride() == dense.stride() else torch.empty_like(dense)
-    values, kept = _arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
+    values, kept = arguments(dense, last, groups, silu, (weight, bias, scale, shift, add))
     native.group_norm_silu_backward(
         values,
         eps,
@@ -90,7 +90,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _arguments(
+def arguments(
     x: Tensor,
     channels_last: bool,
     groups: int,

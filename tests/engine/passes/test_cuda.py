@@ -30,7 +30,8 @@ from stepfuse.engine.passes.trace import trace
 INTERPRETED = 2e-6
 # bfloat16 keeps 8 bits, and the interpreter cuts the ninth off instead of rounding
 INTERPRETED_BF16 = 3e-2
-ONLY_CPU = ("attention", "winograd_convolutions", "prepack_convolutions", "fuse_residual_add")
+ONLY_CPU = ("merge_linears", "concatenate", "attention", "convolution_forms", "fold_group_norm")
+ONLY_CPU += ("upsampled_convolutions", "prepack_convolutions", "fuse_residual_add")
 
 
 class Calls(_Watch):

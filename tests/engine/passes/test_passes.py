@@ -11,7 +11,7 @@ from tests.engine.passes.networks import distance, only, own, small, traced
 from torch import Tensor, nn
 
 from stepfuse.engine.optimize import Optimized, optimize
-from stepfuse.engine.passes.attention import SDPA, attention, batched, one_by_one
+from stepfuse.engine.passes.attention import SDPA, attention, batched, by_operator, one_by_one
 from stepfuse.engine.passes.fuse_group_norm_silu import OP, fuse_group_norm_silu
 from stepfuse.engine.passes.graph import aten, calls
 from stepfuse.engine.passes.lower_precision import lower_precision
@@ -24,8 +24,10 @@ from stepfuse.engine.passes.trace import CannotTrace, trace
 # float32 sums in another order: 1e-7 each, over a few hundred terms
 REORDERED = 2e-6
 # these need a dtype, attention or a stopwatch
-NOT_ALONE = ("lower_precision", "upsampled_convolutions", "attention", "winograd_convolutions")
-NOT_ALONE += ("widen_conv1d", "gather_attention")  # `small` has neither
+NOT_ALONE = ("lower_precision", "upsampled_convolutions", "attention", "convolution_forms")
+# `small` has no 1-dimensional convolution, attention, linear layers that read the same, or channels
+# in whole vectors, and only `channels_last` lets its cat be of such images
+NOT_ALONE += ("widen_conv1d", "gather_attention", "merge_linears", "fold_group_norm", "concatenate")
 ALONE = [name for name in PASSES if name not in NOT_ALONE]
 
 
@@ -194,7 +196,7 @@ def test_residuals_that_would_be_copied_are_left() -> None:
             return y + (x * 2).transpose(1, 2) + twice * (x + twice)
 
     model, x = Turned().eval(), torch.randn(2, 6, 6)
-    fast = optimize(model, (x,))
+    fast = optimize(model, (x,), without=["merge_linears"])
     assert report(fast, "fuse_residual_add").left == {
         "the residual lies in memory in another order": 1,
         "the product's result is read elsewhere": 1,
@@ -203,7 +205,7 @@ def test_residuals_that_would_be_copied_are_left() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 40, 512])
-@pytest.mark.parametrize("form", [batched, one_by_one])
+@pytest.mark.parametrize("form", [batched, one_by_one, by_operator])
 @torch.no_grad()
 def test_attention_written_out_is_attention(form: Any, width: int) -> None:
     heads = 1 if form is one_by_one else 3
@@ -219,7 +221,8 @@ def test_attention_is_written_out_where_that_is_faster(monkeypatch: pytest.Monke
         return plain + F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     inputs = [torch.randn(2, 1, 6, 10) for _ in range(3)]
-    for times, matched in (([3.0, 2.0, 1.0], 1), ([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], 0)):
+    several = ([4.0, 3.0, 2.0, 1.0], [4.0, 2.0, 1.0, 3.0], [4.0, 1.0, 2.0, 3.0])
+    for times, matched in (*((t, 1) for t in several), ([1.0, 2.0, 3.0, 4.0], 0)):
         monkeypatch.setattr("stepfuse.engine.passes.attention._seconds", lambda *_, t=times: t)
         found = traced(function, *inputs)
         done = attention(found.gm)
@@ -344,6 +347,7 @@ def test_on_another_device_the_same_passes_apply_without_oneDNN() -> None:
         assert done[name].matched > 0, str(done[name])
     for name in ("attention", "prepack_convolutions"):
         assert (done[name].matched, set(done[name].left)) == (0, {"not on the CPU"})
-    assert done["winograd_convolutions"].matched == done["fuse_residual_add"].matched == 0
+    for name in ("merge_linears", "concatenate", "convolution_forms", "fuse_residual_add"):
+        assert done[name].matched == 0, str(done[name])
     called = {str(n.target) for n in found.gm.graph.nodes if n.op == "call_function"}
     assert not [name for name in called if name.startswith("mkldnn")]

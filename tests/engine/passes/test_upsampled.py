@@ -9,6 +9,7 @@ from tests.engine.passes.networks import distance
 from torch import Tensor, nn
 
 from stepfuse.engine.optimize import optimize
+from stepfuse.engine.passes.convolve import native, why_not
 from stepfuse.engine.passes.upsampled_convolutions import _seconds, summed
 
 # sums of up to four weights, then of a few hundred products, in another order
@@ -50,7 +51,7 @@ class Body(nn.Module):
 def test_the_pass_merges_what_is_faster(
     dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SECONDS, lambda *_: (2.0, 1.0))
+    monkeypatch.setattr(SECONDS, lambda *_: (2.0, 1.0, 3.0))
     monkeypatch.setattr("stepfuse.engine.passes.network.pays", lambda *_: True)
     model, x = Body().eval(), torch.randn(2, 6, 3, 5)
     fast = optimize(model, (x,), dtype)
@@ -74,10 +75,48 @@ def test_the_pass_merges_what_is_faster(
 
 @torch.no_grad()
 def test_what_is_slower_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SECONDS, lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(SECONDS, lambda *_: (1.0, 1.0, 1.0))
     fast = optimize(Body().eval(), (torch.randn(2, 6, 3, 5),))
     assert "2 left: the direct convolution is faster" in fast.explain()
 
 
 def test_the_shapes_are_measured() -> None:
-    assert all(0 < s < 1 for s in _seconds((1, 16, 3, 5), 8, True, torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    *found, own = _seconds((1, 16, 3, 5), 8, torch.float32, True, threads)
+    assert all(0 < s < 1 for s in found)
+    assert own == float("inf"), "channels not in whole vectors"
+    if native is not None:
+        assert all(0 < s < 1 for s in _seconds((1, 32, 3, 5), 64, torch.float32, False, threads))
+
+
+class Wide(nn.Module):
+    """An enlargement whose channels are whole vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+@pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_nine_products_where_they_are_faster(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype is not None and why_not(dtype):
+        pytest.skip("needs AVX512-BF16")
+    monkeypatch.setattr(SECONDS, lambda *_: (3.0, 2.0, 1.0))
+    monkeypatch.setattr("stepfuse.engine.passes.network.pays", lambda *_: True)
+    model, x = Wide().eval(), torch.randn(2, 32, 3, 5)
+    fast = optimize(model, (x,), dtype)
+    assert "upsampled_convolutions 1 of 1; 1 enlarged" in fast.explain()
+    tolerance = REORDERED if dtype is None else BFLOAT16
+    assert distance(fast(x), model(x)) < tolerance
+    for p in model.parameters():
+        p.mul_(-1.25)
+    fast.refresh()
+    assert distance(fast(x), model(x)) < tolerance

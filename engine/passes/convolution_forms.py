@@ -1,0 +1,198 @@
+"""Give convolutions and linear layers the form in which they are fastest here.
+
+    conv2d(x, w, b)   ──► convolve(x, packed w, b, form)      1x1, or 3x3 with stride 1 or 2
+    linear(x, w, b)   ──► convolve(x, packed w, b, dense)
+
+A convolution that already runs at the processor's peak can only be beaten by fewer multiplications:
+two thirds of them (lines) or four ninths (squares), see `convolve`. Small layers are bound by what
+surrounds the products, large ones by reading their filters. So oneDNN and every form are measured
+once per shape, with the GroupNorm before it where `fold_group_norm` will take that in. A network
+larger than the caches reads its filters from memory, and some forms have larger ones; there it is
+measured with filters that are not in the cache.
+
+Float32: relative error 1e-6 a layer, as before. Bfloat16 rounds what it transforms: of images above
+16 pixels a side squares are taken only after a norm that is folded, whose result then has not been
+rounded before (the 35.7M network for CIFAR-10, relative L2: 8.2e-3 direct, 9.6e-3 with lines
+everywhere, 10.3e-3 with squares of rounded images everywhere).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from stepfuse.engine.passes.convolve import (
+    NO_NORM,
+    Form,
+    blank_filters,
+    convolve,
+    convolve_eagerly,
+    filters,
+    fits,
+    why_not,
+)
+from stepfuse.engine.passes.fold_group_norm import norm_before
+from stepfuse.engine.passes.graph import (
+    PassReport,
+    aten,
+    calls,
+    finish,
+    is_call,
+    replace,
+    stage,
+    value,
+)
+from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
+from stepfuse.kernels.group_norm_silu import group_norm_silu
+
+_REPEATS = 5
+_MARGIN = 1.05  # of oneDNN's time over the other: below, exactness is worth more
+_SQUARES_IN_BFLOAT16 = 16  # pixels a side
+_GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, padding)
+    (1, 1, 0): ("dense",),
+    (3, 1, 1): ("direct", "lines", "squares"),
+    (3, 2, 1): ("direct",),
+}
+
+
+def convolution_forms(gm: GraphModule) -> PassReport:
+    """Rewrite every convolution and linear layer on images that measures faster than oneDNN's."""
+    report = PassReport("convolution_forms")
+    cold = exceed_cache(gm)
+    taken: Counter[Form] = Counter()
+    for node in calls(gm, aten.conv2d.default, aten.linear.default):
+        if node.target is aten.linear.default and value(node).dim() == 2:
+            continue  # vectors
+        problem = _problem(node)
+        form = None if problem else _fastest(node, cold)
+        if report.count(problem or ("" if form else "oneDNN is faster")):
+            assert form is not None
+            taken[form] += 1
+            _rewrite(gm, node, form)
+    report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
+    finish(gm)
+    return report
+
+
+def _problem(node: Node) -> str:
+    x, weight, bias = node.args[0], node.args[1], _bias(node)
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    if value(x).device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "not on a CPU with oneDNN"
+    if any(isinstance(n, Node) and stage(n) != "weights" for n in (weight, bias)):
+        return "the weight is computed from the inputs"
+    if value(x).dtype != value(weight).dtype or why_not(value(x).dtype):
+        return why_not(value(x).dtype) or "different dtypes"
+    if _geometry(node) is None:
+        return "neither 1x1 nor 3x3 with padding 1, or in groups"
+    return "" if _possible(node) else "channels not in whole vectors"
+
+
+def _bias(node: Node) -> Any:
+    return convolution_arguments(node)[2]
+
+
+def _geometry(node: Node) -> tuple[int, ...] | None:
+    """(kernel, stride, padding) where some form is for it."""
+    if node.target is aten.linear.default:
+        return (1, 1, 0) if value(node).dim() == 3 else None
+    _, weight, _, stride, padding, dilation, groups = convolution_arguments(node)
+    sizes = {*zip(value(weight).shape[2:], stride, padding, dilation, strict=True)}
+    if groups != 1 or len(sizes) != 1:
+        return None
+    *found, dilation = sizes.pop()
+    return tuple(found) if dilation == 1 and tuple(found) in _GEOMETRIES else None
+
+
+def _possible(node: Node) -> tuple[Form, ...]:
+    x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
+    shape = x.shape if x.dim() == 4 else x.transpose(1, 2).unsqueeze(-1).shape
+    forms = _GEOMETRIES[_geometry(node) or ()]
+    return tuple(form for form in forms if fits(shape, weight.shape[0], form))
+
+
+def _fastest(node: Node, cold: bool) -> Form | None:
+    """None for oneDNN."""
+    x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
+    norm = norm_before(node)
+    rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
+    forms = [f for f in _possible(node) if not (f == "squares" and rounds and norm is None)]
+    times = _seconds(
+        tuple(x.shape), tuple(weight.shape), (_geometry(node) or ())[1], tuple(forms), x.dtype,
+        norm is not None, cold, torch.get_num_threads(),
+    )  # fmt: skip
+    best = min(times[1:])
+    return forms[times.index(best) - 1] if _MARGIN * best < times[0] else None
+
+
+def _rewrite(gm: GraphModule, node: Node, form: Form) -> None:
+    x, weight = node.args[:2]
+    geometry = _geometry(node)
+    assert geometry is not None
+    dtype = value(weight).dtype  # type: ignore[arg-type]
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype))
+        packed.meta.update(val=value(weight), stage="weights")  # type: ignore[arg-type]
+        fused = gm.graph.call_function(
+            convolve, (x, packed, uncast(_bias(node)), None, form, geometry[1], *NO_NORM)
+        )
+    fused.meta.update(val=node.meta["val"], stage="main")
+    replace(node, fused)
+
+
+def uncast(weight: Any) -> Any:
+    """The weight as the model has it: filters are rounded after their transform, biases never."""
+    return weight.args[0] if is_call(weight, aten.to.dtype) else weight
+
+
+@functools.cache
+def _seconds(
+    shape: tuple[int, ...],
+    filter_shape: tuple[int, ...],
+    stride: int,
+    forms: tuple[Form, ...],
+    dtype: torch.dtype,
+    norm: bool,
+    cold: bool,
+    threads: int,
+) -> tuple[float, ...]:
+    """Of oneDNN and of each of ``forms``; ``threads`` only tells results apart."""
+    x = torch.zeros(shape, dtype=dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    parameters = [torch.ones(filter_shape[1]) for _ in range(2)]
+    groups = 32 if norm else 0
+    one_dnn = _one_dnn(x, torch.zeros(filter_shape, dtype=dtype), stride)
+
+    def before(x: Tensor) -> Tensor:
+        if not norm:
+            return x
+        image = x if x.dim() == 4 else x.transpose(1, 2)
+        normed = group_norm_silu(image, parameters[0], parameters[1], groups, 1e-5)
+        return normed if x.dim() == 4 else normed.transpose(1, 2)
+
+    runs: list[Callable[[], Tensor]] = [lambda: one_dnn(before(x))]
+    folded = (groups, 1e-5, *parameters, None, None, None, True) if norm else NO_NORM
+    for form in forms:
+        u = blank_filters(filter_shape, form, dtype)
+        rest = (None, None, form, stride, *folded)
+        runs.append(functools.partial(convolve_eagerly, x, u, *rest))
+    return tuple(best_times(runs, _REPEATS, warm=x if cold else None))
+
+
+def _one_dnn(x: Tensor, weight: Tensor, stride: int) -> Callable[[Tensor], Tensor]:
+    if x.dim() == 3:
+        packed = mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
+        return lambda x: mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    padding, strides, ones = [weight.shape[2] // 2] * 2, [stride, stride], [1, 1]
+    packed = mkldnn._reorder_convolution_weight(weight, padding, strides, ones, 1, list(x.shape))
+    convolution = mkldnn._convolution_pointwise.default
+    return lambda x: convolution(x, packed, None, padding, strides, ones, 1, "none", [], "")

@@ -1,0 +1,227 @@
+"""Convolutions and linear layers with packed filters: an operator of the C++ module.
+
+    y = conv(act(norm(x)), w) + b + residual
+
+A convolution is a sum of matrix products over channels, one for each tap of its kernel. Its form
+says which products, and how many multiplications a result takes for each pair of channels:
+
+    dense      1x1 or a linear layer                                                   1
+    direct     3x3 with padding 1 and stride 1 or 2                                    9
+    lines      F(2, 3) in each of 3 rows                                               6
+    squares    F(2x2, 3x3)                                                             4
+    enlarged   3x3 of an image enlarged twice by nearest neighbours                    2.25
+
+Lines and squares are Winograd's minimal filtering (Lavin and Gray 2016, sections 4.1 and 4.2). With
+"*" a matrix product over channels at each frequency, and d the pixels of an axis that a pair of
+results y depends on,
+
+    y = A^T [ (G w G^T) * (B^T d B) ] A        in both axes
+    y = A^T [ (G w) * (B^T d) ]                along rows, summed over three of them
+
+    B^T = 1  0 -1  0     G =  1    0    0      A^T = 1  1  1  0
+          0  1  1  0         1/2  1/2  1/2           0  1 -1 -1
+          0 -1  1  0         1/2 -1/2  1/2
+          0  1  0 -1          0    0    1
+
+In an enlarged image a pixel d1 stands for two, which depend on its neighbours d0 and d2 too. For
+one axis and w = (a, b, c) the pair of results is
+
+    a d0 + (b + c) d1 = a (d0 - d1) + (a + b + c) d1
+    (a + b) d1 + c d2 =               (a + b + c) d1 + c (d2 - d1)
+
+three products, in both axes nine for four results:
+
+    B^T = 1 -1  0        G = 1  0  0           A^T = 1  1  0
+          0  1  0            1  1  1                 0  1  1
+          0 -1  1            0  0  1
+
+The norm is that of `group_norm_silu`, whose result is never written to memory nor rounded: the
+statistics are taken first, and pixels are normalised as they are read. In float32 every form rounds
+like the direct sum. In bfloat16 transformed pixels are rounded, and their sums and those of filters
+weigh more than the results they cancel to: the error of a layer grows by about 1.4 (lines) and 1.7
+(squares). An infinite pixel makes its neighbours NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepfuse.kernels.registration import define, eager
+
+native: Any
+try:
+    from stepfuse.kernels.cpp.group_norm_silu import arguments as norm_arguments
+    from stepfuse.kernels.cpp.module import DTYPES, native, threads
+except ImportError:  # installed without a C++ compiler
+    native = None
+
+Form = Literal["dense", "direct", "lines", "squares", "enlarged"]
+FORMS: tuple[Form, ...] = ("dense", "direct", "lines", "squares", "enlarged")
+_LINES = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], dtype=torch.float64) / 2
+_ENLARGED = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 1]], dtype=torch.float64)
+_PRODUCTS: dict[str, tuple[int, int]] = {  # frequencies, and terms each of them sums
+    "dense": (1, 1),
+    "direct": (1, 9),
+    "lines": (4, 3),
+    "squares": (16, 1),
+    "enlarged": (9, 1),
+}
+_EVEN = ("lines", "squares")  # need an even width; squares an even height too
+_AT_ONCE = 128  # filters whose transform is held in float64
+
+
+def why_not(dtype: torch.dtype) -> str:
+    """Why the operator cannot run here in this dtype; empty where it can."""
+    if native is None:
+        return "no C++ module"
+    if dtype is torch.bfloat16 and not native.bfloat16_products:
+        return "no dot products of bfloat16"
+    return "" if dtype in (torch.float32, torch.bfloat16) else f"not for {dtype}"
+
+
+def fits(shape: torch.Size, channels_out: int, form: Form) -> bool:
+    """Whether images [N, C, H, W] divide into tiles, and channels into vectors."""
+    channels = shape[1]
+    if native is None or channels % native.wide or channels_out % native.wide:
+        return False
+    odd = [size % 2 for size in shape[2:]]
+    return not (form in _EVEN and odd[1]) and not (form == "squares" and odd[0])
+
+
+def filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    """The left and right G of w [K, C, 3, 3] (or [K, C, 1, 1], [K, C]), computed in float64 and
+    rounded once, as the operator takes it: [K / wide, frequencies, taps, C, wide], in bfloat16 with
+    pairs of C side by side.
+    """
+    return torch.cat([_filters(part, form, dtype) for part in torch.split(weight, _AT_ONCE)])
+
+
+def _filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    k, c = weight.shape[:2]
+    wide, together = native.wide, 2 if dtype is torch.bfloat16 else 1
+    w = weight.double()
+    if form in ("dense", "direct"):
+        u = w.reshape(k, c, 1, -1).permute(2, 3, 0, 1)
+    elif form == "lines":
+        u = torch.einsum("fj,kcij->fikc", _LINES, w)
+    else:
+        g = _LINES if form == "squares" else _ENLARGED
+        u = torch.einsum("ai,bj,kcij->bakc", g, g, w).reshape(len(g) ** 2, 1, k, c)
+    u = u.to(dtype).view(*u.shape[:2], k // wide, wide, c // together, together)
+    return u.permute(2, 0, 1, 4, 3, 5).contiguous()
+
+
+def blank_filters(shape: Sequence[int], form: Form, dtype: torch.dtype) -> Tensor:
+    """Zeros in place of the `filters` of a weight of this shape: for measurements."""
+    k, c = shape[:2]
+    frequencies, taps = _PRODUCTS[form]
+    together = 2 if dtype is torch.bfloat16 else 1
+    wide = native.wide
+    return torch.zeros(k // wide, frequencies, taps, c // together, wide, together, dtype=dtype)
+
+
+def _run(
+    x: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    form: str,
+    stride: int,
+    groups: int,
+    eps: float,
+    weight: Tensor | None,
+    offset: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    add: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    image = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+    n, c, h, w = image.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
+    k = u.shape[0] * u.shape[4]
+    alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
+    if not alike or u.shape[1:3] != _PRODUCTS[form]:
+        raise ValueError(
+            f"{x.dtype} {list(x.shape)} does not fit filters {list(u.shape)} of {form!r}"
+        )
+    if (form in _EVEN and w % 2) or (form == "squares" and h % 2):
+        raise ValueError(f"{form!r} needs an even size; got {h}x{w}")
+    out = _empty(image, k, form, stride)
+    addend = offset_ = None
+    if residual is not None:
+        addend = residual.to(x.dtype).contiguous(memory_format=_format(x))
+    if bias is not None:
+        offset_ = bias.to(torch.float32).contiguous()
+    norm: list[int] = []
+    kept: list[Tensor] = []
+    if groups:
+        as_images = image if x.dim() == 4 else image.transpose(1, 2)
+        parameters = (weight, offset, scale, shift, add)
+        norm, kept = norm_arguments(as_images, True, groups, silu, parameters)
+    native.convolve(
+        image.data_ptr(),
+        u.data_ptr(),
+        0 if offset_ is None else offset_.data_ptr(),
+        0 if addend is None else addend.data_ptr(),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+        _CODES[form],
+        stride,
+        *(n, h, w, c, k),
+        norm,
+        eps,
+        threads(),
+    )
+    del kept
+    return out
+
+
+_CODES: dict[str, int] = {form: code for code, form in enumerate(FORMS)}  # Form in csrc/convolve.h
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+def _empty(x: Tensor, channels_out: int, form: str, stride: int) -> Tensor:
+    if x.dim() == 3:
+        return x.new_empty((x.shape[0], x.shape[1], channels_out))
+    n, _, h, w = x.shape
+    if form == "enlarged":
+        h, w = 2 * h, 2 * w
+    elif stride > 1:
+        h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
+    return torch.empty(
+        (n, channels_out, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _fake(
+    x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, form: str, stride: int,
+    *_: Any,
+) -> Tensor:  # fmt: skip
+    return _empty(x, u.shape[0] * u.shape[4], form, stride)
+
+
+# conv(act(norm(x)), w) + bias + residual for x [N, C, H, W], or linear for x [N, L, C] (dense), of
+# float32 or bfloat16; images are channels-last. groups = 0 is no norm; its parameters are those of
+# group_norm_silu, `offset` being the norm's bias.
+convolve = define(
+    "convolve(Tensor x, Tensor u, Tensor? bias, Tensor? residual, str form, int stride, "
+    "int groups, float eps, Tensor? weight, Tensor? offset, Tensor? scale, Tensor? shift, "
+    "Tensor? add, bool silu) -> Tensor",
+    _run,
+    _fake,
+)
+NO_NORM = (0, 0.0, None, None, None, None, None, False)
+
+
+def convolve_eagerly(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
+    """`convolve`, which skips the dispatcher where nobody watches it."""
+    call = _run if eager(x, rest[1]) else convolve
+    y: Tensor = call(x, u, *rest)
+    return y
