@@ -83,12 +83,20 @@ def summed(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _reader(upsample: Node) -> Node | None:
-    """The only node that reads the enlarged image, in whatever layout."""
+    """The only node that reads the enlarged image, in whatever layout and dtype."""
     reader = only_user(upsample)
-    layout = {"memory_format": torch.channels_last}
-    if is_call(reader, aten.contiguous.default) and reader is not None and reader.kwargs == layout:
+    while reader is not None and is_call(reader, aten.contiguous.default, aten.to.dtype):
         reader = only_user(reader)
     return reader
+
+
+def _image(gm: GraphModule, upsample: Node, dtype: torch.dtype) -> Node:
+    """What is enlarged, channels-last and in the dtype of the convolution."""
+    image = upsample.args[0]
+    assert isinstance(image, Node)
+    if value(image).dtype != dtype:
+        image = call(gm.graph, aten.to.dtype, image, dtype)
+    return call(gm.graph, aten.contiguous.default, image, memory_format=torch.channels_last)
 
 
 def _problem(upsample: Node, conv: Node | None) -> str:
@@ -106,7 +114,7 @@ def _problem(upsample: Node, conv: Node | None) -> str:
         return "the weight is computed from the inputs"
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "not on a CPU with oneDNN"
-    if x.dtype != value(weight).dtype or x.dtype not in (torch.float32, torch.bfloat16):
+    if value(weight).dtype not in (torch.float32, torch.bfloat16):
         return "neither float32 nor bfloat16"
     return ""
 
@@ -115,7 +123,7 @@ def _fastest(upsample: Node, conv: Node, cold: bool) -> str | None:
     """ "transposed" or "enlarged"; None for the convolution of the enlarged image."""
     x, channels_out = _source(upsample), value(conv).shape[1]
     threads = torch.get_num_threads()
-    times = _seconds(tuple(x.shape), channels_out, x.dtype, cold, threads)
+    times = _seconds(tuple(x.shape), channels_out, value(conv).dtype, cold, threads)
     best = min(times)
     return ("transposed", "enlarged")[times.index(best) - 1] if best < times[0] else None
 
@@ -129,12 +137,7 @@ def _source(upsample: Node) -> Tensor:
 def _transposed(gm: GraphModule, upsample: Node, conv: Node) -> None:
     _, weight, bias, *_ = convolution_arguments(conv)
     with gm.graph.inserting_before(conv):
-        image = call(
-            gm.graph,
-            aten.contiguous.default,
-            upsample.args[0],
-            memory_format=torch.channels_last,
-        )
+        image = _image(gm, upsample, value(weight).dtype)
         wide = gm.graph.call_function(summed, (uncast(weight), value(weight).dtype))
         merged = gm.graph.call_function(
             aten.conv_transpose2d.input,
@@ -154,7 +157,8 @@ def _enlarged(gm: GraphModule, upsample: Node, conv: Node) -> None:
     with gm.graph.inserting_before(conv):
         packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype))
         packed.meta.update(val=value(weight), stage="weights")
-        arguments = (upsample.args[0], packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
+        image = _image(gm, upsample, dtype)
+        arguments = (image, packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
         merged = gm.graph.call_function(convolve, arguments)
     merged.meta.update(val=conv.meta["val"], stage="main")
     replace(conv, merged)
