@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
-from stepfuse.engine.passes.stopwatch import best_times
+from stepfuse.engine.passes.stopwatch import best_times, trial
 
 mkldnn = torch.ops.mkldnn
 SDPA = aten.scaled_dot_product_attention.default
@@ -121,7 +121,7 @@ def _directly(target: Any, *args: Any) -> Any:
     return target(*args)
 
 
-@functools.cache
+@trial
 def _seconds(
     shapes: tuple[tuple[int, ...], ...],
     strides: tuple[tuple[int, ...], ...],

@@ -1,8 +1,8 @@
 """A graph without torch.export: recorded once on tensors without data.
 
-torch.export asks for more than a network of plain tensor functions needs: in a process with the
-network of 35.7M parameters 28 MB more, half of them imports that nothing here uses, and two thirds
-of a second. So whatever is a straight line of functional operators on inputs and weights is recorded here, and
+torch.export takes more than a network of plain tensor functions needs: 28 MB more for the network
+of 35.7M parameters, half of them for imports that nothing here uses, and two thirds of a second. So
+whatever is a straight line of functional operators on inputs and weights is recorded here, and
 everything else is left to torch.export.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -56,7 +57,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         fakes = [mode.from_tensor(tensor) for tensor in (*weights.values(), *tensors)]
-        with warnings.catch_warnings(), mode:
+        # nobody runs the graph's own code, so that it is not written
+        with warnings.catch_warnings(), mode, _use_lazy_graph_module(True):
             warnings.simplefilter("ignore")
             gm = make_fx(forward, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too

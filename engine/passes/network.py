@@ -25,7 +25,7 @@ from stepfuse.engine.passes.measure import pays
 from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
-from stepfuse.engine.passes.stopwatch import forget
+from stepfuse.engine.passes.stopwatch import reading
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
@@ -97,13 +97,13 @@ class Network:
         release: bool = False,
     ) -> None:
         traced = trace(model, args, kwargs)
-        self.reports = rewrite(traced, dtype, without)
+        with reading([*model.parameters(), *model.buffers()]):
+            self.reports = rewrite(traced, dtype, without)
         finish(traced.gm)
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants
         self._compile(traced, model)
         del traced
-        forget()
         trim()
         self._bind_weights(release)
         trim()
@@ -208,9 +208,11 @@ class Network:
             self._bound[name] = current[target]
         owned = {_memory(tensor) for tensor in current.values()}
         del current
-        last = {name: fold for fold in self._folds for name in fold.reads} if release else {}
+        # what a constant needs on the way grows with it: the largest come last, when most is freed
+        folds = sorted(self._folds, key=lambda fold: sum(map(self._nbytes, fold.reads)))
+        last = {name: fold for fold in folds for name in fold.reads} if release else {}
         freed = 0
-        for fold in self._folds:
+        for fold in folds:
             self._bind_constant(fold, owned)
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
@@ -220,6 +222,10 @@ class Network:
             if freed > _TRIM_EVERY:
                 freed = 0
                 trim()
+
+    def _nbytes(self, name: str) -> int:
+        bound: Tensor = self._bound[name]
+        return bound.nbytes
 
     def _bind_constant(self, fold: _Fold, owned: set[int | None]) -> None:
         """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""
@@ -232,7 +238,7 @@ class Network:
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
 
-_TRIM_EVERY = 16 << 20  # bytes
+_TRIM_EVERY = 1 << 19  # bytes freed: half a millisecond each time
 _ALL = ("weights", "time", "main")
 
 

@@ -15,7 +15,6 @@ sums of weights are taken in float64. Measured once per shape; CPU tensors only.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -33,8 +32,9 @@ from stepfuse.engine.passes.graph import (
     stage,
     value,
 )
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
@@ -113,7 +113,7 @@ def _rewrite(gm: GraphModule, upsample: Node, conv: Node) -> None:
     replace(conv, merged)
 
 
-@functools.cache
+@trial
 def _seconds(
     shape: tuple[int, ...], channels_out: int, cold: bool, threads: int
 ) -> tuple[float, float]:
@@ -123,7 +123,12 @@ def _seconds(
     twice = [*shape[:2], 2 * shape[2], 2 * shape[3]]
     direct = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
     geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
-    merged = mkldnn._reorder_convolution_transpose_weight(summed(weight), *geometry, list(shape))
+    del weight
+    trim()
+    wide = torch.zeros(shape[1], channels_out, 4, 4)  # `summed(weight)`, of any value
+    merged = mkldnn._reorder_convolution_transpose_weight(wide, *geometry, list(shape))
+    del wide
+    trim()
     plain: tuple[Any, ...] = ("none", [], "")
 
     def enlarged() -> Tensor:

@@ -15,7 +15,6 @@ images of at most 16 pixels a side, since in large ones, close to the result, ro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,13 +34,15 @@ from stepfuse.engine.passes.graph import (
     stage,
     value,
 )
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
-from stepfuse.engine.passes.winograd import filters, fits, why_not, winograd
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
+from stepfuse.engine.passes.winograd import filters, fits, native, why_not, winograd
 
 _REPEATS = 5
 _MARGIN = 1.05  # of the direct convolution's time over the other: below, exactness is worth more
 _SQUARE_IN_BFLOAT16 = 16  # pixels a side
+_ENTRIES = {False: 12, True: 16}  # of the filter of a pair of channels, in lines and in squares
 
 
 def winograd_convolutions(gm: GraphModule) -> PassReport:
@@ -125,23 +126,29 @@ def _residual(total: Node, conv: Node) -> Node | None:
     return other if same and value(total).dtype == value(conv).dtype else None
 
 
-@functools.cache
+@trial
 def _seconds(
     shape: tuple[int, ...], channels_out: int, dtype: torch.dtype, cold: bool, threads: int
 ) -> tuple[float, float, float]:
     """(direct, lines, squares); ``threads`` only tells results apart."""
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(channels_out, shape[1], 3, 3)
+    weight = torch.zeros(channels_out, shape[1], 3, 3, dtype=dtype)
     ones = [1, 1]
-    direct = mkldnn._reorder_convolution_weight(weight.to(dtype), ones, ones, ones, 1, list(shape))
+    direct = mkldnn._reorder_convolution_weight(weight, ones, ones, ones, 1, list(shape))
+    del weight
+    trim()
     convolution = mkldnn._convolution_pointwise.default
     runs: list[Callable[[], Tensor]] = [
         lambda: convolution(x, direct, None, ones, ones, ones, 1, "none", [], "")
     ]
-    for square in (False, True):
-        if fits(x.shape, channels_out, square):
-            u = filters(weight, square, dtype)
-            runs.append(lambda u=u, s=square: winograd(x, u, None, None, s))  # type: ignore[misc]
+    forms = [square for square in (False, True) if fits(x.shape, channels_out, square)]
+    # filters of any value do, and both forms can have theirs in one memory
+    most = max((_ENTRIES[square] for square in forms), default=0)
+    memory = torch.zeros(channels_out * shape[1] * most, dtype=dtype)
+    for square in forms:
+        u = memory[: channels_out * shape[1] * _ENTRIES[square]]
+        u = u.view(channels_out // native.winograd_wide, -1)
+        runs.append(lambda u=u, s=square: winograd(x, u, None, None, s))  # type: ignore[misc]
     times = best_times(runs, _REPEATS, warm=x if cold else None)
     times += [float("inf")] * (3 - len(times))
     return times[0], times[1], times[2]
