@@ -54,10 +54,16 @@ def filters(weight: Tensor, square: bool, dtype: torch.dtype) -> Tensor:
     """G w G^T (or G w) of w [K, C, 3, 3], computed in float64 and rounded once, as the operator
     takes it: [K / wide, frequencies, taps, C, wide], in bfloat16 with pairs of C side by side.
     """
-    few = torch.split(
-        weight, 4 * native.winograd_wide
-    )  # float64 of all of them would be a peak of memory
-    return torch.cat([_filters(part, square, dtype) for part in few])
+    wide = native.winograd_wide
+    result: Tensor | None = None
+    # part by part: float64 of all of them would be a peak of memory
+    for first in range(0, len(weight), wide):
+        part = _filters(weight[first : first + wide], square, dtype)
+        if result is None:
+            result = part.new_empty(len(weight) // wide, *part.shape[1:])
+        result[first // wide] = part[0]
+    assert result is not None
+    return result
 
 
 def _filters(weight: Tensor, square: bool, dtype: torch.dtype) -> Tensor:
