@@ -209,23 +209,22 @@ class Network:
         owned = {_memory(tensor) for tensor in current.values()}
         del current
         # what a constant needs on the way grows with it: the largest come last, when most is freed
-        folds = sorted(self._folds, key=lambda fold: sum(map(self._nbytes, fold.reads)))
+        size = {
+            fold.name: sum(self._bound[name].nbytes for name in fold.reads) for fold in self._folds
+        }
+        folds = sorted(self._folds, key=lambda fold: size[fold.name])
         last = {name: fold for fold in folds for name in fold.reads} if release else {}
-        freed = 0
+        done = 0
         for fold in folds:
             self._bind_constant(fold, owned)
+            done += size[fold.name]
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
-                    freed += self._bound[name].nbytes
                     self._bound[name] = None
                     self.weights.release(self._placeholders[name])
-            if freed > _TRIM_EVERY:
-                freed = 0
+            if done > _TRIM_EVERY:
+                done = 0
                 trim()
-
-    def _nbytes(self, name: str) -> int:
-        bound: Tensor = self._bound[name]
-        return bound.nbytes
 
     def _bind_constant(self, fold: _Fold, owned: set[int | None]) -> None:
         """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""
@@ -238,7 +237,7 @@ class Network:
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
 
-_TRIM_EVERY = 1 << 19  # bytes freed: half a millisecond each time
+_TRIM_EVERY = 1 << 19  # bytes of weights done; half a millisecond each time
 _ALL = ("weights", "time", "main")
 
 
