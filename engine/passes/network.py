@@ -217,9 +217,10 @@ class Network:
         done = 0
         for fold in folds:
             self._bind_constant(fold, owned)
-            done += size[fold.name]
+            done += 0 if release else size[fold.name]
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
+                    done += self._bound[name].nbytes
                     self._bound[name] = None
                     self.weights.release(self._placeholders[name])
             if done > _TRIM_EVERY:
@@ -237,7 +238,7 @@ class Network:
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
 
-_TRIM_EVERY = 1 << 19  # bytes of weights done; half a millisecond each time
+_TRIM_EVERY = 1 << 19  # bytes of weights read or freed; half a millisecond each time
 _ALL = ("weights", "time", "main")
 
 
