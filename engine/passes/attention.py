@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from stepfuse.engine.passes.attend import attend, attend_eagerly
 from stepfuse.engine.passes.convolve import why_not
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
-from stepfuse.engine.passes.stopwatch import best_times
+from stepfuse.engine.passes.stopwatch import best_times, trial
 
 mkldnn = torch.ops.mkldnn
 SDPA = aten.scaled_dot_product_attention.default
@@ -139,7 +139,7 @@ def _directly(target: Any, *args: Any) -> Any:
     return attend_eagerly(*args) if target is attend else target(*args)
 
 
-@functools.cache
+@trial
 def _seconds(
     shapes: tuple[tuple[int, ...], ...],
     strides: tuple[tuple[int, ...], ...],

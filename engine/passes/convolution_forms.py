@@ -48,8 +48,9 @@ from stepfuse.engine.passes.graph import (
     stage,
     value,
 )
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 _REPEATS = 5
@@ -153,7 +154,7 @@ def uncast(weight: Any) -> Any:
     return weight.args[0] if is_call(weight, aten.to.dtype) else weight
 
 
-@functools.cache
+@trial
 def _seconds(
     shape: tuple[int, ...],
     filter_shape: tuple[int, ...],
@@ -170,7 +171,7 @@ def _seconds(
         x = x.contiguous(memory_format=torch.channels_last)
     parameters = [torch.ones(filter_shape[1]) for _ in range(2)]
     groups = 32 if norm else 0
-    one_dnn = _one_dnn(x, torch.zeros(filter_shape, dtype=dtype), stride)
+    one_dnn = _one_dnn(x, filter_shape, stride)
 
     def before(x: Tensor) -> Tensor:
         if not norm:
@@ -181,18 +182,21 @@ def _seconds(
 
     runs: list[Callable[[], Tensor]] = [lambda: one_dnn(before(x))]
     folded = (groups, 1e-5, *parameters, None, None, None, True) if norm else NO_NORM
-    for form in forms:
-        u = blank_filters(filter_shape, form, dtype)
+    for form, u in blank_filters(filter_shape, forms, dtype).items():
         rest = (None, None, form, stride, *folded)
         runs.append(functools.partial(convolve_eagerly, x, u, *rest))
     return tuple(best_times(runs, _REPEATS, warm=x if cold else None))
 
 
-def _one_dnn(x: Tensor, weight: Tensor, stride: int) -> Callable[[Tensor], Tensor]:
+def _one_dnn(x: Tensor, shape: tuple[int, ...], stride: int) -> Callable[[Tensor], Tensor]:
+    """oneDNN's layer with a weight of this shape, all zeros."""
+    weight = torch.zeros(shape, dtype=x.dtype)
     if x.dim() == 3:
         packed = mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
         return lambda x: mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    padding, strides, ones = [weight.shape[2] // 2] * 2, [stride, stride], [1, 1]
+    padding, strides, ones = [shape[2] // 2] * 2, [stride, stride], [1, 1]
     packed = mkldnn._reorder_convolution_weight(weight, padding, strides, ones, 1, list(x.shape))
+    del weight
+    trim()  # the largest of these is the peak of a build
     convolution = mkldnn._convolution_pointwise.default
     return lambda x: convolution(x, packed, None, padding, strides, ones, 1, "none", [], "")

@@ -44,6 +44,7 @@ weigh more than the results they cancel to: the error of a layer grows by about 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -71,7 +72,6 @@ _PRODUCTS: dict[str, tuple[int, int]] = {  # frequencies, and terms each of them
     "enlarged": (9, 1),
 }
 _EVEN = ("lines", "squares")  # need an even width; squares an even height too
-_AT_ONCE = 128  # filters whose transform is held in float64
 
 
 def why_not(dtype: torch.dtype) -> str:
@@ -97,12 +97,17 @@ def filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     rounded once, as the operator takes it: [K / wide, frequencies, taps, C, wide], in bfloat16 with
     pairs of C side by side.
     """
-    return torch.cat([_filters(part, form, dtype) for part in torch.split(weight, _AT_ONCE)])
+    made = torch.empty(_shape(weight.shape, form, dtype), dtype=dtype)
+    for block in range(len(made)):  # float64 of all of them would be a peak of memory
+        part = weight[block * native.wide : (block + 1) * native.wide]
+        made[block] = _filters(part, form, dtype)
+    return made
 
 
 def _filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    """Of one block of results."""
     k, c = weight.shape[:2]
-    wide, together = native.wide, 2 if dtype is torch.bfloat16 else 1
+    together = 2 if dtype is torch.bfloat16 else 1
     w = weight.double()
     if form in ("dense", "direct"):
         u = w.reshape(k, c, 1, -1).permute(2, 3, 0, 1)
@@ -111,17 +116,24 @@ def _filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     else:
         g = _LINES if form == "squares" else _ENLARGED
         u = torch.einsum("ai,bj,kcij->bakc", g, g, w).reshape(len(g) ** 2, 1, k, c)
-    u = u.to(dtype).view(*u.shape[:2], k // wide, wide, c // together, together)
-    return u.permute(2, 0, 1, 4, 3, 5).contiguous()
-
-
-def blank_filters(shape: Sequence[int], form: Form, dtype: torch.dtype) -> Tensor:
-    """Zeros in place of the `filters` of a weight of this shape: for measurements."""
-    k, c = shape[:2]
     frequencies, taps = _PRODUCTS[form]
+    u = u.to(dtype).reshape(frequencies, taps, k, c // together, together)
+    return u.permute(0, 1, 3, 2, 4)
+
+
+def _shape(shape: Sequence[int], form: Form, dtype: torch.dtype) -> tuple[int, ...]:
     together = 2 if dtype is torch.bfloat16 else 1
-    wide = native.wide
-    return torch.zeros(k // wide, frequencies, taps, c // together, wide, together, dtype=dtype)
+    blocks, channels = shape[0] // native.wide, shape[1] // together
+    return (blocks, *_PRODUCTS[form], channels, native.wide, together)
+
+
+def blank_filters(
+    shape: Sequence[int], forms: Sequence[Form], dtype: torch.dtype
+) -> dict[Form, Tensor]:
+    """Zeros in place of `filters` of a weight of this shape, in one memory: for measurements."""
+    shapes = {form: _shape(shape, form, dtype) for form in forms}
+    memory = torch.zeros(max(map(math.prod, shapes.values())), dtype=dtype)
+    return {form: memory[: math.prod(size)].view(size) for form, size in shapes.items()}
 
 
 def _run(

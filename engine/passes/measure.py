@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from stepfuse.engine.passes.graph import aten, value
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times
+from stepfuse.engine.passes.stopwatch import best_times, trial
 
 _REPEATS = 3
 _MARGIN = 1.2  # float32 must win clearly: staying in one dtype saves the casts around it
@@ -34,7 +34,7 @@ def pays(node: Node, dtype: torch.dtype) -> bool:
     return low < _MARGIN * _seconds(*shapes, frozen, groups, torch.float32, threads)
 
 
-@functools.cache
+@trial
 def _seconds(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
@@ -50,5 +50,7 @@ def _seconds(
     packed = mkldnn._reorder_convolution_weight(
         weight, padding, stride, dilation, groups, list(x_shape)
     )
+    del weight
+    trim()
     args: tuple[Any, ...] = (x, packed, None, padding, stride, dilation, groups, "none", [], "")
     return best_times([lambda: mkldnn._convolution_pointwise(*args)], _REPEATS)[0]

@@ -29,7 +29,7 @@ from stepfuse.engine.passes.merge_linears import merge_linears
 from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
-from stepfuse.engine.passes.stopwatch import forget
+from stepfuse.engine.passes.stopwatch import reading
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
@@ -106,13 +106,13 @@ class Network:
         release: bool = False,
     ) -> None:
         traced = trace(model, args, kwargs)
-        self.reports = rewrite(traced, dtype, without)
+        with reading([*model.parameters(), *model.buffers()]):
+            self.reports = rewrite(traced, dtype, without)
         finish(traced.gm)
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants
         self._compile(traced, model)
         del traced
-        forget()
         trim()
         self._bind_weights(release)
         trim()
@@ -217,17 +217,23 @@ class Network:
             self._bound[name] = current[target]
         owned = {_memory(tensor) for tensor in current.values()}
         del current
-        last = {name: fold for fold in self._folds for name in fold.reads} if release else {}
-        freed = 0
-        for fold in self._folds:
+        # what a constant needs on the way grows with it: the largest come last, when most is freed
+        size = {
+            fold.name: sum(self._bound[name].nbytes for name in fold.reads) for fold in self._folds
+        }
+        folds = sorted(self._folds, key=lambda fold: size[fold.name])
+        last = {name: fold for fold in folds for name in fold.reads} if release else {}
+        done = 0
+        for fold in folds:
             self._bind_constant(fold, owned)
+            done += 0 if release else size[fold.name]
             for name in fold.reads:
                 if last.get(name) is fold and name not in self._direct:
-                    freed += self._bound[name].nbytes
+                    done += self._bound[name].nbytes
                     self._bound[name] = None
                     self.weights.release(self._placeholders[name])
-            if freed > _TRIM_EVERY:
-                freed = 0
+            if done > _TRIM_EVERY:
+                done = 0
                 trim()
 
     def _bind_constant(self, fold: _Fold, owned: set[int | None]) -> None:
@@ -241,7 +247,7 @@ class Network:
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
 
-_TRIM_EVERY = 16 << 20  # bytes
+_TRIM_EVERY = 1 << 19  # bytes of weights read or freed; half a millisecond each time
 _ALL = ("weights", "time", "main")
 
 

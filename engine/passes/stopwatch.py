@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from stepfuse.engine.passes.heap import trim
+
+T = TypeVar("T")
 _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one process may count on
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)  # fake ones have nothing that could be read
+_between: ContextVar[tuple[Tensor, ...]] = ContextVar("_between", default=())
 
 
 def exceed_cache(gm: GraphModule) -> bool:
@@ -21,6 +29,42 @@ def exceed_cache(gm: GraphModule) -> bool:
     return held > _CACHE // 2
 
 
+@contextlib.contextmanager
+def reading(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, what empties the caches before a measurement is reading as much of ``weights``.
+
+    It is what an evaluation does between two uses of a layer, and needs no memory of its own: a
+    network that exceeds the cache has weights enough. Those outside the CPU are left out.
+    """
+    there = [w for w in weights if type(w) in _PLAIN and w.device.type == "cpu"]
+    chosen: list[Tensor] = []
+    read = 0
+    for weight in sorted(there, key=lambda w: w.nbytes, reverse=True):
+        if read < _CACHE and weight.dtype in _FLOATING:
+            chosen.append(weight.detach())
+            read += weight.nbytes
+    token = _between.set(tuple(chosen))
+    try:
+        yield
+    finally:
+        _between.reset(token)
+
+
+def trial(seconds: Callable[..., T]) -> Callable[..., T]:
+    """Call once per arguments and keep the result; what was held for it is given back.
+
+    The heap would otherwise keep memory of every shape, in pieces that do not fit the next.
+    """
+
+    @functools.cache
+    def measured(*args: Any) -> T:
+        result = seconds(*args)
+        trim()
+        return result
+
+    return measured
+
+
 def best_times(
     runs: Sequence[Callable[[], Any]], repeats: int, warm: Tensor | None = None
 ) -> list[float]:
@@ -28,7 +72,7 @@ def best_times(
 
     With one thread it is the thread's own processor time, which other processes do not lengthen;
     with more it is the clock. Where ``warm`` is given, caches hold that tensor before every run
-    and nothing else.
+    and beside it nothing but weights of `reading`.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = [float("inf")] * len(runs)
@@ -36,20 +80,11 @@ def best_times(
         for repeat in range(-1, repeats):
             for i, run in enumerate(runs):
                 if warm is not None:
-                    _other_memory().sum()
+                    for other in _between.get():
+                        other.sum()
                     warm.sum()
                 start = clock()
                 run()
                 if repeat >= 0:
                     best[i] = min(best[i], clock() - start)
     return best
-
-
-@functools.cache
-def _other_memory() -> Tensor:
-    return torch.ones(_CACHE // 4)
-
-
-def forget() -> None:
-    """Free what was held between measurements."""
-    _other_memory.cache_clear()

@@ -1,4 +1,7 @@
-"""From a module to a graph: torch.export, weights as named placeholders, nothing decomposed."""
+"""From a module to a graph: weights as named placeholders, nothing decomposed.
+
+Recorded directly where that is possible (`direct_trace`), by torch.export otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
+from stepfuse.engine.passes.direct_trace import record
 from stepfuse.engine.passes.graph import is_tensor
 
 
@@ -36,11 +40,16 @@ class Traced:
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """Export ``model(*args, **kwargs)`` for exactly these shapes.
+    """The graph of ``model(*args, **kwargs)`` for exactly these shapes.
 
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
+    with torch.no_grad():
+        recorded = record(model, args, kwargs)
+    if recorded is not None:
+        gm, inputs, out_spec = recorded
+        return Traced(gm, inputs, {}, out_spec, _time(inputs, args))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,7 +94,10 @@ def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Trac
             raise CannotTrace(f"the graph reads {spec.target!r}, which is not a tensor")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    # the model contract: the second positional argument is the timestep
+    return Traced(gm, inputs, constants, out_spec, _time(inputs, args))
+
+
+def _time(inputs: list[Node], args: tuple[Any, ...]) -> Node | None:
+    """The model contract: the second positional argument is the timestep."""
     second = inputs[1] if len(args) >= 2 else None
-    time = second if second is not None and is_tensor(second) else None
-    return Traced(gm, inputs, constants, out_spec, time)
+    return second if second is not None and is_tensor(second) else None

@@ -17,7 +17,6 @@ taken in float64. All three are measured once per shape; CPU tensors only.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
@@ -47,8 +46,9 @@ from stepfuse.engine.passes.graph import (
     stage,
     value,
 )
+from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
@@ -164,18 +164,23 @@ def _enlarged(gm: GraphModule, upsample: Node, conv: Node) -> None:
     replace(conv, merged)
 
 
-@functools.cache
+@trial
 def _seconds(
     shape: tuple[int, ...], channels_out: int, dtype: torch.dtype, cold: bool, threads: int
 ) -> tuple[float, float, float]:
     """(enlarged and convolved, transposed, in one); ``threads`` only tells results apart."""
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(channels_out, shape[1], 3, 3, dtype=dtype)
+    weight_shape = (channels_out, shape[1], 3, 3)
+    weight = torch.zeros(weight_shape, dtype=dtype)
     twice = [*shape[:2], 2 * shape[2], 2 * shape[3]]
     direct = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
     geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
+    del weight
+    trim()
     wide = torch.zeros(shape[1], channels_out, 4, 4, dtype=dtype)
     merged = mkldnn._reorder_convolution_transpose_weight(wide, *geometry, list(shape))
+    del wide
+    trim()
     plain: tuple[Any, ...] = ("none", [], "")
 
     def enlarged() -> Tensor:
@@ -191,7 +196,7 @@ def _seconds(
 
     runs = [enlarged, transposed]
     if not why_not(dtype) and fits(x.shape, channels_out, "enlarged"):
-        u = blank_filters(weight.shape, "enlarged", dtype)
+        u = blank_filters(weight_shape, ("enlarged",), dtype)["enlarged"]
         runs.append(lambda: convolve_eagerly(x, u, None, None, "enlarged", 1, *NO_NORM))
     times = [*best_times(runs, _REPEATS, warm=x if cold else None), float("inf")]
     return times[0], times[1], times[2]

@@ -169,7 +169,7 @@ def test_every_pixel_is_written_and_nan_stays_where_it_belongs(dtype: torch.dtyp
 def test_blank_filters_have_the_shape_of_real_ones(form: Form) -> None:
     weight = weight_for(form, 64, 32)
     real = filters(weight, form, torch.float32)
-    blank = blank_filters(weight.shape, form, torch.float32)
+    blank = blank_filters(weight.shape, (form,), torch.float32)[form]
     assert blank.shape == real.shape
     assert blank.dtype == real.dtype
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tests.engine.passes.networks import distance, only, own, small, traced
 from torch import Tensor, nn
+from torch.fx import Node
 
 from stepfuse.engine.optimize import Optimized, optimize
 from stepfuse.engine.passes.attention import SDPA, attention, batched, by_operator, one_by_one
@@ -277,17 +278,26 @@ def test_a_timestep_that_is_no_vector_is_left() -> None:
     assert report(fast, "hoist_timestep").note == "no timestep [N] as the second argument"
 
 
+def _weight(node: Node) -> str:
+    """Which weight a convolution reads, cast or not."""
+    source = node.args[1]
+    while isinstance(source, Node) and source.op != "placeholder":
+        source = source.args[0]
+    assert isinstance(source, Node)
+    return str(source.meta["weight"])
+
+
 def test_bfloat16_where_it_pays_and_float32_for_the_rest() -> None:
     model, inputs = small()
     found = trace(model, inputs, {})
     assign(found.gm)
     done = lower_precision(
-        found.gm, torch.bfloat16, lambda node, dtype: node.args[1].name != "p_last_weight"
+        found.gm, torch.bfloat16, lambda node, dtype: _weight(node) != "last.weight"
     )
     assert done.left["float32 is as fast for their shape"] == 1
     assert done.left["vectors [N, C]"] == 4
-    dtypes = {n.args[1].name: n.meta["val"].dtype for n in calls(found.gm, aten.conv2d.default)}
-    assert dtypes.pop("p_last_weight") is torch.float32
+    dtypes = {_weight(n): n.meta["val"].dtype for n in calls(found.gm, aten.conv2d.default)}
+    assert dtypes.pop("last.weight") is torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
     (result,) = found.gm.graph.output_node().all_input_nodes
     assert result.meta["val"].dtype is torch.float32

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.engine.passes.networks import distance, own, small
+from tests.engine.passes.networks import distance, only, own, small
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepfuse import Sampler, Schedule
 from stepfuse.engine.optimize import Optimized, WeightsReleased, optimize
+from stepfuse.engine.passes.network import Network
 
 # float32 sums in another order, through some twenty layers
 REORDERED = 1e-5
+BFLOAT16 = 2e-2  # eight layers, each rounds its weights and image to 8 bits
 
 
 def released(dtype: torch.dtype | None = None) -> tuple[nn.Module, Optimized, tuple[Any, ...]]:
@@ -157,3 +164,81 @@ def test_constants_are_made_one_by_one() -> None:
     reads = [len(fold.reads) for fold in network._folds]
     assert max(reads) == 1, "each needs one weight, and no other's cast"
     assert sum(reads) >= 8
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that ``weights`` and living results, views of weights too, ever took."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.holders: Counter[int] = Counter()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                key, size = self._memory(made)
+                self.holders[key] += 1
+                self.sizes[key] = size
+                weakref.finalize(made, self.holders.subtract, [key])
+        held = dict(self._memory(weight) for weight in self.weights)
+        held |= {key: self.sizes[key] for key, count in self.holders.items() if count}
+        self.most = max(self.most, sum(held.values()))
+        return result
+
+    @staticmethod
+    def _memory(tensor: Tensor) -> tuple[int, int]:
+        """What identifies it, and its bytes; packed weights have no storage, and no views."""
+        if tensor.layout is torch.strided:
+            return tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        return -id(tensor), tensor.nbytes
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_weights_and_constants_together_never_grow_by_more_than_a_layer(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(8))).eval()
+    x = torch.randn(1, 32, 6, 4)
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    layer, total = weights[0].nbytes, sum(p.nbytes for p in model.parameters())
+    live: list[Live] = []
+    bind = Network._bind_weights
+
+    def watched(self: Network, release: bool = False) -> None:
+        live.append(Live(list(model.parameters())))
+        with live[0]:
+            bind(self, release)
+
+    monkeypatch.setattr(Network, "_bind_weights", watched)
+    alone = only("lower_precision", "channels_last", "prepack_convolutions")
+    expected = model(x)
+    fast = optimize(model, (x,), dtype, without=alone, release_weights=True)
+    assert distance(fast(x), expected) < (REORDERED if dtype is None else BFLOAT16)
+    assert all(p.numel() == 0 for p in weights), "they were packed"
+    # one layer's cast and its packed copy, together at most as large as the layer, and two biases
+    assert total < live[0].most < total + 1.1 * layer
+
+
+@torch.no_grad()
+def test_nothing_but_constants_stays_of_the_build() -> None:
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3))).eval()
+    x = torch.randn(1, 64, 8, 8)
+
+    def large() -> dict[int, Tensor]:
+        gc.collect()
+        found = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter))
+        return {id(o): o for o in found if o.numel() > 10_000}
+
+    before = large()
+    fast = optimize(model, (x,), torch.bfloat16, release_weights=True)
+    (network,) = fast._networks.values()
+    constants = [network._bound[fold.name] for fold in network._folds]
+    extra = set(large()) - set(before) - set(map(id, constants))
+    assert not extra, [tuple(large()[key].shape) for key in extra]
