@@ -108,7 +108,9 @@ def _forms(q: Tensor, k: Tensor, v: Tensor) -> list[Build]:
     if n * heads * positions * k.shape[2] <= MOST_WEIGHTS:
         forms.append(batched)
         one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        if heads == 1 and n <= MOST_SAMPLES and one_dnn:
+        # oneDNN has no fast path for rows with a gap between them
+        dense = all(x.stride()[2:] == (x.shape[3], 1) for x in (q, k, v))
+        if heads == 1 and n <= MOST_SAMPLES and one_dnn and dense:
             forms.append(one_by_one)
     return forms
 

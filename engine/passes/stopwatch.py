@@ -17,6 +17,7 @@ from stepfuse.engine.passes.heap import trim
 
 T = TypeVar("T")
 _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one process may count on
+_HOPELESS = 1.5
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter)  # fake ones have nothing that could be read
 _between: ContextVar[tuple[Tensor, ...]] = ContextVar("_between", default=())
@@ -70,6 +71,8 @@ def best_times(
 ) -> list[float]:
     """The least seconds of each of ``runs``, which take turns ``repeats`` times after a warm-up.
 
+    One that is half as slow again as another after two turns takes no more part.
+
     With one thread it is the thread's own processor time, which other processes do not lengthen;
     with more it is the clock. Where ``warm`` is given, caches hold that tensor before every run
     and beside it nothing but weights of `reading`.
@@ -79,6 +82,8 @@ def best_times(
     with torch.no_grad():
         for repeat in range(-1, repeats):
             for i, run in enumerate(runs):
+                if repeat > 1 and best[i] > _HOPELESS * min(best):
+                    continue
                 if warm is not None:
                     for other in _between.get():
                         other.sum()
