@@ -172,29 +172,42 @@ void bind_group_norm_silu(py::module_& m) {
 void bind_convolve(py::module_& m) {
   m.attr("wide") = kWide;
   m.attr("bfloat16_products") = kBFloat16Products;
-  // `norm`: what group_norm_silu takes, or an empty list
-  m.def("convolve", [](uintptr_t x, uintptr_t u, uintptr_t bias, uintptr_t residual, uintptr_t out,
-                       int dtype, int form, int64_t stride, int64_t samples, int64_t height,
-                       int64_t width, int64_t channels, int64_t filters, const py::list& norm,
-                       float eps, int threads) {
-    GroupNorm before{};
-    if (norm.size() > 0) before = group_norm(norm, eps);
-    const Convolution a{pointer<void>(x),
-                        pointer<void>(u),
-                        pointer<float>(bias),
-                        pointer<void>(residual),
-                        pointer<void>(out),
-                        static_cast<DType>(dtype),
-                        static_cast<Form>(form),
-                        stride,
-                        samples,
-                        height,
-                        width,
-                        channels,
-                        filters,
-                        norm.size() > 0 ? &before : nullptr};
-    run(samples * height * width * channels * filters, [&] { convolve(a, threads); });
-  });
+  // What stays the same at one place of a network. `norm`: what group_norm_silu takes, or nothing;
+  // its x and the addresses and strides of scale, shift and add are those of a run.
+  struct Prepared {
+    Convolution convolution;
+    GroupNorm norm;
+  };
+  py::class_<Prepared>(m, "Convolution")
+      .def(py::init([](uintptr_t u, uintptr_t bias, int dtype, int form, int64_t stride,
+                       const std::array<int64_t, 5>& sizes, const py::list& norm, float eps) {
+        Prepared p{};
+        if (norm.size() > 0) p.norm = group_norm(norm, eps);
+        p.convolution = {nullptr,  pointer<void>(u), pointer<float>(bias),
+                         nullptr,  nullptr,          static_cast<DType>(dtype),
+                         static_cast<Form>(form),    stride,
+                         sizes[0], sizes[1],         sizes[2],
+                         sizes[3], sizes[4],         nullptr};
+        return p;
+      }))
+      .def("run", [](const Prepared& prepared, uintptr_t x, uintptr_t residual, uintptr_t out,
+                     uintptr_t scale, int64_t scale_stride, uintptr_t shift, int64_t shift_stride,
+                     uintptr_t add, int64_t add_stride, int threads) {
+        Convolution a = prepared.convolution;
+        GroupNorm norm = prepared.norm;
+        norm.x = a.x = pointer<void>(x);
+        a.residual = pointer<void>(residual);
+        a.out = pointer<void>(out);
+        norm.scale.data = pointer<void>(scale);
+        norm.scale.stride = scale_stride;
+        norm.shift.data = pointer<void>(shift);
+        norm.shift.stride = shift_stride;
+        norm.add.data = pointer<void>(add);
+        norm.add.stride = add_stride;
+        if (norm.groups > 0) a.norm = &norm;
+        run(a.samples * a.height * a.width * a.channels * a.filters,
+            [&] { convolve(a, threads); });
+      });
   m.def("concatenate", [](const std::vector<std::pair<uintptr_t, int64_t>>& parts, uintptr_t out,
                           int64_t pixels, int threads) {
     Concatenate a{{}, pointer<void>(out), pixels};

@@ -136,6 +136,97 @@ def blank_filters(
     return {form: memory[: math.prod(size)].view(size) for form, size in shapes.items()}
 
 
+class _Prepared:
+    """The operator with everything checked that stays the same: all but x, residual, scale, shift
+    and add, whose shapes and dtypes stay too.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        u: Tensor,
+        bias: Tensor | None,
+        form: str,
+        stride: int,
+        groups: int,
+        eps: float,
+        weight: Tensor | None,
+        offset: Tensor | None,
+        modulation: tuple[Tensor | None, Tensor | None, Tensor | None],
+        silu: bool,
+    ) -> None:
+        n, c, h, w = x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
+        k = u.shape[0] * u.shape[4]
+        alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
+        if not alike or u.shape[1:3] != _PRODUCTS[form]:
+            raise ValueError(
+                f"{x.dtype} {list(x.shape)} does not fit filters {list(u.shape)} of {form!r}"
+            )
+        if (form in _EVEN and w % 2) or (form == "squares" and h % 2):
+            raise ValueError(f"{form!r} needs an even size; got {h}x{w}")
+        for name, value, shape in (
+            ("bias", bias, (k,)),
+            ("weight", weight, (c,)),
+            ("offset", offset, (c,)),
+            *zip(("scale", "shift", "add"), modulation, [(n, c)] * 3, strict=True),
+        ):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
+        self.given, self.shape, self.dtype = (u, bias, weight, offset), x.shape, x.dtype
+        added = None if bias is None else bias.to(torch.float32).contiguous()
+        self.held = (u, added, _plain(weight), _plain(offset))
+        self.modulation = tuple(map(_plain, modulation))
+        self.modulated = groups > 0 and any(value is not None for value in modulation)
+        norm: list[int] = []
+        if groups:
+            images = x if x.dim() == 4 else x.transpose(1, 2)
+            parameters = (*self.held[2:], *self.modulation)
+            norm, _ = norm_arguments(images, True, groups, silu, parameters)
+        self.format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        self.result = _result_shape(x.shape, k, form, stride)
+        bias_address = 0 if added is None else added.data_ptr()
+        codes, sizes = (DTYPES[x.dtype], _CODES[form], stride), (n, h, w, c, k)
+        self.run = native.Convolution(u.data_ptr(), bias_address, *codes, sizes, norm, eps).run
+
+    def lasts(self) -> bool:
+        """Whether nothing was copied: a copy does not follow what is written into a constant."""
+        return all(held is given for held, given in zip(self.held, self.given, strict=True))
+
+    def __call__(self, x: Tensor, residual: Tensor | None, *modulation: Tensor | None) -> Tensor:
+        image = x.contiguous(memory_format=self.format)
+        out = torch.empty(self.result, dtype=self.dtype, memory_format=self.format)
+        added = 0
+        if residual is not None:
+            if residual.shape != out.shape:
+                raise ValueError(f"residual must be {list(out.shape)}; got {list(residual.shape)}")
+            if residual.dtype != self.dtype:
+                residual = residual.to(self.dtype)
+            residual = residual.contiguous(memory_format=self.format)
+            added = residual.data_ptr()
+        if not self.modulated:
+            self.run(image.data_ptr(), added, out.data_ptr(), 0, 0, 0, 0, 0, 0, threads())
+            return out
+        where: list[int] = []
+        alive = []
+        for value, first in zip(modulation, self.modulation, strict=True):
+            if value is None or first is None:
+                where += (0, 0)
+                continue
+            if value.dtype != first.dtype or value.stride(1) != 1:
+                value = value.to(first.dtype).contiguous()
+                alive.append(value)
+            where += (value.data_ptr(), value.stride(0))
+        self.run(image.data_ptr(), added, out.data_ptr(), *where, threads())
+        return out
+
+
+def _plain(value: Tensor | None) -> Tensor | None:
+    """As the C++ module reads parameters: in a dtype it knows, channels side by side."""
+    if value is None or (value.dtype in DTYPES and value.stride(-1) == 1):
+        return value
+    return value.to(torch.float32).contiguous()
+
+
 def _run(
     x: Tensor,
     u: Tensor,
@@ -152,71 +243,31 @@ def _run(
     add: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    image = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
-    n, c, h, w = image.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
-    k = u.shape[0] * u.shape[4]
-    alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
-    if not alike or u.shape[1:3] != _PRODUCTS[form]:
-        raise ValueError(
-            f"{x.dtype} {list(x.shape)} does not fit filters {list(u.shape)} of {form!r}"
-        )
-    if (form in _EVEN and w % 2) or (form == "squares" and h % 2):
-        raise ValueError(f"{form!r} needs an even size; got {h}x{w}")
-    out = _empty(image, k, form, stride)
-    addend = offset_ = None
-    if residual is not None:
-        addend = residual.to(x.dtype).contiguous(memory_format=_format(x))
-    if bias is not None:
-        offset_ = bias.to(torch.float32).contiguous()
-    norm: list[int] = []
-    kept: list[Tensor] = []
-    if groups:
-        as_images = image if x.dim() == 4 else image.transpose(1, 2)
-        parameters = (weight, offset, scale, shift, add)
-        norm, kept = norm_arguments(as_images, True, groups, silu, parameters)
-    native.convolve(
-        image.data_ptr(),
-        u.data_ptr(),
-        0 if offset_ is None else offset_.data_ptr(),
-        0 if addend is None else addend.data_ptr(),
-        out.data_ptr(),
-        DTYPES[x.dtype],
-        _CODES[form],
-        stride,
-        *(n, h, w, c, k),
-        norm,
-        eps,
-        threads(),
-    )
-    del kept
-    return out
+    modulation = (scale, shift, add)
+    prepared = _Prepared(x, u, bias, form, stride, groups, eps, weight, offset, modulation, silu)
+    return prepared(x, residual, *modulation)
 
 
 _CODES: dict[str, int] = {form: code for code, form in enumerate(FORMS)}  # Form in csrc/convolve.h
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
-
-
-def _empty(x: Tensor, channels_out: int, form: str, stride: int) -> Tensor:
-    if x.dim() == 3:
-        return x.new_empty((x.shape[0], x.shape[1], channels_out))
-    n, _, h, w = x.shape
+def _result_shape(
+    shape: Sequence[int], channels_out: int, form: str, stride: int
+) -> tuple[int, ...]:
+    if len(shape) == 3:
+        return (*shape[:2], channels_out)
+    n, _, h, w = shape
     if form == "enlarged":
-        h, w = 2 * h, 2 * w
-    elif stride > 1:
-        h, w = (h - 1) // stride + 1, (w - 1) // stride + 1
-    return torch.empty(
-        (n, channels_out, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+        return (n, channels_out, 2 * h, 2 * w)
+    return (n, channels_out, (h - 1) // stride + 1, (w - 1) // stride + 1)
 
 
 def _fake(
     x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, form: str, stride: int,
     *_: Any,
 ) -> Tensor:  # fmt: skip
-    return _empty(x, u.shape[0] * u.shape[4], form, stride)
+    made = x.new_empty(_result_shape(x.shape, u.shape[0] * u.shape[4], form, stride))
+    return made.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else made
 
 
 # conv(act(norm(x)), w) + bias + residual for x [N, C, H, W], or linear for x [N, L, C] (dense), of
@@ -237,3 +288,45 @@ def convolve_eagerly(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
     call = _run if eager(x, rest[1]) else convolve
     y: Tensor = call(x, u, *rest)
     return y
+
+
+class CallSite:
+    """`convolve_eagerly` at one place of a network: what stays the same is prepared once."""
+
+    def __init__(self) -> None:
+        self.prepared: _Prepared | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        u: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        form: str,
+        stride: int,
+        groups: int,
+        eps: float,
+        weight: Tensor | None,
+        offset: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        add: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        """As `convolve`; form, stride, groups, eps and silu must be those of the first call."""
+        modulation = (scale, shift, add)
+        if not eager(x, residual):
+            norm = (groups, eps, weight, offset, *modulation, silu)
+            watched: Tensor = convolve(x, u, bias, residual, form, stride, *norm)
+            return watched
+        prepared = self.prepared
+        if prepared is not None:
+            held = prepared.given
+            same = held[0] is u and held[1] is bias and held[2] is weight and held[3] is offset
+            if same and prepared.shape == x.shape and prepared.dtype == x.dtype:
+                return prepared(x, residual, *modulation)
+        prepared = _Prepared(
+            x, u, bias, form, stride, groups, eps, weight, offset, modulation, silu
+        )
+        self.prepared = prepared if prepared.lasts() else None
+        return prepared(x, residual, *modulation)

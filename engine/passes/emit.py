@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from stepfuse.engine.passes.attend import attend, attend_eagerly
 from stepfuse.engine.passes.concatenate import join, join_eagerly
-from stepfuse.engine.passes.convolve import convolve, convolve_eagerly
+from stepfuse.engine.passes.convolve import CallSite, convolve
 from stepfuse.engine.passes.fuse_group_norm_silu import OP as GROUP_NORM
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
@@ -87,6 +87,8 @@ class _Emitter:
 
 def _callable(target: Any) -> Any:
     """What is called for an operator: its kernel directly, where it has a way there."""
+    if target is convolve:
+        return CallSite()
     direct = _DIRECTLY.get(target)
     return direct or getattr(target, "_op", target)  # skips a Python frame per call
 
@@ -110,7 +112,6 @@ def _group_norm(
 
 _DIRECTLY: dict[Any, Callable[..., Tensor]] = {
     GROUP_NORM: _group_norm,
-    convolve: convolve_eagerly,
     attend: attend_eagerly,
     join: join_eagerly,
 }
