@@ -19,6 +19,7 @@ everywhere, 10.3e-3 with squares of rounded images everywhere).
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,7 @@ from stepfuse.engine.passes.graph import (
 )
 from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, filler, trial
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 _REPEATS = 5
@@ -189,14 +190,13 @@ def _seconds(
 
 
 def _one_dnn(x: Tensor, shape: tuple[int, ...], stride: int) -> Callable[[Tensor], Tensor]:
-    """oneDNN's layer with a weight of this shape, all zeros."""
-    weight = torch.zeros(shape, dtype=x.dtype)
+    """oneDNN's layer with some weight of this shape."""
+    weight = filler(math.prod(shape), x.dtype).view(shape)
     if x.dim() == 3:
         packed = mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
         return lambda x: mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     padding, strides, ones = [shape[2] // 2] * 2, [stride, stride], [1, 1]
     packed = mkldnn._reorder_convolution_weight(weight, padding, strides, ones, 1, list(x.shape))
-    del weight
     trim()  # the largest of these is the peak of a build
     convolution = mkldnn._convolution_pointwise.default
     return lambda x: convolution(x, packed, None, padding, strides, ones, 1, "none", [], "")

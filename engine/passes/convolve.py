@@ -51,6 +51,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepfuse.engine.passes.stopwatch import filler
 from stepfuse.kernels.registration import define, eager
 
 native: Any
@@ -130,9 +131,9 @@ def _shape(shape: Sequence[int], form: Form, dtype: torch.dtype) -> tuple[int, .
 def blank_filters(
     shape: Sequence[int], forms: Sequence[Form], dtype: torch.dtype
 ) -> dict[Form, Tensor]:
-    """Zeros in place of `filters` of a weight of this shape, in one memory: for measurements."""
+    """Numbers in place of `filters` of a weight of this shape, in one memory: for measurements."""
     shapes = {form: _shape(shape, form, dtype) for form in forms}
-    memory = torch.zeros(max(map(math.prod, shapes.values())), dtype=dtype)
+    memory = filler(max(map(math.prod, shapes.values())), dtype)
     return {form: memory[: math.prod(size)].view(size) for form, size in shapes.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx import Node
 from stepfuse.engine.passes.graph import aten, value
 from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, trial
+from stepfuse.engine.passes.stopwatch import best_times, filler, trial
 
 _REPEATS = 3
 _MARGIN = 1.2  # float32 must win clearly: staying in one dtype saves the casts around it
@@ -19,7 +20,7 @@ _MARGIN = 1.2  # float32 must win clearly: staying in one dtype saves the casts 
 def pays(node: Node, dtype: torch.dtype) -> bool:
     """False where a convolution is clearly faster in float32 than in ``dtype``; CPUs only.
 
-    Both are timed with packed weights on zeros of the node's shapes; a result is kept as long as
+    Both are timed with packed weights of the node's shapes, on zeros; a result is kept as long as
     the process runs. Processors differ here: without bfloat16 instructions oneDNN converts.
     """
     if value(node).device.type != "cpu" or node.target is not aten.conv2d.default:
@@ -46,11 +47,10 @@ def _seconds(
     """The best of a few runs; ``threads`` only tells results apart."""
     stride, padding, dilation = (list(g) for g in geometry)
     x = torch.zeros(x_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(w_shape, dtype=dtype)
+    weight = filler(math.prod(w_shape), dtype).view(w_shape)
     packed = mkldnn._reorder_convolution_weight(
         weight, padding, stride, dilation, groups, list(x_shape)
     )
-    del weight
     trim()
     args: tuple[Any, ...] = (x, packed, None, padding, stride, dilation, groups, "none", [], "")
     return best_times([lambda: mkldnn._convolution_pointwise(*args)], _REPEATS)[0]

@@ -51,6 +51,18 @@ def reading(weights: Iterable[Tensor]) -> Iterator[None]:
         _between.reset(token)
 
 
+def filler(count: int, dtype: torch.dtype) -> Tensor:
+    """``count`` numbers of no meaning to multiply with: memory of a weight of `reading`, which is
+    out of the cache like all of them, or zeros where none is large enough.
+    """
+    size = count * dtype.itemsize
+    # the largest is read first, and so least likely to be in the cache still
+    lender = next((w for w in _between.get() if w.nbytes >= size and w.is_contiguous()), None)
+    if lender is None:
+        return torch.zeros(count, dtype=dtype)
+    return lender.flatten().view(torch.uint8)[:size].view(dtype)
+
+
 def trial(seconds: Callable[..., T]) -> Callable[..., T]:
     """Call once per arguments and keep the result; what was held for it is given back.
 

@@ -17,6 +17,7 @@ taken in float64. All three are measured once per shape; CPU tensors only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -48,7 +49,7 @@ from stepfuse.engine.passes.graph import (
 )
 from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
-from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, trial
+from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, filler, trial
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
@@ -171,15 +172,13 @@ def _seconds(
     """(enlarged and convolved, transposed, in one); ``threads`` only tells results apart."""
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight_shape = (channels_out, shape[1], 3, 3)
-    weight = torch.zeros(weight_shape, dtype=dtype)
+    weight = filler(math.prod(weight_shape), dtype).view(weight_shape)
     twice = [*shape[:2], 2 * shape[2], 2 * shape[3]]
     direct = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
     geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
-    del weight
-    trim()
-    wide = torch.zeros(shape[1], channels_out, 4, 4, dtype=dtype)
+    wide_shape = (shape[1], channels_out, 4, 4)
+    wide = filler(math.prod(wide_shape), dtype).view(wide_shape)
     merged = mkldnn._reorder_convolution_transpose_weight(wide, *geometry, list(shape))
-    del wide
     trim()
     plain: tuple[Any, ...] = ("none", [], "")
 

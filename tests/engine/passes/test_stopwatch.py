@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.passes import stopwatch
-from stepfuse.engine.passes.stopwatch import best_times, reading, trial
+from stepfuse.engine.passes.stopwatch import best_times, filler, reading, trial
 
 
 class Seen(TorchDispatchMode):
@@ -72,3 +72,28 @@ def test_a_trial_runs_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert [seconds(5), seconds(7), seconds(5)] == [5, 7, 5]
     assert len(held) == 2
     assert trimmed == [True, True], "after every trial, when its tensors are gone"
+
+
+def test_a_filler_is_memory_of_a_weight_where_one_is_large_enough() -> None:
+    weights = [torch.ones(30), torch.ones(7, 100), torch.ones(1000).view(10, 100).t()]
+    with reading(weights):
+        lent = filler(1400, torch.bfloat16)
+        assert lent.data_ptr() == weights[1].data_ptr()
+        assert (lent.shape, lent.dtype) == ((1400,), torch.bfloat16)
+        assert torch.equal(filler(1401, torch.bfloat16), torch.zeros(1401, dtype=torch.bfloat16))
+    assert torch.equal(filler(3, torch.float32), torch.zeros(3))
+
+
+def test_what_is_hopeless_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stopwatch.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    runs = [0, 0, 0]
+
+    def taking(i: int, seconds: float) -> None:
+        runs[i] += 1
+        now[0] += seconds
+
+    times = best_times([lambda: taking(0, 2.0), lambda: taking(1, 1.4), lambda: taking(2, 1.0)], 5)
+    assert times == pytest.approx([2.0, 1.4, 1.0])
+    assert runs == [3, 6, 6], "one to warm up, two measured, and the rest for those in reach"
