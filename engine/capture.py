@@ -91,7 +91,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         parts = [self._expression(a) for a in args]
         parts += [f"{k}={self._expression(v)}" for k, v in kwargs.items()]
-        return f"{self._bind(func)}({', '.join(parts)})"
+        return f"{self._bind(_shortest(func))}({', '.join(parts)})"
 
     def _expression(self, value: Any) -> str:
         if isinstance(value, (list, tuple)):
@@ -120,6 +120,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         exec(compile(source, "<recorded step>", "exec"), self._bound)
         replay: Callable[[], None] = self._bound["replay"]
         return replay
+
+
+def _shortest(func: Any) -> Callable[..., Any]:
+    """What to call in a replay, which nobody watches."""
+    if func.namespace != "stepfuse":
+        return func._op  # type: ignore[no-any-return]  # skips a Python frame
+    from stepfuse.engine.passes.directly import directly  # only networks of ours need it
+
+    return directly(func)
 
 
 class CudaGraph:

@@ -15,14 +15,9 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Node
 
-from stepfuse.engine.passes.attend import attend, attend_eagerly
-from stepfuse.engine.passes.concatenate import join, join_eagerly
-from stepfuse.engine.passes.convolve import CallSite, convolve
-from stepfuse.engine.passes.fuse_group_norm_silu import OP as GROUP_NORM
-from stepfuse.kernels.group_norm_silu import group_norm_silu
+from stepfuse.engine.passes.directly import directly
 
 
 def emit(
@@ -65,7 +60,7 @@ class _Emitter:
             return f"{node.name} = {self._text(source)}[{index!r}]"
         parts = [self._text(a) for a in node.args]
         parts += [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
-        return f"{node.name} = {self._bind(_callable(node.target))}({', '.join(parts)})"
+        return f"{node.name} = {self._bind(directly(node.target))}({', '.join(parts)})"
 
     def _text(self, v: Any) -> str:
         if isinstance(v, Node):
@@ -83,35 +78,3 @@ class _Emitter:
         name = f"_k{id(v)}"  # no two living objects share it, and ``bound`` keeps them alive
         self.bound[name] = v
         return name
-
-
-def _callable(target: Any) -> Any:
-    """What is called for an operator: its kernel directly, where it has a way there."""
-    if target is convolve:
-        return CallSite()
-    direct = _DIRECTLY.get(target)
-    return direct or getattr(target, "_op", target)  # skips a Python frame per call
-
-
-def _group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    silu: bool,
-    backend: str,
-) -> Tensor:
-    """The public op, which skips the dispatcher where nobody watches it."""
-    act: Any = "silu" if silu else "none"
-    return group_norm_silu(x, weight, bias, groups, eps, scale, shift, add, act, backend)
-
-
-_DIRECTLY: dict[Any, Callable[..., Tensor]] = {
-    GROUP_NORM: _group_norm,
-    attend: attend_eagerly,
-    join: join_eagerly,
-}

@@ -77,7 +77,9 @@ def _reason(norm: Node) -> str:
 def _fold(gm: GraphModule, norm: Node, node: Node) -> None:
     x, weight, bias, groups, eps, scale, shift, add, silu, _ = norm.args
     source = x
-    if value(node).dim() == 3:
+    if value(node).dim() == 3 and isinstance(x, Node) and _swaps_last(x):
+        source = x.args[0]  # turned twice
+    elif value(node).dim() == 3:
         with gm.graph.inserting_before(node):
             source = call(gm.graph, aten.transpose.int, x, 1, 2)
     packed = node.args[1:6]
