@@ -106,7 +106,8 @@ class Heads {
         }
       });
     float inverse[kRows];
-    for (int64_t r = 0; r < rows; ++r) inverse[r] = softmax(logits + r * keys_, weights + r * keys_);
+    for (int64_t r = 0; r < rows; ++r)
+      inverse[r] = softmax(logits + r * keys_, weights + r * keys_);
     const Left<T> left{weights, keys_, keys_, 0, 1};
     for (int64_t c = 0; c < values_; c += kWide, v += keys_ * kWide)
       products(left, rows, v, [&](int64_t at, auto size, const F(*m)[2]) {

@@ -11,6 +11,7 @@ constexpr int64_t kPair = 2 * kWide;     // the two results of an axis
 constexpr int64_t kScratch = 640 << 10;  // bytes of planes that stay in the L2 cache
 constexpr int64_t kPositions = 96;       // enough to pay for reading the filters
 constexpr int64_t kNormGrain = 16384;    // elements a thread must have to be worth waking
+constexpr int64_t kGrain = 1 << 20;      // likewise, products
 
 // The products m of one axis become its pair of results, one after the other:
 //
@@ -73,6 +74,8 @@ class Work {
 
   void run(int threads) {
     coefficients(threads);
+    const int64_t results = a_.samples * g_.out_height * g_.out_width * a_.filters;
+    threads = worthwhile(threads, results * a_.channels * (a_.form == Form::dense ? 1 : 4), kGrain);
     // As many rows of tiles as the cache holds; where one sample is too little, several.
     int64_t group = 1;
     if (strips_ == 1) {
@@ -166,7 +169,7 @@ class Work {
     // samples follow one another where a part has all rows and taps reach no further
     const bool joined = g_.halo == 0 && end - begin == (in_place() ? g_.tile_rows : p.rows);
     const int64_t runs = joined ? 1 : p.samples, count = joined ? p.samples * each : each;
-    const int64_t axes = g_.planes == 9 || frequencies == 16 ? across() : 1;
+    const int64_t axes = across();
     const int64_t axis = p.samples * each * kPair;  // y: [axes][samples][positions][2][kWide]
     float* y = frequencies == 1 ? nullptr : scratch<For::results, float>(axes * axis);
     const int64_t down = frequencies / axes, panel = left(planes, p, 0, 0, 0).panel();
@@ -191,6 +194,7 @@ class Work {
           finish(p, n, begin, end, k, y + n * each * kPair, axes, axis);
     }
   }
+  // Frequencies across; down, those of lines are all there are.
   int64_t across() const { return g_.frequencies == 16 ? 4 : g_.frequencies == 9 ? 3 : 1; }
 
   // One product is one result.

@@ -119,8 +119,8 @@ void for_whole_units(const GroupNorm& a, int64_t units, int threads, const Work&
   });
 }
 
-// Calls whole(unit) for units that one thread sums, as many as all threads get, and shared(unit) for
-// those left over, which all threads have summed together.
+// Calls whole(unit) for units that one thread sums, as many as all threads get, and shared(unit)
+// for those left over, which all threads have summed together.
 template <class Unit, class Whole, class Shared>
 void for_summed_units(const GroupNorm& a, int threads, const Whole& whole, const Shared& shared) {
   const int64_t units = Unit::units(a), even = units - units % threads;

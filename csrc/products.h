@@ -35,8 +35,8 @@ STEPFUSE_INLINE void accumulate(const bfloat16* v, F u[2], F m[2]) {
 #endif
 
 // The left factor: positions `stride` elements apart, each a sum over `taps` runs of `channels`
-// elements that are `tap` apart. What will be read next is `lead` elements further on, zero where it
-// is in the cache.
+// elements that are `tap` apart. What will be read next is `lead` elements further on; zero where
+// it is in the cache.
 template <class T>
 struct Left {
   const T* v;

@@ -153,9 +153,12 @@ class _Prepared:
         eps: float,
         weight: Tensor | None,
         offset: Tensor | None,
-        modulation: tuple[Tensor | None, Tensor | None, Tensor | None],
+        scale: Tensor | None,
+        shift: Tensor | None,
+        add: Tensor | None,
         silu: bool,
     ) -> None:
+        modulation = (scale, shift, add)
         n, c, h, w = x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
         k = u.shape[0] * u.shape[4]
         alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
@@ -228,25 +231,8 @@ def _plain(value: Tensor | None) -> Tensor | None:
     return value.to(torch.float32).contiguous()
 
 
-def _run(
-    x: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    form: str,
-    stride: int,
-    groups: int,
-    eps: float,
-    weight: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    silu: bool,
-) -> Tensor:
-    modulation = (scale, shift, add)
-    prepared = _Prepared(x, u, bias, form, stride, groups, eps, weight, offset, modulation, silu)
-    return prepared(x, residual, *modulation)
+def _run(x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
+    return _Prepared(x, u, bias, *rest)(x, residual, *rest[_MODULATION])
 
 
 _CODES: dict[str, int] = {form: code for code, form in enumerate(FORMS)}  # Form in csrc/convolve.h
@@ -281,6 +267,7 @@ convolve = define(
     _run,
     _fake,
 )
+_PARAMETERS, _MODULATION = slice(4, 9), slice(6, 9)  # of what follows the residual
 NO_NORM = (0, 0.0, None, None, None, None, None, False)
 
 
@@ -298,36 +285,19 @@ class CallSite:
         self.prepared: _Prepared | None = None
 
     def __call__(
-        self,
-        x: Tensor,
-        u: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        form: str,
-        stride: int,
-        groups: int,
-        eps: float,
-        weight: Tensor | None,
-        offset: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        add: Tensor | None,
-        silu: bool,
+        self, x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
     ) -> Tensor:
-        """As `convolve`; form, stride, groups, eps and silu must be those of the first call."""
-        modulation = (scale, shift, add)
+        """As `convolve`; what is no tensor must be that of the first call."""
         if not eager(x, residual):
-            norm = (groups, eps, weight, offset, *modulation, silu)
-            watched: Tensor = convolve(x, u, bias, residual, form, stride, *norm)
+            watched: Tensor = convolve(x, u, bias, residual, *rest)
             return watched
+        weight, offset, *modulation = rest[_PARAMETERS]
         prepared = self.prepared
         if prepared is not None:
             held = prepared.given
             same = held[0] is u and held[1] is bias and held[2] is weight and held[3] is offset
             if same and prepared.shape == x.shape and prepared.dtype == x.dtype:
                 return prepared(x, residual, *modulation)
-        prepared = _Prepared(
-            x, u, bias, form, stride, groups, eps, weight, offset, modulation, silu
-        )
+        prepared = _Prepared(x, u, bias, *rest)
         self.prepared = prepared if prepared.lasts() else None
         return prepared(x, residual, *modulation)

@@ -26,21 +26,11 @@ def directly(target: Any) -> Callable[..., Any]:
     return short or getattr(target, "_op", target)  # skips a Python frame per call
 
 
-def _group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    silu: bool,
-    backend: str,
-) -> Tensor:
+def _group_norm(*arguments: Any) -> Tensor:
     """The public op, which skips the dispatcher where nobody watches it."""
-    act: Any = "silu" if silu else "none"
-    return group_norm_silu(x, weight, bias, groups, eps, scale, shift, add, act, backend)
+    *shared, silu, backend = arguments
+    call: Callable[..., Tensor] = group_norm_silu
+    return call(*shared, "silu" if silu else "none", backend)
 
 
 _SHORT: dict[Any, Callable[..., Tensor]] = {
