@@ -176,6 +176,8 @@ class _Prepared:
         ):
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
+        if groups and c % groups:
+            raise ValueError(f"groups must divide the {c} channels; got {groups}")
         self.given, self.shape, self.dtype = (u, bias, weight, offset), x.shape, x.dtype
         added = None if bias is None else bias.to(torch.float32).contiguous()
         self.held = (u, added, _plain(weight), _plain(offset))

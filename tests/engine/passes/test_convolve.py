@@ -17,6 +17,7 @@ from torch import Tensor
 from stepfuse.engine.passes.convolve import (
     FORMS,
     NO_NORM,
+    CallSite,
     Form,
     blank_filters,
     convolve,
@@ -229,3 +230,61 @@ print("agrees")
     if "must be one of" in found.stderr:
         pytest.skip(f"needs a processor with {isa}")
     assert found.stdout.strip() == "agrees", found.stderr
+
+
+@torch.no_grad()
+def test_a_place_in_a_network_follows_what_changes() -> None:
+    """Constants rewritten in place or bound anew, other shapes, other dtypes of modulations."""
+    site = CallSite()
+    x = torch.randn(2, 32, 4, 6).contiguous(memory_format=torch.channels_last)
+    u = filters(weight_for("lines", 32, 32), "lines", torch.float32)
+    bias, weight = torch.randn(32), torch.randn(32)
+    modulation = torch.randn(2, 96)
+    scale, shift, add = modulation.chunk(3, 1)  # rows with gaps
+
+    def check(*given: Any) -> None:
+        assert torch.equal(site(*given), convolve(*given))
+
+    def arguments(x: Tensor, bias: Any, **changed: Any) -> tuple[Any, ...]:
+        v = {"scale": scale, "shift": shift, "add": add, "weight": weight} | changed
+        norm = (4, 1e-5, v["weight"], None, v["scale"], v["shift"], v["add"], True)
+        return (x, u, bias, x, "lines", 1, *norm)
+
+    check(*arguments(x, bias))
+    held = site.prepared
+    assert held is not None
+    x.mul_(0.5)
+    modulation.mul_(-2)
+    bias.add_(1)
+    u.mul_(3)
+    check(*arguments(x, bias))
+    check(*arguments(x.contiguous(), bias, add=add.to(torch.float64), scale=scale.mT.clone().mT))
+    assert site.prepared is held, "all of this is read anew"
+    check(*arguments(x, bias, weight=weight + 1))
+    check(*arguments(torch.randn(1, 32, 2, 2), bias, scale=scale[:1], shift=shift[:1], add=add[:1]))
+    assert site.prepared is not held
+    narrow = bias.to(torch.bfloat16)
+    check(*arguments(x, narrow))
+    assert site.prepared is None, "a converted copy would not follow the constant"
+    narrow.mul_(2)
+    check(*arguments(x, narrow))
+
+
+@pytest.mark.parametrize("name", ["bias", "residual", "weight", "offset", "scale", "shift", "add"])
+def test_parameters_of_another_shape_are_refused(name: str) -> None:
+    u = filters(torch.randn(64, 32, 1, 1), "dense", torch.float32)
+    given = {"bias": torch.ones(64), "residual": torch.ones(2, 64, 3, 3)}
+    given |= {key: torch.ones(32) for key in ("weight", "offset")}
+    given |= {key: torch.ones(2, 32) for key in ("scale", "shift", "add")}
+    assert given[name].dim() > 0
+    given[name] = given[name][..., 1:]
+    bias, residual, *norm = given.values()
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        convolve(torch.ones(2, 32, 3, 3), u, bias, residual, "dense", 1, 4, 1e-5, *norm, False)
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    u = filters(torch.randn(32, 32, 1, 1), "dense", torch.float32)
+    norm = (5, 1e-5, None, None, None, None, None, False)
+    with pytest.raises(ValueError, match="groups must divide the 32 channels; got 5"):
+        convolve(torch.ones(1, 32, 2, 2), u, None, None, "dense", 1, *norm)
