@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from stepfuse.engine.passes.convolve import native
+from stepfuse.engine.passes.convolve import native, why_not
 from stepfuse.kernels.registration import define, eager
 
 if native is not None:
@@ -24,6 +25,15 @@ if native is not None:
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.dtype != k.dtype or k.dtype != v.dtype:
         raise ValueError(f"q, k, v must be of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if reason := why_not(q.dtype):
+        raise ValueError(f"attention in {q.dtype} cannot run here: {reason}")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q [N, heads, L, d], k [N, heads, S, d] and v [N, heads, S, d'] do not fit; "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if q.dtype is torch.bfloat16 and q.shape[3] % 2:
+        raise ValueError(f"bfloat16 needs an even width; got {q.shape[3]}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     n, heads, queries, width = q.shape
     keys, values = k.shape[2], v.shape[3]

@@ -159,6 +159,8 @@ class _Prepared:
         silu: bool,
     ) -> None:
         modulation = (scale, shift, add)
+        if reason := why_not(x.dtype):
+            raise ValueError(f"a convolution of {x.dtype} cannot run here: {reason}")
         n, c, h, w = x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
         k = u.shape[0] * u.shape[4]
         alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
@@ -180,7 +182,7 @@ class _Prepared:
             raise ValueError(f"groups must divide the {c} channels; got {groups}")
         self.given, self.shape, self.dtype = (u, bias, weight, offset), x.shape, x.dtype
         added = None if bias is None else bias.to(torch.float32).contiguous()
-        self.held = (u, added, _plain(weight), _plain(offset))
+        self.held = (u.contiguous(), added, _plain(weight), _plain(offset))
         self.modulation = tuple(map(_plain, modulation))
         self.modulated = groups > 0 and any(value is not None for value in modulation)
         norm: list[int] = []
@@ -192,7 +194,8 @@ class _Prepared:
         self.result = _result_shape(x.shape, k, form, stride)
         bias_address = 0 if added is None else added.data_ptr()
         codes, sizes = (DTYPES[x.dtype], _CODES[form], stride), (n, h, w, c, k)
-        self.run = native.Convolution(u.data_ptr(), bias_address, *codes, sizes, norm, eps).run
+        addresses = (self.held[0].data_ptr(), bias_address)
+        self.run = native.Convolution(*addresses, *codes, sizes, norm, eps).run
 
     def lasts(self) -> bool:
         """Whether nothing was copied: a copy does not follow what is written into a constant."""

@@ -82,8 +82,16 @@ def test_large_and_infinite_logits(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_different_dtypes_are_refused_and_fakes_have_shapes() -> None:
+def test_what_does_not_fit_is_refused_and_fakes_have_shapes() -> None:
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="one dtype"):
         attend(q, q.to(torch.bfloat16), q, 1.0)
+    with pytest.raises(ValueError, match=r"do not fit; got \[1, 2, 3, 8\], \[1, 2, 3, 6\]"):
+        attend(q, q[..., :6], q, 1.0)
+    with pytest.raises(ValueError, match="cannot run here: not for"):
+        attend(q.double(), q.double(), q.double(), 1.0)
+    if not why_not(torch.bfloat16):
+        odd = q[..., :7].to(torch.bfloat16)
+        with pytest.raises(ValueError, match="an even width; got 7"):
+            attend(odd, odd, odd, 1.0)
     torch.library.opcheck(attend, (q, q, torch.randn(1, 2, 3, 5), 0.5))

@@ -288,3 +288,16 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     norm = (5, 1e-5, None, None, None, None, None, False)
     with pytest.raises(ValueError, match="groups must divide the 32 channels; got 5"):
         convolve(torch.ones(1, 32, 2, 2), u, None, None, "dense", 1, *norm)
+
+
+def test_other_dtypes_are_refused() -> None:
+    u = filters(torch.randn(32, 32, 1, 1), "dense", torch.float64)
+    with pytest.raises(ValueError, match="cannot run here: not for"):
+        convolve(torch.ones(1, 32, 2, 2).double(), u, None, None, "dense", 1, *NO_NORM)
+
+
+def test_filters_may_lie_in_any_order() -> None:
+    x, u = torch.randn(1, 32, 4, 4), filters(torch.randn(64, 32, 1, 1), "dense", torch.float32)
+    turned = u.transpose(3, 4).contiguous().transpose(3, 4)
+    exact = convolve(x, u, None, None, "dense", 1, *NO_NORM)
+    assert torch.equal(convolve(x, turned, None, None, "dense", 1, *NO_NORM), exact)
