@@ -101,6 +101,19 @@ def test_the_pass_takes_what_is_faster(
     assert distance(fast(*inputs), model(*inputs)) < TOLERANCE[dtype]
 
 
+@dtypes
+@pytest.mark.parametrize("name", ["fold_group_norm", "merge_linears", "fuse_residual_add"])
+@torch.no_grad()
+def test_the_passes_beside_it_may_be_left_out(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer("squares", monkeypatch)
+    model, inputs = Body().eval(), (torch.randn(2, 32, 10, 6), torch.randn(2, 3))
+    fast = optimize(model, inputs, dtype, without=[name])
+    assert f"left out               {name}" in fast.explain()
+    assert distance(fast(*inputs), model(*inputs)) < TOLERANCE[dtype]
+
+
 @needs_bfloat16
 @torch.no_grad()
 def test_large_rounded_images_are_not_cut_into_squares(monkeypatch: pytest.MonkeyPatch) -> None:
