@@ -129,7 +129,7 @@ def _fastest(node: Node, cold: bool) -> Form | None:
     forms = [f for f in _possible(node) if not (f == "squares" and rounds and norm is None)]
     times = _seconds(
         tuple(x.shape), tuple(weight.shape), (_geometry(node) or ())[1], tuple(forms), x.dtype,
-        norm is not None, cold, torch.get_num_threads(),
+        0 if norm is None else norm.args[3], cold, torch.get_num_threads(),
     )  # fmt: skip
     best = min(times[1:])
     return forms[times.index(best) - 1] if _MARGIN * best < times[0] else None
@@ -162,27 +162,29 @@ def _seconds(
     stride: int,
     forms: tuple[Form, ...],
     dtype: torch.dtype,
-    norm: bool,
+    groups: int,
     cold: bool,
     threads: int,
 ) -> tuple[float, ...]:
-    """Of oneDNN and of each of ``forms``; ``threads`` only tells results apart."""
+    """Of oneDNN and of each of ``forms``, after a norm of so many groups if there is one.
+
+    ``threads`` only tells results apart.
+    """
     x = torch.zeros(shape, dtype=dtype)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     parameters = [torch.ones(filter_shape[1]) for _ in range(2)]
-    groups = 32 if norm else 0
     one_dnn = _one_dnn(x, filter_shape, stride)
 
     def before(x: Tensor) -> Tensor:
-        if not norm:
+        if not groups:
             return x
         image = x if x.dim() == 4 else x.transpose(1, 2)
         normed = group_norm_silu(image, parameters[0], parameters[1], groups, 1e-5)
         return normed if x.dim() == 4 else normed.transpose(1, 2)
 
     runs: list[Callable[[], Tensor]] = [lambda: one_dnn(before(x))]
-    folded = (groups, 1e-5, *parameters, None, None, None, True) if norm else NO_NORM
+    folded = (groups, 1e-5, *parameters, None, None, None, True) if groups else NO_NORM
     for form, u in blank_filters(filter_shape, forms, dtype).items():
         rest = (None, None, form, stride, *folded)
         runs.append(functools.partial(convolve_eagerly, x, u, *rest))

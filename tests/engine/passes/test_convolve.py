@@ -217,6 +217,19 @@ for form in FORMS:
 q, k, v = torch.randn(2, 3, 17, 10), torch.randn(2, 3, 21, 10), torch.randn(2, 3, 21, 7)
 exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
 assert float((attend(q, k, v, 10**-0.5) - exact).norm() / exact.norm()) < 3e-6
+
+# whole vectors are 8 channels here, or 16: other layers take other forms
+from stepfuse.engine.optimize import optimize
+from stepfuse.engine.unet import UNet, UNetConfig
+config = UNetConfig(base_channels=16, channel_multipliers=(1, 2), blocks_per_level=1, norm_groups=4)
+model = UNet(config).eval()
+for p in model.parameters():
+    if p.dim() > 1:
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+inputs = (torch.randn(2, 3, 10, 6), torch.tensor([3, 700]))
+with torch.no_grad():
+    fast, exact = optimize(model, inputs)(*inputs), model(*inputs)
+assert float((fast - exact).norm() / exact.norm()) < 3e-6
 print("agrees")
 """
     found = subprocess.run(

@@ -54,7 +54,8 @@ def test_the_pass_merges_what_is_faster(
     monkeypatch.setattr(SECONDS, lambda *_: (2.0, 1.0, 3.0))
     monkeypatch.setattr("stepfuse.engine.passes.network.pays", lambda *_: True)
     model, x = Body().eval(), torch.randn(2, 6, 3, 5)
-    fast = optimize(model, (x,), dtype)
+    # that may take what is not enlarged, where vectors are short
+    fast = optimize(model, (x,), dtype, without=["convolution_forms"])
     (network,) = fast._networks.values()
     done = next(r for r in network.reports if r.name == "upsampled_convolutions")
     assert (done.matched, done.candidates) == (2, 5)
@@ -82,7 +83,7 @@ def test_what_is_slower_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_shapes_are_measured() -> None:
     threads = torch.get_num_threads()
-    *found, own = _seconds((1, 16, 3, 5), 8, torch.float32, True, threads)
+    *found, own = _seconds((1, 5, 3, 5), 7, torch.float32, True, threads)
     assert all(0 < s < 1 for s in found)
     assert own == float("inf"), "channels not in whole vectors"
     if native is not None:
