@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -112,17 +113,28 @@ def without_bindings() -> Iterator[None]:
 
     For tensors on CUDA, wherever they are called: in the model, in decompositions, by an exporter.
     """
-    before = {binding.__name__: vars(Tensor).get(binding.__name__) for binding in _OPERATORS}
+    places = [(cls, binding) for binding in _OPERATORS for cls in _classes(binding)]
+    before = [(cls, b.__name__, vars(cls).get(b.__name__)) for cls, b in places]
     try:
-        for binding, operator in _OPERATORS.items():
-            setattr(Tensor, binding.__name__, _method(operator, binding))
+        for cls, binding in places:
+            setattr(cls, binding.__name__, _method(_OPERATORS[binding], binding))
         yield
     finally:
-        for name, method in before.items():
+        for cls, name, method in before:
             if method is None:
-                delattr(Tensor, name)  # it was inherited
+                delattr(cls, name)  # it was inherited
             else:
-                setattr(Tensor, name, method)
+                setattr(cls, name, method)
+
+
+def _classes(binding: Callable[..., Any]) -> tuple[type[Tensor], ...]:
+    """Where a method is exchanged.
+
+    A class that had an indexing method of its own counts as a sequence ever after, though the
+    method is gone, and ``torch.tensor([x])`` asks a sequence for its length: not for `Tensor`.
+    """
+    indexing = (Tensor.__getitem__, Tensor.__setitem__)
+    return (FakeTensor, FunctionalTensor) if binding in indexing else (Tensor,)
 
 
 def _method(operator: Callable[..., Any], binding: Callable[..., Any]) -> Callable[..., Any]:

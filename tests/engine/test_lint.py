@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.capture import CaptureRefused
-from stepfuse.engine.lint import check_capturable
+from stepfuse.engine.lint import check_capturable, without_bindings
 from stepfuse.engine.unet import UNet, UNetConfig
 
 SCHEDULE = sf.Schedule.linear()
@@ -106,3 +106,12 @@ def test_what_a_graph_could_not_hold_fails_with_its_line(model: object, reason: 
     KEPT.clear()
     with pytest.raises(CaptureRefused, match=reason):
         check_capturable(sf.Sampler(model, SCHEDULE), (2, 1, 4, 4))
+
+
+def test_nothing_of_it_stays_behind() -> None:
+    """A tensor class that once had an indexing method of its own counts as a sequence."""
+    methods = dict(vars(Tensor))
+    with without_bindings():
+        assert vars(Tensor)["item"] is not methods.get("item")
+    assert dict(vars(Tensor)) == methods
+    assert torch.equal(torch.tensor([torch.tensor(2.0)]), torch.tensor([2.0]))
