@@ -11,7 +11,6 @@
 namespace stepfuse {
 
 constexpr int kRows = W == 4 ? 4 : W == 8 ? 6 : 12;  // positions that share the registers
-
 constexpr int64_t kLine = 64;                        // bytes of a cache line
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,10 +80,10 @@ STEPFUSE_INLINE void with_rows(int64_t rows, const Function& f) {
   if constexpr (R > 1) with_rows<R - 1>(rows, f);
 }
 
-// f unrolls its loops over m: what is indexed by a variable does not stay in registers.
 // f(first, R, m) for all positions, as many at a time as there are registers for, in equal parts:
 // m [R][2] are the products of positions first .. first + R - 1 with the panel u. The next panel is
-// fetched during the first two parts; a single part leaves no time for it.
+// fetched during the first two parts; a single part leaves no time for it. f unrolls its loops over
+// m: what is indexed by a variable does not stay in registers.
 template <class T, class Function>
 STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, const Function& f) {
   const int64_t bytes = left.panel() * static_cast<int64_t>(sizeof(T));

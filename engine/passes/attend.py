@@ -32,6 +32,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             "q [N, heads, L, d], k [N, heads, S, d] and v [N, heads, S, d'] do not fit; "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
     if q.dtype is torch.bfloat16 and q.shape[3] % 2:
         raise ValueError(f"bfloat16 needs an even width; got {q.shape[3]}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -96,6 +96,8 @@ def _problem(node: Node) -> str:
         return "not on the CPU"
     if q.dim() != 4 or q.shape[:2] != k.shape[:2] or k.dtype not in (torch.float32, torch.bfloat16):
         return "of a shape or dtype without another form"
+    if not _scale(node) > 0:
+        return "a scale that is not positive"
     return "" if _forms(*_operands(node)) else "more positions than are worth writing out"
 
 

@@ -53,6 +53,9 @@ def _run(images: list[Tensor]) -> Tensor:
     parts = [image.contiguous(memory_format=torch.channels_last) for image in images]
     first = parts[0]
     n, _, h, w = first.shape
+    if any(p.dtype != first.dtype or p.shape[::2] != (n, h) or p.shape[3] != w for p in parts):
+        given = ", ".join(f"{p.dtype} {list(p.shape)}" for p in parts)
+        raise ValueError(f"images must be alike but for their channels; got {given}")
     channels = [part.shape[1] for part in parts]
     out = torch.empty(
         (n, sum(channels), h, w), dtype=first.dtype, memory_format=torch.channels_last

@@ -153,9 +153,7 @@ def _fuse(gm: GraphModule, s: _Sum) -> bool:
                 lambda x, shape: call(graph, aten.view.default, x, shape),
                 lambda x, order: call(graph, aten.permute.default, x, order),
             )
-        over = (
-            s.product.target in _FRESH and is_call(other, *_FRESH) and only_user(other) is s.total
-        )
+        over = s.product.target in _FRESH and _is_free(other, s.total)
         target, arguments = _with_sum(s.product, other, over)
         result = graph.call_function(target, arguments)
         result.meta.update(val=s.product.meta["val"], stage="main")

@@ -94,4 +94,7 @@ def test_what_does_not_fit_is_refused_and_fakes_have_shapes() -> None:
         odd = q[..., :7].to(torch.bfloat16)
         with pytest.raises(ValueError, match="an even width; got 7"):
             attend(odd, odd, odd, 1.0)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="scale must be positive"):
+            attend(q, q, q, scale)
     torch.library.opcheck(attend, (q, q, torch.randn(1, 2, 3, 5), 0.5))

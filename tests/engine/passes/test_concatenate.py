@@ -59,3 +59,11 @@ def test_only_channels_of_images_are_joined() -> None:
     fast = optimize(model, (x,))
     assert "concatenate            2 of 4; 2 left: not channels of images" in fast.explain()
     assert torch.allclose(fast(x), model(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other", [torch.ones(1, 2, 4, 5), torch.ones(2, 2, 4, 6), torch.ones(1, 2, 4, 6).double()]
+)
+def test_images_that_differ_are_refused(other: Tensor) -> None:
+    with pytest.raises(ValueError, match="alike but for their channels"):
+        join([torch.ones(1, 3, 4, 6), other])

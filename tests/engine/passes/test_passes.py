@@ -361,3 +361,14 @@ def test_on_another_device_the_same_passes_apply_without_oneDNN() -> None:
         assert done[name].matched == 0, str(done[name])
     called = {str(n.target) for n in found.gm.graph.nodes if n.op == "call_function"}
     assert not [name for name in called if name.startswith("mkldnn")]
+
+
+@torch.no_grad()
+def test_attention_of_another_sign_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfuse.engine.passes.attention._seconds", lambda *_: [2.0, 1.0, 1.0])
+
+    def function(q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, scale=-0.5)
+
+    found = traced(function, torch.randn(1, 2, 6, 10))
+    assert attention(found.gm).left == {"a scale that is not positive": 1}
