@@ -127,7 +127,8 @@ def test_guidance_goes_through_the_network_as_one_batch(tmp_path: Path) -> None:
     unguided = sf.Sampler(network(), schedule, steps=7)
     plain = unguided.sample(x.shape, x_T=x, condition={"labels": labels})
     got = run(made.path, {"x_T": x, "labels": labels})
-    torch.testing.assert_close(got, expected, atol=IMAGES, rtol=0)
+    # 2.5 c - 1.5 u carries four times the rounding of c and u, at every step
+    torch.testing.assert_close(got, expected, atol=4 * IMAGES, rtol=0)
     assert (expected - plain).abs().max() > 100 * IMAGES
 
 
