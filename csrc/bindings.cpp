@@ -179,23 +179,32 @@ void bind_convolve(py::module_& m) {
     GroupNorm norm;
   };
   py::class_<Prepared>(m, "Convolution")
-      .def(py::init([](uintptr_t u, uintptr_t bias, int dtype, int form, int64_t stride,
-                       const std::array<int64_t, 5>& sizes, const py::list& norm, float eps) {
+      .def(py::init([](uintptr_t u, bool plain, uintptr_t bias, int dtype, int form, int64_t stride,
+                       const std::array<int64_t, 5>& sizes, int64_t split, const py::list& norm, float eps) {
         Prepared p{};
         if (norm.size() > 0) p.norm = group_norm(norm, eps);
-        p.convolution = {nullptr,  pointer<void>(u), pointer<float>(bias),
-                         nullptr,  nullptr,          static_cast<DType>(dtype),
-                         static_cast<Form>(form),    stride,
-                         sizes[0], sizes[1],         sizes[2],
-                         sizes[3], sizes[4],         nullptr};
+        Convolution& c = p.convolution;
+        c.u = pointer<void>(u);
+        c.bias = pointer<float>(bias);
+        c.dtype = static_cast<DType>(dtype);
+        c.form = static_cast<Form>(form);
+        c.stride = stride;
+        c.samples = sizes[0];
+        c.height = sizes[1];
+        c.width = sizes[2];
+        c.channels = sizes[3];
+        c.filters = sizes[4];
+        c.plain = plain;
+        c.split = p.norm.split = split;
         return p;
       }))
-      .def("run", [](const Prepared& prepared, uintptr_t x, uintptr_t residual, uintptr_t out,
+      .def("run", [](const Prepared& prepared, uintptr_t x, uintptr_t beside, uintptr_t residual, uintptr_t out,
                      uintptr_t scale, int64_t scale_stride, uintptr_t shift, int64_t shift_stride,
                      uintptr_t add, int64_t add_stride, int threads) {
         Convolution a = prepared.convolution;
         GroupNorm norm = prepared.norm;
         norm.x = a.x = pointer<void>(x);
+        norm.beside = a.beside = pointer<void>(beside);
         a.residual = pointer<void>(residual);
         a.out = pointer<void>(out);
         norm.scale.data = pointer<void>(scale);

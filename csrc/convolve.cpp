@@ -1,7 +1,7 @@
 #include "convolve.h"
 
 #include "group_norm_layouts.h"
-#include "planes.h"
+#include "filters.h"
 
 namespace stepfuse {
 
@@ -95,7 +95,11 @@ class Work {
   }
 
  private:
-  bool in_place() const { return a_.form == Form::dense && a_.norm == nullptr; }
+  // Whether the images are left factors as they lie: two of the same width are two terms of a sum.
+  bool in_place() const {
+    const bool alike = a_.beside == nullptr || 2 * a_.split == a_.channels;
+    return a_.form == Form::dense && a_.norm == nullptr && alike;
+  }
   int64_t blocks() const { return a_.filters / kWide; }
   int64_t bytes(int64_t rows) const {
     return g_.planes * Planes<T>::size(a_, g_, {0, 1, 0, rows}) * static_cast<int64_t>(sizeof(T));
@@ -158,8 +162,11 @@ class Work {
                int64_t row) const {
     if (!in_place()) return planes.left(plane, n).from(row * g_.tiles);
     const int64_t position = ((p.sample + n) * g_.tile_rows + p.row + row) * g_.tiles;
-    const T* x = static_cast<const T*>(a_.x) + position * a_.channels;
-    return {x, a_.channels, a_.channels, 0, 1, kRows * a_.channels};
+    const T* x = static_cast<const T*>(a_.x);
+    if (a_.beside == nullptr)
+      return {x + position * a_.channels, a_.channels, a_.channels, 0, 1, kRows * a_.channels};
+    const int64_t apart = static_cast<const T*>(a_.beside) - x;
+    return {x + position * a_.split, a_.split, a_.split, apart, 2, kRows * a_.split};
   }
 
   // Rows begin .. end - 1 of the part, blocks first .. last - 1 of the result's channels.
@@ -173,22 +180,25 @@ class Work {
     const int64_t axis = p.samples * each * kPair;  // y: [axes][samples][positions][2][kWide]
     float* y = frequencies == 1 ? nullptr : scratch<For::results, float>(axes * axis);
     const int64_t down = frequencies / axes, panel = left(planes, p, 0, 0, 0).panel();
-    const T* u = static_cast<const T*>(a_.u) + first * frequencies * panel;
+    Panels<T> panels(a_, g_, panel);
     for (int64_t block = first; block < last; ++block) {
       const int64_t k = block * kWide;
-      for (int64_t f = 0; f < frequencies; ++f, u += panel)
+      for (int64_t f = 0; f < frequencies; ++f) {
+        const T* u = panels.panel(block, f);
         for (int64_t n = 0; n < runs; ++n) {
           Left<T> v = left(planes, p, f, n, begin);
           if (block > first) v.lead = 0;  // the first has brought it into the cache
           if (frequencies == 1) {
-            plain(p, n, begin, v, count, u, k);
+            plain(p, n, begin, v, count, u, panels.next(block, f), k);
           } else {
             float* to = y + f / down * axis + n * count * kPair;
-            products(v, count, u, [&](int64_t at, auto size, const F(*m)[2]) {
+            const T* next = n == 0 ? panels.next(block, f) : u;
+            products(v, count, u, next, [&](int64_t at, auto size, const F(*m)[2]) {
               combine<decltype(size)::value>(f % down, down - 1, m, to + at * kPair);
             });
           }
         }
+      }
       if (frequencies > 1)
         for (int64_t n = 0; n < p.samples; ++n)
           finish(p, n, begin, end, k, y + n * each * kPair, axes, axis);
@@ -199,9 +209,9 @@ class Work {
 
   // One product is one result.
   void plain(const Part& p, int64_t n, int64_t row, const Left<T>& v, int64_t count, const T* u,
-             int64_t k) const {
+             const T* next, int64_t k) const {
     const int64_t first = ((p.sample + n) * g_.out_height + p.row + row) * g_.out_width;
-    products(v, count, u, [&](int64_t at, auto size, const F(*m)[2]) {
+    products(v, count, u, next, [&](int64_t at, auto size, const F(*m)[2]) {
       constexpr int R = decltype(size)::value;
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r)

@@ -24,11 +24,20 @@ constexpr bool kBFloat16Products = false;  // needs dot products of bfloat16 pai
 //   enlarged  3x3 of nearest2x(x)            9      1   2 x 2
 enum class Form : int { dense = 0, direct = 1, lines = 2, squares = 3, enlarged = 4 };
 
+// Plain filters of a 3x3 kernel, taps [across][down], may stand for transformed ones and are
+// transformed a block at a time: memory holds 9 numbers instead of 12 or 16. Not in bfloat16, where
+// it would round twice.
+template <class T>
+constexpr bool kTransforms = sizeof(T) == sizeof(float);
+
 // out = conv(act(norm(x)), w, padding 1) + bias + residual, x [N, H, W, C], out [N, H', W', K].
 struct Convolution {
   const void* x;
+  const void* beside;    // null, or an image with channels split .. C - 1; x has those before
+  int64_t split;         // a multiple of wide
   const void* u;         // filters: [K / wide][frequencies][taps][C][wide], pairs of C adjacent
                          // in bfloat16: [C / 2][wide][2]
+  bool plain;            // u: [K / wide][9][C][wide] though the form has frequencies
   const float* bias;     // [K] or null
   const void* residual;  // like out, or null; may be out itself
   void* out;
@@ -37,7 +46,7 @@ struct Convolution {
   int64_t stride;                                     // of direct ones
   int64_t samples, height, width, channels, filters;  // C, K multiples of wide; W even for lines,
                                                       // H and W for squares
-  const GroupNorm* norm;  // what x goes through first, or null; channels-last, of the same x
+  const GroupNorm* norm;  // what x goes through first, or null; channels-last, of the same images
 };
 void convolve(const Convolution&, int threads);
 

@@ -212,12 +212,15 @@ class LastUnit {
   void moments(int64_t piece) {
     const int64_t C = state_.width, first = piece * pixels_;
     const int64_t count = std::min(pixels_, state_.a.spatial - first);
-    const T* x = state_.x() + first * C;
     float* sums = state_.partials.data() + 2 * C * piece;
     std::fill_n(sums, 2 * C, 0.0f);
-    int64_t pixel = 0;
-    for (; pixel + kRows <= count; pixel += kRows) add_rows<kRows>(x + pixel * C, sums);
-    for (; pixel < count; ++pixel) add_rows<1>(x + pixel * C, sums);
+    for_images([&](Image image) {
+      image.x += first * image.width();
+      int64_t pixel = 0;
+      for (; pixel + kRows <= count; pixel += kRows, image.x += kRows * image.width())
+        add_rows<kRows>(image, sums);
+      for (; pixel < count; ++pixel, image.x += image.width()) add_rows<1>(image, sums);
+    });
   }
 
   void finish() {
@@ -270,6 +273,22 @@ class LastUnit {
  private:
   static constexpr int kRows = 8;
 
+  // Channels begin .. end - 1 of this sample: [S, end - begin].
+  struct Image {
+    const T* x;
+    int64_t begin, end;
+    int64_t width() const { return end - begin; }
+  };
+  template <class Function>
+  void for_images(const Function& f) const {
+    const GroupNorm& a = state_.a;
+    if (a.beside == nullptr) return f(Image{state_.x(), 0, a.channels});
+    const int64_t before = state_.sample * a.spatial;
+    f(Image{static_cast<const T*>(a.x) + before * a.split, 0, a.split});
+    f(Image{static_cast<const T*>(a.beside) + before * (a.channels - a.split), a.split,
+            a.channels});
+  }
+
   // 32 pieces at most, of at least 32 pixels and 16384 elements: each costs two sums a channel.
   static int64_t piece_count(const GroupNorm& a) {
     const int64_t enough = std::min(a.spatial / 32, a.spatial * a.channels / 16384);
@@ -284,15 +303,16 @@ class LastUnit {
   // Adds x - K and (x - K)^2 of `rows` pixels to sums[0 .. C) and sums[C .. 2 C). Whole rows, so
   // that memory is read in order; several, so that the sums are not reloaded for each.
   template <int rows>
-  void add_rows(const T* x, float* sums) const {
-    const int64_t C = state_.width;
+  void add_rows(const Image& image, float* sums) const {
+    const int64_t C = state_.width, width = image.width();
     const float* shifts = shifts_.data();
-    each_vector(0, C, [&](int64_t c, auto lanes) {
+    const T* x = image.x - image.begin;
+    each_vector(image.begin, image.end, [&](int64_t c, auto lanes) {
       const F K = load(shifts + c, lanes);
       F first = load(sums + c, lanes), second = load(sums + C + c, lanes);
 #pragma GCC unroll 8
       for (int row = 0; row < rows; ++row) {
-        const F d = load(x + row * C + c, lanes) - K;
+        const F d = load(x + row * width + c, lanes) - K;
         first = first + d;
         second = fma(d, d, second);
       }
@@ -306,11 +326,14 @@ class LastUnit {
   void estimate() {
     const int64_t C = state_.width, S = state_.a.spatial, count = std::min<int64_t>(8, (S + 3) / 4);
     float* shifts = shifts_.data();
-    each_vector(0, C, [&](int64_t c, auto lanes) {
-      F total = {};
-      for (int64_t k = 0; k < count; ++k)
-        total = total + load(state_.x() + k * S / count * C + c, lanes);
-      store(shifts + C + c, total * (1.0f / static_cast<float>(count)), lanes);
+    for_images([&](const Image& image) {
+      const T* x = image.x - image.begin;
+      each_vector(image.begin, image.end, [&](int64_t c, auto lanes) {
+        F total = {};
+        for (int64_t k = 0; k < count; ++k)
+          total = total + load(x + k * S / count * image.width() + c, lanes);
+        store(shifts + C + c, total * (1.0f / static_cast<float>(count)), lanes);
+      });
     });
     for (int64_t first = 0; first < C; first += state_.group_width) {
       float total = 0.0f;

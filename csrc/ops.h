@@ -78,6 +78,9 @@ struct GroupNorm {
   float eps;
   Parameter weight, bias, scale, shift, add;
   bool silu;
+  // channels-last statistics only: channels split .. C - 1 are those of an image of their own
+  const void* beside = nullptr;
+  int64_t split = 0;
 };
 void group_norm_silu(const GroupNorm&, void* out, int threads);  // out: like x, may be x
 

@@ -147,9 +147,12 @@ class Planes {
 
   template <class Norm>
   void fill(int64_t n, int64_t c, const Norm& norm) const {
-    const T* x = static_cast<const T*>(a_.x) +
-                 (p_.sample + n) * a_.height * a_.width * a_.channels + c;
-    if (a_.form == Form::dense) return dense(n, c, x, norm);
+    const bool other = a_.beside != nullptr && c >= a_.split;
+    const int64_t begin = other ? a_.split : 0;
+    const int64_t width = (other || a_.beside == nullptr ? a_.channels : a_.split) - begin;
+    const T* x = static_cast<const T*>(other ? a_.beside : a_.x) +
+                 (p_.sample + n) * a_.height * a_.width * width + c - begin;
+    if (a_.form == Form::dense) return dense(n, c, x, width, norm);
     float* lines = scratch<For::lines, float>(4 * line());
     const auto load_row = [&](int64_t y) {
       float* to = lines + ((y + 4) & 3) * line();
@@ -157,8 +160,8 @@ class Planes {
       std::memset(to + line() - kWide, 0, kWide * sizeof(float));
       if (y < 0 || y >= a_.height)  // zeros beyond the border, after the norm
         return static_cast<void>(std::memset(to, 0, static_cast<size_t>(line()) * sizeof(float)));
-      const T* from = x + y * a_.width * a_.channels;
-      for (int64_t i = 0; i < a_.width; ++i, from += a_.channels)
+      const T* from = x + y * a_.width * width;
+      for (int64_t i = 0; i < a_.width; ++i, from += width)
         put(to + (i + 1) * kWide, norm(read(from)));
     };
     switch (a_.form) {
@@ -197,10 +200,10 @@ class Planes {
   }
 
   template <class Norm>
-  void dense(int64_t n, int64_t c, const T* x, const Norm& norm) const {
-    const T* from = x + p_.row * a_.width * a_.channels;
+  void dense(int64_t n, int64_t c, const T* x, int64_t width, const Norm& norm) const {
+    const T* from = x + p_.row * a_.width * width;
     T* to = at(0, n, 0, 0) + c;
-    for (int64_t i = p_.rows * g_.tiles; i > 0; --i, from += a_.channels, to += a_.channels)
+    for (int64_t i = p_.rows * g_.tiles; i > 0; --i, from += width, to += a_.channels)
       write(to, norm(read(from)));
   }
   // Row y of the image, wherever a tap of a result meets it.
@@ -209,7 +212,7 @@ class Planes {
       const int64_t first = y + 1 - down, row = first / a_.stride - p_.row;
       if (first < 0 || first % a_.stride != 0 || row < 0 || row >= p_.rows) continue;
       for (int64_t across = 0; across < 3; ++across) {
-        T* to = at(3 * down + across, n, row, 0) + c;
+        T* to = at(3 * across + down, n, row, 0) + c;
         const float* from = line + across * kWide;
         for (int64_t j = 0; j < g_.tiles; ++j, to += a_.channels, from += a_.stride * kWide)
           write(to, get(from));

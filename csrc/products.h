@@ -81,17 +81,19 @@ STEPFUSE_INLINE void with_rows(int64_t rows, const Function& f) {
 }
 
 // f(first, R, m) for all positions, as many at a time as there are registers for, in equal parts:
-// m [R][2] are the products of positions first .. first + R - 1 with the panel u. The next panel is
-// fetched during the first two parts; a single part leaves no time for it. f unrolls its loops over
-// m: what is indexed by a variable does not stay in registers.
+// m [R][2] are the products of positions first .. first + R - 1 with the panel u. As much as a panel
+// is fetched from `next` on during the first two parts; a single part leaves no time for it. f
+// unrolls its loops over m: what is indexed by a variable does not stay in registers.
 template <class T, class Function>
-STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, const Function& f) {
+STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, const T* next,
+                              const Function& f) {
   const int64_t bytes = left.panel() * static_cast<int64_t>(sizeof(T));
   const char* const here = reinterpret_cast<const char*>(u);
+  const char* const there = reinterpret_cast<const char*>(next);
   int64_t passes = ceil_div(count, kRows);
   for (int64_t first = 0, pass = 0; first < count; ++pass, --passes) {
     const int64_t rows = ceil_div(count - first, passes);
-    const char* ahead = pass < 2 && passes + pass > 1 ? here + bytes + pass * bytes / 2 : here;
+    const char* ahead = pass < 2 && passes + pass > 1 ? there + pass * bytes / 2 : here;
     with_rows<kRows>(rows, [&](auto size) {
       constexpr int R = decltype(size)::value;
       F m[R][2];
@@ -102,8 +104,14 @@ STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, co
   }
 }
 
+// Meanwhile the next panel is fetched.
+template <class T, class Function>
+STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, const Function& f) {
+  products(left, count, u, u + left.panel(), f);
+}
+
 // Memory of a thread that lives as long as the thread: fresh pages cost more than a transform.
-enum class For { planes, results, lines, coefficients, keys, weights };
+enum class For { planes, results, lines, filters, coefficients, keys, weights };
 template <For, class T>
 T* scratch(int64_t count) {
   struct Freed {

@@ -8,7 +8,8 @@ two thirds of them (lines) or four ninths (squares), see `convolve`. Small layer
 surrounds the products, large ones by reading their filters. So oneDNN and every form are measured
 once per shape, with the GroupNorm before it where `fold_group_norm` will take that in. A network
 larger than the caches reads its filters from memory, and some forms have larger ones; there it is
-measured with filters that are not in the cache.
+measured with filters that are not in the cache. With ``plain`` filters in float32, the form's own
+are not kept in memory but computed by the operator, and that is measured.
 
 Float32: relative error 1e-6 a layer, as before. Bfloat16 rounds what it transforms: of images above
 16 pixels a side squares are taken only after a norm that is folded, whose result then has not been
@@ -64,7 +65,7 @@ _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, pad
 }
 
 
-def convolution_forms(gm: GraphModule) -> PassReport:
+def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
     """Rewrite every convolution and linear layer on images that measures faster than oneDNN's."""
     report = PassReport("convolution_forms")
     cold = exceed_cache(gm)
@@ -73,11 +74,11 @@ def convolution_forms(gm: GraphModule) -> PassReport:
         if node.target is aten.linear.default and value(node).dim() == 2:
             continue  # vectors
         problem = _problem(node)
-        form = None if problem else _fastest(node, cold)
+        form = None if problem else _fastest(node, cold, plain)
         if report.count(problem or ("" if form else "oneDNN is faster")):
             assert form is not None
             taken[form] += 1
-            _rewrite(gm, node, form)
+            _rewrite(gm, node, form, plain)
     report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
     finish(gm)
     return report
@@ -93,17 +94,17 @@ def _problem(node: Node) -> str:
         return "the weight is computed from the inputs"
     if value(x).dtype != value(weight).dtype or why_not(value(x).dtype):
         return why_not(value(x).dtype) or "different dtypes"
-    if _geometry(node) is None:
+    if geometry(node) is None:
         return "neither 1x1 nor 3x3 with padding 1, or in groups"
-    return "" if _possible(node) else "channels not in whole vectors"
+    return "" if possible_forms(node) else "channels not in whole vectors"
 
 
 def _bias(node: Node) -> Any:
     return convolution_arguments(node)[2]
 
 
-def _geometry(node: Node) -> tuple[int, ...] | None:
-    """(kernel, stride, padding) where some form is for it."""
+def geometry(node: Node) -> tuple[int, ...] | None:
+    """(kernel, stride, padding) of a convolution or linear layer where some form is for it."""
     if node.target is aten.linear.default:
         return (1, 1, 0) if value(node).dim() == 3 else None
     _, weight, _, stride, padding, dilation, groups = convolution_arguments(node)
@@ -114,37 +115,38 @@ def _geometry(node: Node) -> tuple[int, ...] | None:
     return tuple(found) if dilation == 1 and tuple(found) in _GEOMETRIES else None
 
 
-def _possible(node: Node) -> tuple[Form, ...]:
+def possible_forms(node: Node) -> tuple[Form, ...]:
+    """The forms that would do; the first is the one that rounds least."""
     x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
     shape = x.shape if x.dim() == 4 else x.transpose(1, 2).unsqueeze(-1).shape
-    forms = _GEOMETRIES[_geometry(node) or ()]
+    forms = _GEOMETRIES.get(geometry(node) or (), ())
     return tuple(form for form in forms if fits(shape, weight.shape[0], form))
 
 
-def _fastest(node: Node, cold: bool) -> Form | None:
+def _fastest(node: Node, cold: bool, plain: bool) -> Form | None:
     """None for oneDNN."""
     x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
     norm = norm_before(node)
     rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
-    forms = [f for f in _possible(node) if not (f == "squares" and rounds and norm is None)]
+    forms = [f for f in possible_forms(node) if not (f == "squares" and rounds and norm is None)]
     times = _seconds(
-        tuple(x.shape), tuple(weight.shape), (_geometry(node) or ())[1], tuple(forms), x.dtype,
-        0 if norm is None else norm.args[3], cold, torch.get_num_threads(),
+        tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], tuple(forms), x.dtype,
+        0 if norm is None else norm.args[3], plain, cold, torch.get_num_threads(),
     )  # fmt: skip
     best = min(times[1:])
     return forms[times.index(best) - 1] if _MARGIN * best < times[0] else None
 
 
-def _rewrite(gm: GraphModule, node: Node, form: Form) -> None:
+def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
     x, weight = node.args[:2]
-    geometry = _geometry(node)
-    assert geometry is not None
+    found = geometry(node)
+    assert found is not None
     dtype = value(weight).dtype  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
-        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype))
+        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")  # type: ignore[arg-type]
         fused = gm.graph.call_function(
-            convolve, (x, packed, uncast(_bias(node)), None, form, geometry[1], *NO_NORM)
+            convolve, (x, packed, uncast(_bias(node)), None, form, found[1], *NO_NORM)
         )
     fused.meta.update(val=node.meta["val"], stage="main")
     replace(node, fused)
@@ -163,6 +165,7 @@ def _seconds(
     forms: tuple[Form, ...],
     dtype: torch.dtype,
     groups: int,
+    plain: bool,
     cold: bool,
     threads: int,
 ) -> tuple[float, ...]:
@@ -185,7 +188,7 @@ def _seconds(
 
     runs: list[Callable[[], Tensor]] = [lambda: one_dnn(before(x))]
     folded = (groups, 1e-5, *parameters, None, None, None, True) if groups else NO_NORM
-    for form, u in blank_filters(filter_shape, forms, dtype).items():
+    for form, u in blank_filters(filter_shape, forms, dtype, plain).items():
         rest = (None, None, form, stride, *folded)
         runs.append(functools.partial(convolve_eagerly, x, u, *rest))
     return tuple(best_times(runs, _REPEATS, warm=x if cold else None))

@@ -35,6 +35,10 @@ three products, in both axes nine for four results:
           0  1  0            1  1  1                 0  1  1
           0 -1  1            0  0  1
 
+G w is computed in float64, rounded once, and kept; of lines and squares it is 4/3 and 16/9 as large
+as w. In float32 w can be kept instead ("plain" filters): the operator then applies G itself, a
+block at a time, which takes a tenth to a quarter longer.
+
 The norm is that of `group_norm_silu`, whose result is never written to memory nor rounded: the
 statistics are taken first, and pixels are normalised as they are read. In float32 every form rounds
 like the direct sum. In bfloat16 transformed pixels are rounded, and their sums and those of filters
@@ -93,25 +97,31 @@ def fits(shape: torch.Size, channels_out: int, form: Form) -> bool:
     return not (form in _EVEN and odd[1]) and not (form == "squares" and odd[0])
 
 
-def filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+def filters(weight: Tensor, form: Form, dtype: torch.dtype, plain: bool = False) -> Tensor:
     """The left and right G of w [K, C, 3, 3] (or [K, C, 1, 1], [K, C]), computed in float64 and
     rounded once, as the operator takes it: [K / wide, frequencies, taps, C, wide], in bfloat16 with
-    pairs of C side by side.
+    pairs of C side by side. With ``plain`` w itself, as it is for "direct"; float32 only.
     """
-    made = torch.empty(_shape(weight.shape, form, dtype), dtype=dtype)
+    kept = _kept(form, dtype, plain)
+    made = torch.empty(_shape(weight.shape, kept, dtype), dtype=dtype)
     for block in range(len(made)):  # float64 of all of them would be a peak of memory
         part = weight[block * native.wide : (block + 1) * native.wide]
-        made[block] = _filters(part, form, dtype)
+        made[block] = _filters(part, kept, dtype)
     return made
+
+
+def _kept(form: Form, dtype: torch.dtype, plain: bool) -> Form:
+    """The form whose filters are in memory."""
+    return "direct" if plain and dtype is torch.float32 and form != "dense" else form
 
 
 def _filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     """Of one block of results."""
     k, c = weight.shape[:2]
     together = 2 if dtype is torch.bfloat16 else 1
-    w = weight.double()
+    w = weight if form in ("dense", "direct") else weight.double()
     if form in ("dense", "direct"):
-        u = w.reshape(k, c, 1, -1).permute(2, 3, 0, 1)
+        u = (w.mT if w.dim() == 4 else w).reshape(k, c, 1, -1).permute(2, 3, 0, 1)
     elif form == "lines":
         u = torch.einsum("fj,kcij->fikc", _LINES, w)
     else:
@@ -129,17 +139,17 @@ def _shape(shape: Sequence[int], form: Form, dtype: torch.dtype) -> tuple[int, .
 
 
 def blank_filters(
-    shape: Sequence[int], forms: Sequence[Form], dtype: torch.dtype
+    shape: Sequence[int], forms: Sequence[Form], dtype: torch.dtype, plain: bool = False
 ) -> dict[Form, Tensor]:
     """Numbers in place of `filters` of a weight of this shape, in one memory: for measurements."""
-    shapes = {form: _shape(shape, form, dtype) for form in forms}
+    shapes = {form: _shape(shape, _kept(form, dtype, plain), dtype) for form in forms}
     memory = filler(max(map(math.prod, shapes.values())), dtype)
     return {form: memory[: math.prod(size)].view(size) for form, size in shapes.items()}
 
 
 class _Prepared:
-    """The operator with everything checked that stays the same: all but x, residual, scale, shift
-    and add, whose shapes and dtypes stay too.
+    """The operator with everything checked that stays the same: all but x, beside, residual, scale,
+    shift and add, whose shapes and dtypes stay too.
     """
 
     def __init__(
@@ -157,16 +167,22 @@ class _Prepared:
         shift: Tensor | None,
         add: Tensor | None,
         silu: bool,
+        beside: Tensor | None = None,
     ) -> None:
         modulation = (scale, shift, add)
         if reason := why_not(x.dtype):
             raise ValueError(f"a convolution of {x.dtype} cannot run here: {reason}")
         n, c, h, w = x.shape if x.dim() == 4 else (x.shape[0], x.shape[2], x.shape[1], 1)
+        split = c
+        if beside is not None:
+            _check_beside(x, beside)
+            c += beside.shape[1]
         k = u.shape[0] * u.shape[4]
         alike = x.dtype == u.dtype and c == u.shape[3] * u.shape[5]
-        if not alike or u.shape[1:3] != _PRODUCTS[form]:
+        plain = form != "dense" and x.dtype is torch.float32 and u.shape[1:3] == _PRODUCTS["direct"]
+        if not alike or not (plain or u.shape[1:3] == _PRODUCTS[form]):
             raise ValueError(
-                f"{x.dtype} {list(x.shape)} does not fit filters {list(u.shape)} of {form!r}"
+                f"{x.dtype} {[n, c, h, w]} does not fit filters {list(u.shape)} of {form!r}"
             )
         if (form in _EVEN and w % 2) or (form == "squares" and h % 2):
             raise ValueError(f"{form!r} needs an even size; got {h}x{w}")
@@ -190,19 +206,31 @@ class _Prepared:
             images = x if x.dim() == 4 else x.transpose(1, 2)
             parameters = (*self.held[2:], *self.modulation)
             norm, _ = norm_arguments(images, True, groups, silu, parameters)
+            norm[4] = c  # of both images
         self.format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
         self.result = _result_shape(x.shape, k, form, stride)
         bias_address = 0 if added is None else added.data_ptr()
         codes, sizes = (DTYPES[x.dtype], _CODES[form], stride), (n, h, w, c, k)
-        addresses = (self.held[0].data_ptr(), bias_address)
-        self.run = native.Convolution(*addresses, *codes, sizes, norm, eps).run
+        self.beside = None if beside is None else beside.shape
+        addresses = (self.held[0].data_ptr(), plain and form != "direct", bias_address)
+        self.run = native.Convolution(*addresses, *codes, sizes, split, norm, eps).run
 
     def lasts(self) -> bool:
         """Whether nothing was copied: a copy does not follow what is written into a constant."""
         return all(held is given for held, given in zip(self.held, self.given, strict=True))
 
-    def __call__(self, x: Tensor, residual: Tensor | None, *modulation: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        modulation: Sequence[Tensor | None],
+        beside: Tensor | None = None,
+    ) -> Tensor:
         image = x.contiguous(memory_format=self.format)
+        images = [image.data_ptr(), 0]
+        if beside is not None:
+            beside = beside.contiguous(memory_format=self.format)
+            images[1] = beside.data_ptr()
         out = torch.empty(self.result, dtype=self.dtype, memory_format=self.format)
         added = 0
         if residual is not None:
@@ -213,7 +241,7 @@ class _Prepared:
             residual = residual.contiguous(memory_format=self.format)
             added = residual.data_ptr()
         if not self.modulated:
-            self.run(image.data_ptr(), added, out.data_ptr(), 0, 0, 0, 0, 0, 0, threads())
+            self.run(*images, added, out.data_ptr(), 0, 0, 0, 0, 0, 0, threads())
             return out
         where: list[int] = []
         alive = []
@@ -225,8 +253,23 @@ class _Prepared:
                 value = value.to(first.dtype).contiguous()
                 alive.append(value)
             where += (value.data_ptr(), value.stride(0))
-        self.run(image.data_ptr(), added, out.data_ptr(), *where, threads())
+        self.run(*images, added, out.data_ptr(), *where, threads())
         return out
+
+
+def _check_beside(x: Tensor, beside: Tensor) -> None:
+    """Both images have whole vectors of channels, and are alike but for these."""
+    alike = x.dim() == beside.dim() == 4 and x.shape[2:] == beside.shape[2:]
+    if not alike or x.shape[0] != beside.shape[0] or x.dtype != beside.dtype:
+        raise ValueError(
+            f"images side by side must be [N, C, H, W], alike but for C; got {x.dtype} "
+            f"{list(x.shape)} and {beside.dtype} {list(beside.shape)}"
+        )
+    if x.shape[1] % native.wide or beside.shape[1] % native.wide:
+        raise ValueError(
+            f"images side by side must have a multiple of {native.wide} channels; got "
+            f"{x.shape[1]} and {beside.shape[1]}"
+        )
 
 
 def _plain(value: Tensor | None) -> Tensor | None:
@@ -237,7 +280,7 @@ def _plain(value: Tensor | None) -> Tensor | None:
 
 
 def _run(x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Tensor:
-    return _Prepared(x, u, bias, *rest)(x, residual, *rest[_MODULATION])
+    return _Prepared(x, u, bias, *rest)(x, residual, rest[_MODULATION], *rest[_BESIDE])
 
 
 _CODES: dict[str, int] = {form: code for code, form in enumerate(FORMS)}  # Form in csrc/convolve.h
@@ -264,21 +307,23 @@ def _fake(
 
 # conv(act(norm(x)), w) + bias + residual for x [N, C, H, W], or linear for x [N, L, C] (dense), of
 # float32 or bfloat16; images are channels-last. groups = 0 is no norm; its parameters are those of
-# group_norm_silu, `offset` being the norm's bias.
+# group_norm_silu, `offset` being the norm's bias. With `beside` the image is cat([x, beside], 1),
+# which is never made; both have a multiple of `native.wide` channels.
 convolve = define(
     "convolve(Tensor x, Tensor u, Tensor? bias, Tensor? residual, str form, int stride, "
     "int groups, float eps, Tensor? weight, Tensor? offset, Tensor? scale, Tensor? shift, "
-    "Tensor? add, bool silu) -> Tensor",
+    "Tensor? add, bool silu, Tensor? beside=None) -> Tensor",
     _run,
     _fake,
 )
-_PARAMETERS, _MODULATION = slice(4, 9), slice(6, 9)  # of what follows the residual
+# of what follows the residual
+_PARAMETERS, _MODULATION, _BESIDE = slice(4, 9), slice(6, 9), slice(10, 11)
 NO_NORM = (0, 0.0, None, None, None, None, None, False)
 
 
 def convolve_eagerly(x: Tensor, u: Tensor, *rest: Any) -> Tensor:
     """`convolve`, which skips the dispatcher where nobody watches it."""
-    call = _run if eager(x, rest[1]) else convolve
+    call = _run if eager(x, rest[1], *rest[12:]) else convolve
     y: Tensor = call(x, u, *rest)
     return y
 
@@ -293,7 +338,8 @@ class CallSite:
         self, x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
     ) -> Tensor:
         """As `convolve`; what is no tensor must be that of the first call."""
-        if not eager(x, residual):
+        beside = rest[10] if len(rest) > 10 else None
+        if not eager(x, residual, beside):
             watched: Tensor = convolve(x, u, bias, residual, *rest)
             return watched
         weight, offset, *modulation = rest[_PARAMETERS]
@@ -301,8 +347,9 @@ class CallSite:
         if prepared is not None:
             held = prepared.given
             same = held[0] is u and held[1] is bias and held[2] is weight and held[3] is offset
-            if same and prepared.shape == x.shape and prepared.dtype == x.dtype:
-                return prepared(x, residual, *modulation)
+            same = same and prepared.shape == x.shape and prepared.dtype == x.dtype
+            if same and prepared.beside == (None if beside is None else beside.shape):
+                return prepared(x, residual, modulation, beside)
         prepared = _Prepared(x, u, bias, *rest)
         self.prepared = prepared if prepared.lasts() else None
-        return prepared(x, residual, *modulation)
+        return prepared(x, residual, modulation, beside)

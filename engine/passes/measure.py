@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from stepfuse.engine.passes.convolution_forms import possible_forms
+from stepfuse.engine.passes.convolve import (
+    NO_NORM,
+    Form,
+    blank_filters,
+    convolve_eagerly,
+    why_not,
+)
 from stepfuse.engine.passes.graph import aten, value
 from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
@@ -21,32 +29,39 @@ def pays(node: Node, dtype: torch.dtype) -> bool:
     """False where a convolution is clearly faster in float32 than in ``dtype``; CPUs only.
 
     Both are timed with packed weights of the node's shapes, on zeros; a result is kept as long as
-    the process runs. Processors differ here: without bfloat16 instructions oneDNN converts.
+    the process runs. Processors differ here: without bfloat16 instructions oneDNN converts. Where
+    `convolve` would do, that is timed, which leaves less behind than oneDNN's primitives.
     """
     if value(node).device.type != "cpu" or node.target is not aten.conv2d.default:
         return True
     if dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
         return False
-    x, weight, _, *geometry, groups = convolution_arguments(node)
+    x, weight, _, *sizes, groups = convolution_arguments(node)
     shapes = tuple(value(x).shape), tuple(value(weight).shape)
-    frozen = tuple(tuple(g) for g in geometry)
+    frozen = tuple(tuple(g) for g in sizes)
+    form = None if why_not(dtype) else next(iter(possible_forms(node)), None)
     threads = torch.get_num_threads()
-    low = _seconds(*shapes, frozen, groups, dtype, threads)
-    return low < _MARGIN * _seconds(*shapes, frozen, groups, torch.float32, threads)
+    low = _seconds(*shapes, frozen, groups, form, dtype, threads)
+    return low < _MARGIN * _seconds(*shapes, frozen, groups, form, torch.float32, threads)
 
 
 @trial
 def _seconds(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
-    geometry: tuple[tuple[int, ...], ...],
+    sizes: tuple[tuple[int, ...], ...],
     groups: int,
+    form: Form | None,
     dtype: torch.dtype,
     threads: int,
 ) -> float:
-    """The best of a few runs; ``threads`` only tells results apart."""
-    stride, padding, dilation = (list(g) for g in geometry)
+    """The best of a few runs, in ``form`` or by oneDNN; ``threads`` only tells results apart."""
     x = torch.zeros(x_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    if form is not None:
+        u = blank_filters(w_shape, (form,), dtype)[form]
+        rest = (None, None, form, sizes[0][0], *NO_NORM)
+        return best_times([lambda: convolve_eagerly(x, u, *rest)], _REPEATS)[0]
+    stride, padding, dilation = (list(size) for size in sizes)
     weight = filler(math.prod(w_shape), dtype).view(w_shape)
     packed = mkldnn._reorder_convolution_weight(
         weight, padding, stride, dilation, groups, list(x_shape)

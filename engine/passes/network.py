@@ -27,6 +27,7 @@ from stepfuse.engine.passes.lower_precision import lower_precision
 from stepfuse.engine.passes.measure import pays
 from stepfuse.engine.passes.merge_linears import merge_linears
 from stepfuse.engine.passes.prepack_convolutions import prepack_convolutions
+from stepfuse.engine.passes.read_side_by_side import read_side_by_side
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.stages import assign
 from stepfuse.engine.passes.stopwatch import reading
@@ -50,15 +51,19 @@ PASSES = (
     "upsampled_convolutions",
     "convolution_forms",
     "fold_group_norm",
+    "read_side_by_side",
     "prepack_convolutions",
     "fuse_residual_add",
 )
 
 
 def rewrite(
-    traced: Traced, dtype: torch.dtype | None, without: Collection[str]
+    traced: Traced, dtype: torch.dtype | None, without: Collection[str], release: bool = False
 ) -> list[PassReport]:
-    """Apply the passes in order, all but ``without``; the graph is changed in place."""
+    """Apply the passes in order, all but ``without``; the graph is changed in place.
+
+    With ``release`` constants are to take no more memory than the weights they are made of.
+    """
     gm = traced.gm
     passes = {
         "remove_no_ops": remove_no_ops,
@@ -70,9 +75,10 @@ def rewrite(
         "channels_last": channels_last,
         "concatenate": concatenate,
         "attention": attention,
-        "upsampled_convolutions": upsampled_convolutions,
-        "convolution_forms": convolution_forms,
+        "upsampled_convolutions": lambda gm: upsampled_convolutions(gm, plain=release),
+        "convolution_forms": lambda gm: convolution_forms(gm, plain=release),
         "fold_group_norm": fold_group_norm,
+        "read_side_by_side": read_side_by_side,
         "prepack_convolutions": prepack_convolutions,
         "fuse_residual_add": fuse_residual_add,
     }
@@ -107,7 +113,7 @@ class Network:
     ) -> None:
         traced = trace(model, args, kwargs)
         with reading([*model.parameters(), *model.buffers()]):
-            self.reports = rewrite(traced, dtype, without)
+            self.reports = rewrite(traced, dtype, without, release)
         finish(traced.gm)
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ _REPEATS = 5
 _SUMS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
 
 
-def upsampled_convolutions(gm: GraphModule) -> PassReport:
+def upsampled_convolutions(gm: GraphModule, plain: bool = False) -> PassReport:
     """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster."""
     report = PassReport("upsampled_convolutions")
     cold = exceed_cache(gm)
@@ -66,11 +67,14 @@ def upsampled_convolutions(gm: GraphModule) -> PassReport:
     for upsample in calls(gm, _UPSAMPLE):
         conv = _reader(upsample)
         problem = _problem(upsample, conv)
-        form = None if problem or conv is None else _fastest(upsample, conv, cold)
+        form = None if problem or conv is None else _fastest(upsample, conv, cold, plain)
         if report.count(problem or ("" if form else "the direct convolution is faster")):
             assert conv is not None
             taken[form or ""] += 1
-            (_enlarged if form == "enlarged" else _transposed)(gm, upsample, conv)
+            if form == "enlarged":
+                _enlarged(gm, upsample, conv, plain)
+            else:
+                _transposed(gm, upsample, conv)
     report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
     finish(gm)
     return report
@@ -120,11 +124,11 @@ def _problem(upsample: Node, conv: Node | None) -> str:
     return ""
 
 
-def _fastest(upsample: Node, conv: Node, cold: bool) -> str | None:
+def _fastest(upsample: Node, conv: Node, cold: bool, plain: bool) -> str | None:
     """ "transposed" or "enlarged"; None for the convolution of the enlarged image."""
     x, channels_out = _source(upsample), value(conv).shape[1]
     threads = torch.get_num_threads()
-    times = _seconds(tuple(x.shape), channels_out, value(conv).dtype, cold, threads)
+    times = _seconds(tuple(x.shape), channels_out, value(conv).dtype, plain, cold, threads)
     best = min(times)
     return ("transposed", "enlarged")[times.index(best) - 1] if best < times[0] else None
 
@@ -152,11 +156,11 @@ def _transposed(gm: GraphModule, upsample: Node, conv: Node) -> None:
     replace(conv, merged)
 
 
-def _enlarged(gm: GraphModule, upsample: Node, conv: Node) -> None:
+def _enlarged(gm: GraphModule, upsample: Node, conv: Node, plain: bool) -> None:
     _, weight, bias, *_ = convolution_arguments(conv)
     dtype = value(weight).dtype
     with gm.graph.inserting_before(conv):
-        packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype))
+        packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")
         image = _image(gm, upsample, dtype)
         arguments = (image, packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
@@ -167,35 +171,53 @@ def _enlarged(gm: GraphModule, upsample: Node, conv: Node) -> None:
 
 @trial
 def _seconds(
-    shape: tuple[int, ...], channels_out: int, dtype: torch.dtype, cold: bool, threads: int
+    shape: tuple[int, ...],
+    channels_out: int,
+    dtype: torch.dtype,
+    plain: bool,
+    cold: bool,
+    threads: int,
 ) -> tuple[float, float, float]:
     """(enlarged and convolved, transposed, in one); ``threads`` only tells results apart."""
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    warm = x if cold else None
     weight_shape = (channels_out, shape[1], 3, 3)
-    weight = filler(math.prod(weight_shape), dtype).view(weight_shape)
-    twice = [*shape[:2], 2 * shape[2], 2 * shape[3]]
-    direct = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
-    geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
-    wide_shape = (shape[1], channels_out, 4, 4)
-    wide = filler(math.prod(wide_shape), dtype).view(wide_shape)
-    merged = mkldnn._reorder_convolution_transpose_weight(wide, *geometry, list(shape))
-    trim()
-    plain: tuple[Any, ...] = ("none", [], "")
-
-    def enlarged() -> Tensor:
-        large = _UPSAMPLE(x, None, [2.0, 2.0])
-        y: Tensor = mkldnn._convolution_pointwise(
-            large, direct, None, _ONES, _ONES, _ONES, 1, *plain
-        )
-        return y
-
-    def transposed() -> Tensor:
-        y: Tensor = mkldnn._convolution_transpose_pointwise(x, merged, None, *geometry, *plain)
-        return y
-
-    runs = [enlarged, transposed]
+    runs = [_directly(x, weight_shape)]
     if not why_not(dtype) and fits(x.shape, channels_out, "enlarged"):
-        u = blank_filters(weight_shape, ("enlarged",), dtype)["enlarged"]
+        u = blank_filters(weight_shape, ("enlarged",), dtype, plain)["enlarged"]
         runs.append(lambda: convolve_eagerly(x, u, None, None, "enlarged", 1, *NO_NORM))
-    times = [*best_times(runs, _REPEATS, warm=x if cold else None), float("inf")]
-    return times[0], times[1], times[2]
+    direct, own = (*best_times(runs, _REPEATS, warm), float("inf"))[:2]
+    if own < direct * 16 / 36:
+        return direct, float("inf"), own  # a transposed one multiplies 16/36 as much as the direct
+    del runs
+    (transposed,) = best_times([_at_once(x, (shape[1], channels_out, 4, 4))], _REPEATS, warm)
+    return direct, transposed, own
+
+
+_ALONE: tuple[Any, ...] = ("none", [], "")  # with nothing before or after
+
+
+def _directly(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """oneDNN's convolution of the enlarged image with some weight of this shape."""
+    weight = filler(math.prod(shape), x.dtype).view(shape)
+    twice = [*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]]
+    packed = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
+    trim()
+    convolution = mkldnn._convolution_pointwise.default
+
+    def run() -> Tensor:
+        large = _UPSAMPLE(x, None, [2.0, 2.0])
+        y: Tensor = convolution(large, packed, None, _ONES, _ONES, _ONES, 1, *_ALONE)
+        return y
+
+    return run
+
+
+def _at_once(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """oneDNN's transposed convolution with some weight of this shape."""
+    weight = filler(math.prod(shape), x.dtype).view(shape)
+    geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
+    packed = mkldnn._reorder_convolution_transpose_weight(weight, *geometry, list(x.shape))
+    trim()
+    convolution = mkldnn._convolution_transpose_pointwise
+    return lambda: convolution(x, packed, None, *geometry, *_ALONE)

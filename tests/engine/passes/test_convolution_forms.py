@@ -178,7 +178,7 @@ def test_the_shapes_are_measured(dtype: torch.dtype, cold: bool) -> None:
         ((1, 32, 5, 4), (64, 32, 1, 1), ("dense",)),
         ((1, 7, 32), (64, 32), ("dense",)),
     ):
-        for groups in (0, 4):
-            times = _seconds(x, weight, 1, forms, dtype, groups, cold, threads)
+        for groups, plain in ((0, False), (4, False), (4, True)):
+            times = _seconds(x, weight, 1, forms, dtype, groups, plain, cold, threads)
             assert len(times) == len(forms) + 1
             assert all(0 < t < 1 for t in times)

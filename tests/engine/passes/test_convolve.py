@@ -107,6 +107,10 @@ def test_it_is_the_convolution(form: Form, norm: str, dtype: torch.dtype) -> Non
             residual = torch.randn(exact.shape).to(dtype)
             exact = exact + bias.double()[:, None, None] + residual.double()
             u = filters(weight, form, dtype)
+            plain = filters(weight, form, dtype, plain=True)
+            if plain.shape != u.shape:
+                found = in_threads(2, x, plain, bias, residual, form, stride, *arguments)
+                assert distance(found, exact) < TOLERANCE[dtype], (shape, "plain filters")
             found = in_threads(1, x, u, bias, residual, form, stride, *arguments)
             assert found.dtype is dtype
             assert found.is_contiguous(memory_format=torch.channels_last)
@@ -115,6 +119,37 @@ def test_it_is_the_convolution(form: Form, norm: str, dtype: torch.dtype) -> Non
             given = (x.contiguous(), u, bias, residual, form, stride, *arguments)
             for threads in (2, 3):
                 assert torch.equal(in_threads(threads, *given), found), (shape, stride, threads)
+
+
+@dtypes
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm", NORMS)
+@torch.no_grad()
+def test_two_images_are_read_as_one(form: Form, norm: str, dtype: torch.dtype) -> None:
+    """Groups of a norm may lie across the two; threads share one sample, or have several each."""
+    for n, h, w in ((1, 6, 10), (5, 4, 4), (1, 34, 64)):
+        for channels in ((32, 32), (64, 32), (32, 96)):
+            parts = [torch.randn(n, c, h, w).to(dtype) + i for i, c in enumerate(channels)]
+            x = torch.cat(parts, 1).contiguous(memory_format=torch.channels_last)
+            arguments, _ = norm_of(norm, n, sum(channels))
+            u, bias = filters(weight_for(form, 64, x.shape[1]), form, dtype), torch.randn(64)
+            given = (u, bias, None, form, 1, *arguments)
+            for threads in (1, 2):
+                one = in_threads(threads, x, *given)
+                assert torch.equal(in_threads(threads, parts[0], *given, parts[1]), one)
+
+
+def test_images_side_by_side_must_be_alike() -> None:
+    u, x = filters(torch.randn(32, 96, 1, 1), "dense", torch.float32), torch.randn(2, 64, 4, 4)
+    for other in (torch.randn(2, 32, 4, 5), torch.randn(1, 32, 4, 4), torch.randn(2, 32, 16)):
+        with pytest.raises(ValueError, match="alike but for C"):
+            convolve(x, u, None, None, "dense", 1, *NO_NORM, other)
+    with pytest.raises(ValueError, match="alike but for C"):
+        convolve(x, u, None, None, "dense", 1, *NO_NORM, torch.randn(2, 32, 4, 4).double())
+    with pytest.raises(ValueError, match=r"must have a multiple of .* channels; got 64 and 33"):
+        convolve(x, u, None, None, "dense", 1, *NO_NORM, torch.randn(2, 33, 4, 4))
+    with pytest.raises(ValueError, match="does not fit filters"):
+        convolve(x, u, None, None, "dense", 1, *NO_NORM, torch.randn(2, 64, 4, 4))
 
 
 @dtypes
@@ -180,7 +215,7 @@ def test_filters_of_another_network_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit filters"):
         convolve(torch.randn(1, 32, 4, 4), u, None, None, "lines", 1, *NO_NORM)
     with pytest.raises(ValueError, match="does not fit filters"):
-        convolve(torch.randn(1, 64, 4, 4), u, None, None, "squares", 1, *NO_NORM)
+        convolve(torch.randn(1, 64, 4, 4), u, None, None, "dense", 1, *NO_NORM)
     with pytest.raises(ValueError, match="'lines' needs an even size; got 4x3"):
         convolve(torch.randn(1, 64, 4, 3), u, None, None, "lines", 1, *NO_NORM)
 
@@ -193,6 +228,8 @@ def test_the_operator_has_shapes_without_data(form: Form) -> None:
     torch.library.opcheck(convolve, (x, u, torch.randn(64), None, form, 1, *norm))
     if form == "direct":
         torch.library.opcheck(convolve, (x, u, None, None, form, 2, *NO_NORM))
+    twice = filters(weight_for(form, 64, 64), form, torch.float32)
+    torch.library.opcheck(convolve, (x, twice, None, None, form, 1, *NO_NORM, x + 1))
     if form == "dense":
         torch.library.opcheck(convolve, (x.flatten(2).mT, u, None, None, form, 1, *NO_NORM))
 

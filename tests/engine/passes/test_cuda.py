@@ -31,6 +31,7 @@ INTERPRETED = 2e-6
 # bfloat16 keeps 8 bits, and the interpreter cuts the ninth off instead of rounding
 INTERPRETED_BF16 = 3e-2
 ONLY_CPU = ("merge_linears", "concatenate", "attention", "convolution_forms", "fold_group_norm")
+ONLY_CPU += ("read_side_by_side",)
 ONLY_CPU += ("upsampled_convolutions", "prepack_convolutions", "fuse_residual_add")
 
 

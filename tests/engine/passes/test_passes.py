@@ -29,6 +29,7 @@ NOT_ALONE = ("lower_precision", "upsampled_convolutions", "attention", "convolut
 # `small` has no 1-dimensional convolution, attention, linear layers that read the same, or channels
 # in whole vectors, and only `channels_last` lets its cat be of such images
 NOT_ALONE += ("widen_conv1d", "gather_attention", "merge_linears", "fold_group_norm", "concatenate")
+NOT_ALONE += ("read_side_by_side",)
 ALONE = [name for name in PASSES if name not in NOT_ALONE]
 
 
