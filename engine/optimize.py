@@ -17,6 +17,7 @@ from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.replacement import with_fused_norms
 from stepfuse.engine.passes.trace import CannotTrace
+from stepfuse.engine.passes.workspace import Workspace
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,6 +105,7 @@ class Optimized(nn.Module):
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
         self._networks: OrderedDict[Any, Network | _Exchanged] = OrderedDict()
+        self._workspace = Workspace()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model(x, t, **condition)``.
@@ -199,7 +201,13 @@ class Optimized(nn.Module):
             try:
                 ordered = dict(sorted(kwargs.items()))
                 network = Network(
-                    self.original, args, ordered, self.dtype, self.without, self.release_weights
+                    self.original,
+                    args,
+                    ordered,
+                    self.dtype,
+                    self.without,
+                    self.release_weights,
+                    self._workspace,
                 )
             except CannotTrace as reason:
                 network = _Exchanged(self.original, args, kwargs, self.dtype, str(reason))

@@ -22,7 +22,7 @@ if native is not None:
     from stepfuse.kernels.cpp.module import DTYPES, threads
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     if q.dtype != k.dtype or k.dtype != v.dtype:
         raise ValueError(f"q, k, v must be of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if reason := why_not(q.dtype):
@@ -39,7 +39,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     n, heads, queries, width = q.shape
     keys, values = k.shape[2], v.shape[3]
-    out = q.new_empty((n, queries, heads, values)).transpose(1, 2)
+    if out is None or out.shape != (n, heads, queries, values) or out.dtype != q.dtype:
+        out = q.new_empty((n, queries, heads, values)).transpose(1, 2)
     native.attend(
         *([x.data_ptr(), *x.stride()[:3]] for x in (q, k, v, out)),
         DTYPES[q.dtype],
@@ -55,11 +56,21 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty((n, queries, heads, v.shape[3])).transpose(1, 2)
 
 
-attend = define("attend(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", _run, _fake)
+def _new(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return _run(q, k, v, scale)
 
 
-def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, scale: Any) -> Tensor:
-    """`attend`, which skips the dispatcher where nobody watches it."""
-    call = _run if eager(q, k, v) else attend
-    y: Tensor = call(q, k, v, scale)
+attend = define("attend(Tensor q, Tensor k, Tensor v, float scale) -> Tensor", _new, _fake)
+
+
+def attend_eagerly(
+    q: Tensor, k: Tensor, v: Tensor, scale: Any, out: Tensor | None = None
+) -> Tensor:
+    """`attend`, which skips the dispatcher where nobody watches it.
+
+    ``out`` may hold the result: a tensor like it that shares no memory with the arguments.
+    """
+    if eager(q, k, v):
+        return _run(q, k, v, scale, out)
+    y: Tensor = attend(q, k, v, scale)
     return y

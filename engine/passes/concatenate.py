@@ -49,7 +49,7 @@ def _problem(node: Node) -> str:
     return ""
 
 
-def _run(images: list[Tensor]) -> Tensor:
+def _run(images: list[Tensor], out: Tensor | None = None) -> Tensor:
     parts = [image.contiguous(memory_format=torch.channels_last) for image in images]
     first = parts[0]
     n, _, h, w = first.shape
@@ -57,9 +57,9 @@ def _run(images: list[Tensor]) -> Tensor:
         given = ", ".join(f"{p.dtype} {list(p.shape)}" for p in parts)
         raise ValueError(f"images must be alike but for their channels; got {given}")
     channels = [part.shape[1] for part in parts]
-    out = torch.empty(
-        (n, sum(channels), h, w), dtype=first.dtype, memory_format=torch.channels_last
-    )
+    shape = (n, sum(channels), h, w)
+    if out is None or out.shape != shape or out.dtype != first.dtype:
+        out = torch.empty(shape, dtype=first.dtype, memory_format=torch.channels_last)
     size = first.element_size()
     rows = [(p.data_ptr(), c * size) for p, c in zip(parts, channels, strict=True)]
     native.concatenate(rows, out.data_ptr(), n * h * w, threads())
@@ -75,11 +75,15 @@ def _fake(images: list[Tensor]) -> Tensor:
 
 
 # cat(images, 1) for channels-last images of one dtype and size
-join = define("join(Tensor[] images) -> Tensor", _run, _fake)
+join = define("join(Tensor[] images) -> Tensor", lambda images: _run(images), _fake)
 
 
-def join_eagerly(images: list[Tensor]) -> Tensor:
-    """`join`, which skips the dispatcher where nobody watches it."""
-    call = _run if eager(*images) else join
-    y: Tensor = call(images)
+def join_eagerly(images: list[Tensor], out: Tensor | None = None) -> Tensor:
+    """`join`, which skips the dispatcher where nobody watches it.
+
+    ``out`` may hold the result: a tensor like it that shares no memory with the images.
+    """
+    if eager(*images):
+        return _run(images, out)
+    y: Tensor = join(images)
     return y

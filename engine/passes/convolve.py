@@ -225,13 +225,15 @@ class _Prepared:
         residual: Tensor | None,
         modulation: Sequence[Tensor | None],
         beside: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         image = x.contiguous(memory_format=self.format)
         images = [image.data_ptr(), 0]
         if beside is not None:
             beside = beside.contiguous(memory_format=self.format)
             images[1] = beside.data_ptr()
-        out = torch.empty(self.result, dtype=self.dtype, memory_format=self.format)
+        if out is None or out.shape != self.result or out.dtype != self.dtype:
+            out = torch.empty(self.result, dtype=self.dtype, memory_format=self.format)
         added = 0
         if residual is not None:
             if residual.shape != out.shape:
@@ -335,9 +337,18 @@ class CallSite:
         self.prepared: _Prepared | None = None
 
     def __call__(
-        self, x: Tensor, u: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+        self,
+        x: Tensor,
+        u: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *rest: Any,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """As `convolve`; what is no tensor must be that of the first call."""
+        """As `convolve`; what is no tensor must be that of the first call.
+
+        ``out`` may hold the result: a tensor like it that shares no memory with the arguments.
+        """
         beside = rest[10] if len(rest) > 10 else None
         if not eager(x, residual, beside):
             watched: Tensor = convolve(x, u, bias, residual, *rest)
@@ -349,7 +360,7 @@ class CallSite:
             same = held[0] is u and held[1] is bias and held[2] is weight and held[3] is offset
             same = same and prepared.shape == x.shape and prepared.dtype == x.dtype
             if same and prepared.beside == (None if beside is None else beside.shape):
-                return prepared(x, residual, modulation, beside)
+                return prepared(x, residual, modulation, beside, out)
         prepared = _Prepared(x, u, bias, *rest)
         self.prepared = prepared if prepared.lasts() else None
-        return prepared(x, residual, modulation, beside)
+        return prepared(x, residual, modulation, beside, out)

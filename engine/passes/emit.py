@@ -18,22 +18,41 @@ from typing import Any
 from torch.fx import Node
 
 from stepfuse.engine.passes.directly import directly
+from stepfuse.engine.passes.workspace import Call, Plan, Planned, Workspace, blank, may_alias
 
 
 def emit(
-    nodes: Iterable[Node], inputs: Sequence[Node], results: Sequence[Any], bound: dict[str, Any]
+    nodes: Iterable[Node],
+    inputs: Sequence[Node],
+    results: Sequence[Any],
+    bound: dict[str, Any],
+    workspace: Workspace | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """Compile ``nodes`` to a function of ``inputs`` that returns ``results`` as a tuple.
 
     ``bound`` becomes the function's globals: it must map the name of every other node that is read
-    to its value, and may be changed later to bind another value.
+    to its value, and may be changed later to bind another value. What nodes make on the way lies in
+    ``workspace``, as far as they can be told where to put it.
     """
-    return _Emitter(inputs, bound).function(list(nodes), results)
+    line = list(nodes)
+    kept = {r.name for r in results if isinstance(r, Node)}
+    plan = Plan([_as_call(node) for node in line] if workspace is not None else [], kept)
+    if workspace is None or not plan.index:
+        return _Emitter(inputs, bound, {}).function(line, results)
+    return Planned(_Emitter(inputs, bound, plan.index).function(line, results), plan, workspace)
+
+
+def _as_call(node: Node) -> Call:
+    reads = [n.name for n in node.all_input_nodes]
+    like = blank(node.target, node.meta.get("val"))
+    return Call([node.name], reads, like is None and may_alias(node.target), like)
 
 
 class _Emitter:
-    def __init__(self, inputs: Sequence[Node], bound: dict[str, Any]) -> None:
-        self.inputs, self.bound = inputs, bound
+    def __init__(
+        self, inputs: Sequence[Node], bound: dict[str, Any], places: dict[str, int]
+    ) -> None:
+        self.inputs, self.bound, self.places = inputs, bound, places
         self.made = {node.name for node in inputs}
 
     def function(self, nodes: list[Node], results: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
@@ -48,7 +67,8 @@ class _Emitter:
             if dead:
                 body.append(f"del {', '.join(dead)}")
         body.append(f"return ({''.join(self._text(r) + ', ' for r in results)})")
-        header = f"def run({', '.join(node.name for node in self.inputs)}):\n"
+        arguments = [node.name for node in self.inputs] + ["_k_places"] * bool(self.places)
+        header = f"def run({', '.join(arguments)}):\n"
         source = header + "".join(f"    {line}\n" for line in body)
         exec(compile(source, "<optimized network>", "exec"), self.bound)
         run: Callable[..., tuple[Any, ...]] = self.bound.pop("run")
@@ -60,6 +80,8 @@ class _Emitter:
             return f"{node.name} = {self._text(source)}[{index!r}]"
         parts = [self._text(a) for a in node.args]
         parts += [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
+        if node.name in self.places:
+            parts.append(f"out=_k_places[{self.places[node.name]}]")
         return f"{node.name} = {self._bind(directly(node.target))}({', '.join(parts)})"
 
     def _text(self, v: Any) -> str:

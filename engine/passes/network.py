@@ -36,6 +36,7 @@ from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
 from stepfuse.engine.passes.weights import Weights
 from stepfuse.engine.passes.widen_conv1d import widen_conv1d
+from stepfuse.engine.passes.workspace import Workspace
 
 PASSES = (
     "remove_no_ops",
@@ -110,7 +111,9 @@ class Network:
         dtype: torch.dtype | None,
         without: Collection[str],
         release: bool = False,
+        workspace: Workspace | None = None,
     ) -> None:
+        self._workspace = workspace or Workspace()
         traced = trace(model, args, kwargs)
         with reading([*model.parameters(), *model.buffers()]):
             self.reports = rewrite(traced, dtype, without, release)
@@ -210,7 +213,9 @@ class Network:
             self.table = TimeTable(self._time_stage, value(traced.time), shapes)
         output = traced.gm.graph.output_node()
         results = pytree.tree_leaves(output.args[0], is_leaf=lambda v: isinstance(v, Node))
-        self._main = emit(stages["main"], [*traced.inputs, *frontier], results, self._bound)
+        self._main = emit(
+            stages["main"], [*traced.inputs, *frontier], results, self._bound, self._workspace
+        )
 
     @torch.no_grad()
     def _bind_weights(self, release: bool = False) -> None:

@@ -1,0 +1,163 @@
+"""Results of a straight line of calls in one memory, planned before it runs.
+
+    lifetimes                 one after the other          planned, 3/5 of it
+    v0 ──────                 ┌────┐                       ┌────┬─────────┐
+    v1     ─────────          │ v0 ├─────────┐             │ v0 │   v1    │
+    v2           ─────        └────┤   v1    ├────┐        ├────┼─────────┘
+                                   └─────────┤ v2 │        │ v2 │
+                                             └────┘        └────┘
+
+A heap hands out whatever hole fits best, so that over an evaluation results touch several times the
+memory that is ever alive at once, and large ones are mapped anew each time, page by page. Here each
+gets a place that no other needs while it lives: the largest first, as low as possible. A view lives
+in what it is a view of. What leaves the line gets memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepfuse.engine.passes.attend import attend
+from stepfuse.engine.passes.concatenate import join
+from stepfuse.engine.passes.convolve import convolve
+
+_LINE = 64  # bytes of a cache line
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the line: what it makes, what it reads, and whether it may return (a view of) it.
+
+    ``like`` is a tensor as its result will be, where the operator can be told to put it somewhere.
+    """
+
+    makes: Sequence[str]
+    reads: Sequence[str]
+    aliases: bool
+    like: Tensor | None = None
+
+
+def blank(target: Any, result: Any) -> Tensor | None:
+    """A tensor without memory like the ``result`` of an operator that, called by `directly`, takes
+    one to hold it; None for other operators.
+    """
+    if target is attend:
+        n, heads, queries, values = result.shape
+        like = torch.empty((n, queries, heads, values), dtype=result.dtype, device="meta")
+        return like.transpose(1, 2)
+    if target not in (convolve, join):
+        return None
+    order = torch.channels_last if result.dim() == 4 else torch.contiguous_format
+    return torch.empty(result.shape, dtype=result.dtype, device="meta", memory_format=order)
+
+
+def may_alias(target: Any) -> bool:
+    """Whether a call of this operator may return one of its arguments, or a view of one."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if any(made.alias_info is not None for made in target._schema.returns):
+        return True
+    # what is made of other operators may do nothing at all
+    has_kernel: Any = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has_kernel(target.name(), "CompositeImplicitAutograd"))
+
+
+class Plan:
+    """Which results of a line lie where; ``kept`` are the names that leave it."""
+
+    def __init__(self, calls: Sequence[Call], kept: Collection[str] = ()) -> None:
+        within: dict[str, set[str]] = {}  # what a name may be, or be a view of
+        likes: dict[str, Tensor] = {}
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for i, call in enumerate(calls):
+            read = {held for name in call.reads for held in within.get(name, ())}
+            last.update(dict.fromkeys(read, i))
+            within.update({name: read if call.aliases else set() for name in call.makes})
+            if call.like is not None:
+                (name,) = call.makes
+                likes[name], first[name], last[name], within[name] = call.like, i, i, {name}
+        leaving = {held for name in kept for held in within.get(name, ())}
+        spans = {n: (first[n], last[n], _size(likes[n])) for n in likes if n not in leaving}
+        places = _places(spans)
+        self.bytes = max((places[n] + spans[n][2] for n in places), default=0)
+        self.index = {name: i for i, name in enumerate(places)}
+        self._layouts = [
+            (slice(places[n], places[n] + spans[n][2]), likes[n].dtype, likes[n].shape,
+             likes[n].stride())
+            for n in places
+        ]  # fmt: skip
+
+    def tensors(self, memory: Tensor) -> list[Tensor]:
+        """The results, by ``index``, as tensors in ``memory`` of at least ``bytes``."""
+        return [
+            memory[part].view(dtype).as_strided(shape, stride)
+            for part, dtype, shape, stride in self._layouts
+        ]
+
+
+def _size(like: Tensor) -> int:
+    return -(-like.nbytes // _LINE) * _LINE
+
+
+def _places(spans: dict[str, tuple[int, int, int]]) -> dict[str, int]:
+    """Offsets for (first, last, bytes): the lowest that is free all the time, the largest first."""
+    places: dict[str, int] = {}
+    for name in sorted(spans, key=lambda n: (-spans[n][2], spans[n][0])):
+        first, last, size = spans[name]
+        others = [n for n in places if spans[n][0] <= last and first <= spans[n][1]]
+        offset = 0
+        for start, end in sorted((places[n], places[n] + spans[n][2]) for n in others):
+            if offset + size <= start:
+                break
+            offset = max(offset, end)
+        places[name] = offset
+    return places
+
+
+class Workspace:
+    """Memory for evaluations: a piece for each that is under way, kept for the next."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """At least so many bytes, of no meaning."""
+        memory = self._free.pop() if self._free else None
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        return memory
+
+    def give(self, memory: Tensor) -> None:
+        """Let the next evaluation have it."""
+        self._free.append(memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_free": []}
+
+
+class Planned:
+    """``run(*arguments, places)`` as a function of its arguments, its results in a workspace."""
+
+    def __init__(self, run: Callable[..., Any], plan: Plan, workspace: Workspace) -> None:
+        self._run, self._plan, self._workspace = run, plan, workspace
+        self._nowhere = [None] * len(plan.index)
+        self._last: tuple[Tensor | None, list[Tensor]] = (None, [])
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            return self._run(*arguments, self._nowhere)  # whoever records wants results to be new
+        memory = self._workspace.take(self._plan.bytes)
+        try:
+            before, places = self._last
+            if before is not memory:
+                places = self._plan.tensors(memory)
+                self._last = memory, places
+            return self._run(*arguments, places)
+        finally:
+            self._workspace.give(memory)
