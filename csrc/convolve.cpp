@@ -68,7 +68,7 @@ class Work {
  public:
   explicit Work(const Convolution& a) : a_(a), g_(a) {
     rows_ = g_.tile_rows;
-    while (rows_ > 4 && bytes(rows_) > kScratch) rows_ = ceil_div(rows_, 2);
+    while (rows_ > 2 && bytes(rows_) > kScratch) rows_ = ceil_div(rows_, 2);
     strips_ = ceil_div(g_.tile_rows, rows_);
   }
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stepfuse.engine.passes.workspace import Call, Plan, may_alias
+
 # frames that are not the reader's
 _QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -41,7 +43,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
     to them takes effect; views of those are taken once. Values made on the way are local variables,
-    dropped after their last use. Recording runs the step once.
+    dropped after their last use; results of operators that can be told where to put them lie in one
+    memory, which the recording keeps (`Plan`). Recording runs the step once.
 
     Raises `CaptureRefused` for an operation whose result Python could branch on.
     """
@@ -51,7 +54,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
         self._alive: list[Tensor] = []  # so that no such id is used twice
         self._bound: dict[str, Any] = {}  # what the compiled function reads by name
-        self._lines: list[tuple[str, list[str], list[str]]] = []  # call, reads, writes
+        self._lines: list[tuple[str, Call]] = []
         with self:
             step()
         self.replay = self._compile()
@@ -79,7 +82,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = f"{', '.join(pattern)}, = {call}"
         elif writes:
             call = f"{writes[0]} = {call}"
-        self._lines.append((call, reads, writes))
+        like = _blank(func, result) if writes else None
+        self._lines.append((call, Call(writes, reads, like is None and may_alias(func), like)))
         return result
 
     def _name(self, out: Tensor) -> str:
@@ -109,11 +113,17 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return name
 
     def _compile(self) -> Callable[[], None]:
-        last_use = {name: i for i, (_, reads, _) in enumerate(self._lines) for name in reads}
+        plan = Plan([call for _, call in self._lines])
+        places = plan.tensors(torch.empty(plan.bytes, dtype=torch.uint8))
+        last_use = {name: i for i, (_, call) in enumerate(self._lines) for name in call.reads}
         body = []
-        for i, (call, reads, writes) in enumerate(self._lines):
-            body.append(call)
-            dead = {n for n in reads if last_use[n] == i} | {n for n in writes if n not in last_use}
+        for i, (text, call) in enumerate(self._lines):
+            if call.like is not None:
+                place = places[plan.index[call.makes[0]]]
+                text = f"{text.removesuffix(')')}, out={self._bind(place)})"
+            body.append(text)
+            dead = {n for n in call.reads if last_use[n] == i}
+            dead |= {n for n in call.makes if n not in last_use}
             if dead:
                 body.append(f"del {', '.join(sorted(dead))}")
         source = "def replay():\n" + "".join(f"    {line}\n" for line in body or ["pass"])
@@ -129,6 +139,15 @@ def _shortest(func: Any) -> Callable[..., Any]:
     from stepfuse.engine.passes.directly import directly  # only networks of ours need it
 
     return directly(func)
+
+
+def _blank(func: Any, result: Any) -> Tensor | None:
+    """Where a replay may be told where to put ``result``: a tensor like it."""
+    if func.namespace != "stepfuse":
+        return None
+    from stepfuse.engine.passes.directly import blank
+
+    return blank(func, result)
 
 
 class CudaGraph:

@@ -8,8 +8,9 @@ two thirds of them (lines) or four ninths (squares), see `convolve`. Small layer
 surrounds the products, large ones by reading their filters. So oneDNN and every form are measured
 once per shape, with the GroupNorm before it where `fold_group_norm` will take that in. A network
 larger than the caches reads its filters from memory, and some forms have larger ones; there it is
-measured with filters that are not in the cache. With ``plain`` filters in float32, the form's own
-are not kept in memory but computed by the operator, and that is measured.
+measured with filters that are not in the cache. Where memory counts more (``lean``), oneDNN does
+only what no form here does, since its trials and primitives stay in memory, and float32 filters are
+kept plain; processors with matrix tiles, which only oneDNN uses, are the exception.
 
 Float32: relative error 1e-6 a layer, as before. Bfloat16 rounds what it transforms: of images above
 16 pixels a side squares are taken only after a norm that is folded, whose result then has not been
@@ -37,6 +38,7 @@ from stepfuse.engine.passes.convolve import (
     convolve_eagerly,
     filters,
     fits,
+    has_tiles,
     why_not,
 )
 from stepfuse.engine.passes.fold_group_norm import norm_before
@@ -65,8 +67,10 @@ _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, pad
 }
 
 
-def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
-    """Rewrite every convolution and linear layer on images that measures faster than oneDNN's."""
+def convolution_forms(gm: GraphModule, lean: bool = False) -> PassReport:
+    """Rewrite every convolution and linear layer on images that measures faster than oneDNN's, or
+    with ``lean`` every one that can be.
+    """
     report = PassReport("convolution_forms")
     cold = exceed_cache(gm)
     taken: Counter[Form] = Counter()
@@ -74,11 +78,11 @@ def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
         if node.target is aten.linear.default and value(node).dim() == 2:
             continue  # vectors
         problem = _problem(node)
-        form = None if problem else _fastest(node, cold, plain)
+        form = None if problem else _fastest(node, cold, lean)
         if report.count(problem or ("" if form else "oneDNN is faster")):
             assert form is not None
             taken[form] += 1
-            _rewrite(gm, node, form, plain)
+            _rewrite(gm, node, form, lean)
     report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
     finish(gm)
     return report
@@ -123,27 +127,30 @@ def possible_forms(node: Node) -> tuple[Form, ...]:
     return tuple(form for form in forms if fits(shape, weight.shape[0], form))
 
 
-def _fastest(node: Node, cold: bool, plain: bool) -> Form | None:
-    """None for oneDNN."""
+def _fastest(node: Node, cold: bool, lean: bool) -> Form | None:
+    """None for oneDNN, which is not asked if ``lean``."""
     x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
     norm = norm_before(node)
     rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
     forms = [f for f in possible_forms(node) if not (f == "squares" and rounds and norm is None)]
+    lean = lean and not has_tiles(x.dtype)
+    if lean and len(forms) == 1:
+        return forms[0]
     times = _seconds(
         tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], tuple(forms), x.dtype,
-        0 if norm is None else norm.args[3], plain, cold, torch.get_num_threads(),
+        0 if norm is None else norm.args[3], lean, cold, torch.get_num_threads(),
     )  # fmt: skip
     best = min(times[1:])
     return forms[times.index(best) - 1] if _MARGIN * best < times[0] else None
 
 
-def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
+def _rewrite(gm: GraphModule, node: Node, form: Form, lean: bool) -> None:
     x, weight = node.args[:2]
     found = geometry(node)
     assert found is not None
     dtype = value(weight).dtype  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
-        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, plain))
+        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, lean))
         packed.meta.update(val=value(weight), stage="weights")  # type: ignore[arg-type]
         fused = gm.graph.call_function(
             convolve, (x, packed, uncast(_bias(node)), None, form, found[1], *NO_NORM)
@@ -165,11 +172,12 @@ def _seconds(
     forms: tuple[Form, ...],
     dtype: torch.dtype,
     groups: int,
-    plain: bool,
+    lean: bool,
     cold: bool,
     threads: int,
 ) -> tuple[float, ...]:
-    """Of oneDNN and of each of ``forms``, after a norm of so many groups if there is one.
+    """Of oneDNN and of each of ``forms``, after a norm of so many groups if there is one; with
+    ``lean`` filters are plain, and oneDNN takes forever.
 
     ``threads`` only tells results apart.
     """
@@ -177,7 +185,6 @@ def _seconds(
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     parameters = [torch.ones(filter_shape[1]) for _ in range(2)]
-    one_dnn = _one_dnn(x, filter_shape, stride)
 
     def before(x: Tensor) -> Tensor:
         if not groups:
@@ -186,12 +193,16 @@ def _seconds(
         normed = group_norm_silu(image, parameters[0], parameters[1], groups, 1e-5)
         return normed if x.dim() == 4 else normed.transpose(1, 2)
 
-    runs: list[Callable[[], Tensor]] = [lambda: one_dnn(before(x))]
+    runs: list[Callable[[], Tensor]] = []
+    if not lean:
+        one_dnn = _one_dnn(x, filter_shape, stride)
+        runs.append(lambda: one_dnn(before(x)))
     folded = (groups, 1e-5, *parameters, None, None, None, True) if groups else NO_NORM
-    for form, u in blank_filters(filter_shape, forms, dtype, plain).items():
+    for form, u in blank_filters(filter_shape, forms, dtype, lean).items():
         rest = (None, None, form, stride, *folded)
         runs.append(functools.partial(convolve_eagerly, x, u, *rest))
-    return tuple(best_times(runs, _REPEATS, warm=x if cold else None))
+    times = best_times(runs, _REPEATS, warm=x if cold else None)
+    return (float("inf"), *times) if lean else tuple(times)
 
 
 def _one_dnn(x: Tensor, shape: tuple[int, ...], stride: int) -> Callable[[Tensor], Tensor]:

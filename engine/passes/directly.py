@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepfuse.engine.passes.attend import attend, attend_eagerly
@@ -24,6 +25,20 @@ def directly(target: Any) -> Callable[..., Any]:
         return CallSite()
     short = _SHORT.get(target)
     return short or getattr(target, "_op", target)  # skips a Python frame per call
+
+
+def blank(target: Any, result: Any) -> Tensor | None:
+    """A tensor without memory like ``result``, for an operator that `directly` lets put it into
+    ``out``; None for other operators.
+    """
+    if target is attend:
+        n, heads, queries, values = result.shape
+        like = torch.empty((n, queries, heads, values), dtype=result.dtype, device="meta")
+        return like.transpose(1, 2)
+    if target not in (convolve, join):
+        return None
+    order = torch.channels_last if result.dim() == 4 else torch.contiguous_format
+    return torch.empty(result.shape, dtype=result.dtype, device="meta", memory_format=order)
 
 
 def _group_norm(*arguments: Any) -> Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from stepfuse.engine.passes.directly import directly
-from stepfuse.engine.passes.workspace import Call, Plan, Planned, Workspace, blank, may_alias
+from stepfuse.engine.passes.directly import blank, directly
+from stepfuse.engine.passes.workspace import Call, Plan, Planned, Workspace, may_alias
 
 
 def emit(

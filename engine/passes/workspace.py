@@ -22,11 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfuse.engine.passes.attend import attend
-from stepfuse.engine.passes.concatenate import join
-from stepfuse.engine.passes.convolve import convolve
-
 _LINE = 64  # bytes of a cache line
+_SILENT = ("aten::_unsafe_view", "aten::lift_fresh")  # views whose schema does not say so
 
 
 @dataclass(frozen=True)
@@ -42,29 +39,15 @@ class Call:
     like: Tensor | None = None
 
 
-def blank(target: Any, result: Any) -> Tensor | None:
-    """A tensor without memory like the ``result`` of an operator that, called by `directly`, takes
-    one to hold it; None for other operators.
-    """
-    if target is attend:
-        n, heads, queries, values = result.shape
-        like = torch.empty((n, queries, heads, values), dtype=result.dtype, device="meta")
-        return like.transpose(1, 2)
-    if target not in (convolve, join):
-        return None
-    order = torch.channels_last if result.dim() == 4 else torch.contiguous_format
-    return torch.empty(result.shape, dtype=result.dtype, device="meta", memory_format=order)
-
-
 def may_alias(target: Any) -> bool:
     """Whether a call of this operator may return one of its arguments, or a view of one."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    if any(made.alias_info is not None for made in target._schema.returns):
+    name: Any = target.name  # untyped
+    if name() in _SILENT or any(made.alias_info is not None for made in target._schema.returns):
         return True
     # what is made of other operators may do nothing at all
-    has_kernel: Any = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(has_kernel(target.name(), "CompositeImplicitAutograd"))
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name(), "CompositeImplicitAutograd")
 
 
 class Plan:

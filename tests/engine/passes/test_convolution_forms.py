@@ -169,6 +169,42 @@ def test_other_convolutions_are_left(conv: nn.Module, monkeypatch: pytest.Monkey
 
 
 @dtypes
+@torch.no_grad()
+def test_where_memory_counts_more_constants_are_no_larger_than_weights(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters are plain in float32, and oneDNN is not asked where a form of ours fits."""
+    prefer("squares", monkeypatch)
+    model, inputs = Body().eval(), (torch.randn(2, 32, 10, 6), torch.randn(2, 3))
+    exact = model(*inputs)
+    whole = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(f"{FORMS}.has_tiles", lambda _: False)
+    fast = optimize(model, inputs, dtype, release_weights=True)
+    forms = report(fast, "convolution_forms")
+    assert forms.note == "3 dense, 1 direct, 2 squares"
+    assert forms.left["oneDNN is faster"] == 0
+    (network,) = fast._networks.values()
+    assert network.nbytes() <= whole * (1 if dtype is torch.float32 else 0.9)
+    assert distance(fast(*inputs), exact) < TOLERANCE[dtype]
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_matrix_tiles_are_oneDNNs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(*arguments: Any) -> list[float]:
+        forms, lean = arguments[3], arguments[6]
+        return [float("inf") if lean else 0.1, *(0.5 for _ in forms)]
+
+    prefer("oneDNN", monkeypatch)
+    monkeypatch.setattr(SECONDS, seconds)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    for dtype, left in ((torch.float32, 0), (torch.bfloat16, 6)):
+        model, inputs = Body().eval(), (torch.randn(2, 32, 10, 6), torch.randn(2, 3))
+        fast = optimize(model, inputs, dtype, release_weights=True)
+        assert report(fast, "convolution_forms").left["oneDNN is faster"] == left
+
+
+@dtypes
 @pytest.mark.parametrize("cold", [False, True])
 @torch.no_grad()
 def test_the_shapes_are_measured(dtype: torch.dtype, cold: bool) -> None:
@@ -178,7 +214,8 @@ def test_the_shapes_are_measured(dtype: torch.dtype, cold: bool) -> None:
         ((1, 32, 5, 4), (64, 32, 1, 1), ("dense",)),
         ((1, 7, 32), (64, 32), ("dense",)),
     ):
-        for groups, plain in ((0, False), (4, False), (4, True)):
-            times = _seconds(x, weight, 1, forms, dtype, groups, plain, cold, threads)
-            assert len(times) == len(forms) + 1
-            assert all(0 < t < 1 for t in times)
+        for groups, lean in ((0, False), (4, False), (4, True)):
+            one_dnn, *own = _seconds(x, weight, 1, forms, dtype, groups, lean, cold, threads)
+            assert len(own) == len(forms)
+            assert all(0 < t < 1 for t in own)
+            assert one_dnn == float("inf") if lean else 0 < one_dnn < 1
