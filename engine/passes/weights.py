@@ -36,7 +36,7 @@ class Weights:
         """The weights as they are now, which from here on are the unchanged ones."""
         tensors = {name: _held(owner, leaf) for name, (owner, leaf) in self._owners.items()}
         self._watched = {
-            name: (_table(*self._owners[name]), self._owners[name][1], tensor, _probe(tensor))
+            name: _watch(*self._owners[name], tensor)
             for name, tensor in tensors.items()
             if not isinstance(tensor, FakeTensor)  # they have no memory that could change
         }
@@ -67,9 +67,14 @@ class Weights:
 
     def _now(self) -> list[tuple[Any, ...]]:
         return [
-            (held[leaf] is tensor, tensor._version, tensor.data_ptr(), probe[0])
-            for held, leaf, tensor, probe in self._watched.values()
+            (held[leaf] is tensor, tensor._version if counted else 0, tensor.data_ptr(), probe[0])
+            for held, leaf, tensor, counted, probe in self._watched.values()
         ]
+
+
+def _watch(owner: nn.Module, leaf: str, tensor: Tensor) -> tuple[Any, ...]:
+    """Where it stands, itself, whether it counts how often it was written to, and a probe."""
+    return _table(owner, leaf), leaf, tensor, not tensor.is_inference(), _probe(tensor)
 
 
 def _table(owner: nn.Module, leaf: str) -> Any:

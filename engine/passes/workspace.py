@@ -103,22 +103,39 @@ def _places(spans: dict[str, tuple[int, int, int]]) -> dict[str, int]:
     return places
 
 
+class _Piece:
+    """Memory, and the results that the plan which used it last has there."""
+
+    def __init__(self, size: int) -> None:
+        with torch.inference_mode(False):  # to be written to outside of it too
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        self._plan: Plan | None = None
+        self.places: list[Tensor] = []
+
+    def lend(self, plan: Plan) -> None:
+        """Let ``places`` be those of ``plan``."""
+        if self._plan is not plan:
+            with torch.inference_mode(False):
+                self._plan, self.places = plan, plan.tensors(self.memory)
+
+
 class Workspace:
     """Memory for evaluations: a piece for each that is under way, kept for the next."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: list[_Piece] = []
 
-    def take(self, size: int) -> Tensor:
-        """At least so many bytes, of no meaning."""
-        memory = self._free.pop() if self._free else None
-        if memory is None or len(memory) < size:
-            memory = torch.empty(size, dtype=torch.uint8)
-        return memory
+    def take(self, plan: Plan) -> _Piece:
+        """One that is large enough; one that is not is dropped."""
+        piece = self._free.pop() if self._free else None
+        if piece is None or len(piece.memory) < plan.bytes:
+            piece = _Piece(plan.bytes)
+        piece.lend(plan)
+        return piece
 
-    def give(self, memory: Tensor) -> None:
+    def give(self, piece: _Piece) -> None:
         """Let the next evaluation have it."""
-        self._free.append(memory)
+        self._free.append(piece)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_free": []}
@@ -130,17 +147,12 @@ class Planned:
     def __init__(self, run: Callable[..., Any], plan: Plan, workspace: Workspace) -> None:
         self._run, self._plan, self._workspace = run, plan, workspace
         self._nowhere = [None] * len(plan.index)
-        self._last: tuple[Tensor | None, list[Tensor]] = (None, [])
 
     def __call__(self, *arguments: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():
             return self._run(*arguments, self._nowhere)  # whoever records wants results to be new
-        memory = self._workspace.take(self._plan.bytes)
+        piece = self._workspace.take(self._plan)
         try:
-            before, places = self._last
-            if before is not memory:
-                places = self._plan.tensors(memory)
-                self._last = memory, places
-            return self._run(*arguments, places)
+            return self._run(*arguments, piece.places)
         finally:
-            self._workspace.give(memory)
+            self._workspace.give(piece)

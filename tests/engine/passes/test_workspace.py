@@ -115,15 +115,16 @@ def test_a_workspace_serves_evaluations_of_any_size_and_outlives_errors() -> Non
 
     planned = Planned(run, plan, workspace)
     assert planned(2.0) == 20
-    (memory,) = workspace._free
+    (piece,) = workspace._free
     with pytest.raises(ArithmeticError):
         planned(-1.0)
-    assert workspace._free[0] is memory, "given back"
-    large = workspace.take(1000)
-    assert len(large) == 1000
+    assert workspace._free == [piece], "given back"
+    large = workspace.take(Plan([Call(["a"], [], False, torch.empty(250))]))
+    assert len(large.memory) == 1024
+    assert workspace._free == [], "the smaller one is dropped"
     workspace.give(large)
     assert planned(3.0) == 30, "in the larger memory"
-    assert workspace._free[0] is large
+    assert workspace._free == [large]
     assert copy.deepcopy(workspace)._free == []
 
 
@@ -182,14 +183,27 @@ def test_results_do_not_change_with_the_next_evaluation() -> None:
     fast(torch.randn_like(x))
     assert all(torch.equal(y, before) for y, before in zip(first, copies, strict=True))
     # what was there before does not matter
-    (memory,) = fast._workspace._free
-    memory.view(torch.float32).fill_(torch.nan)
+    (piece,) = fast._workspace._free
+    piece.memory.view(torch.float32).fill_(torch.nan)
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
     other = torch.randn(1, 32, 12, 10)
     for y, exact in zip(fast(other), model(other), strict=True):
         assert distance(y, exact) < REORDERED
     assert len(fast._workspace._free) == 1, "networks of all shapes share one"
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
+
+
+@needs_module
+@pytest.mark.usefixtures("only_ours")
+def test_what_inference_mode_made_may_be_written_to_outside() -> None:
+    with torch.inference_mode():
+        model, fast, x = decoder()
+        fast(x)
+    (piece,) = fast._workspace._free
+    assert not piece.memory.is_inference()
+    with torch.no_grad():
+        given = torch.randn(2, 32, 6, 4)
+        assert distance(fast(given)[0], model(given)[0]) < REORDERED
 
 
 @needs_module
