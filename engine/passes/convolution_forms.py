@@ -58,7 +58,9 @@ from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, filler, t
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 _REPEATS = 5
-_MARGIN = 1.05  # of oneDNN's time over the other: below, exactness is worth more
+# how much faster oneDNN must be: its trial does not see that a norm is written, that images are
+# concatenated and residuals added for it
+_MARGIN = 1.25
 _SQUARES_IN_BFLOAT16 = 16  # pixels a side
 _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, padding)
     (1, 1, 0): ("dense",),
@@ -68,7 +70,7 @@ _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, pad
 
 
 def convolution_forms(gm: GraphModule, lean: bool = False) -> PassReport:
-    """Rewrite every convolution and linear layer on images that measures faster than oneDNN's, or
+    """Rewrite every convolution and linear layer on images that oneDNN is not clearly faster at, or
     with ``lean`` every one that can be.
     """
     report = PassReport("convolution_forms")
@@ -141,7 +143,7 @@ def _fastest(node: Node, cold: bool, lean: bool) -> Form | None:
         0 if norm is None else norm.args[3], lean, cold, torch.get_num_threads(),
     )  # fmt: skip
     best = min(times[1:])
-    return forms[times.index(best) - 1] if _MARGIN * best < times[0] else None
+    return forms[times.index(best) - 1] if best < _MARGIN * times[0] else None
 
 
 def _rewrite(gm: GraphModule, node: Node, form: Form, lean: bool) -> None:
