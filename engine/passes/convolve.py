@@ -76,6 +76,7 @@ _PRODUCTS: dict[str, tuple[int, int]] = {  # frequencies, and terms each of them
     "squares": (16, 1),
     "enlarged": (9, 1),
 }
+_CHANNELS = 128  # whose filters are transformed at a time
 _EVEN = ("lines", "squares")  # need an even width; squares an even height too
 
 
@@ -110,9 +111,11 @@ def filters(weight: Tensor, form: Form, dtype: torch.dtype, plain: bool = False)
     """
     kept = _kept(form, dtype, plain)
     made = torch.empty(_shape(weight.shape, kept, dtype), dtype=dtype)
-    for block in range(len(made)):  # float64 of all of them would be a peak of memory
-        part = weight[block * native.wide : (block + 1) * native.wide]
-        made[block] = _filters(part, kept, dtype)
+    # float64 of all of them would be a peak of memory
+    rows, columns = weight.split(native.wide), made.split(_CHANNELS // made.shape[5], dim=3)
+    for block, row in enumerate(rows):
+        for part, to in zip(row.split(_CHANNELS, dim=1), columns, strict=True):
+            to[block] = _filters(part, kept, dtype)
     return made
 
 

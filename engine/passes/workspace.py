@@ -1,11 +1,10 @@
 """Results of a straight line of calls in one memory, planned before it runs.
 
-    lifetimes                 one after the other          planned, 3/5 of it
-    v0 ──────                 ┌────┐                       ┌────┬─────────┐
-    v1     ─────────          │ v0 ├─────────┐             │ v0 │   v1    │
-    v2           ─────        └────┤   v1    ├────┐        ├────┼─────────┘
-                                   └─────────┤ v2 │        │ v2 │
-                                             └────┘        └────┘
+    time    one after the other    planned
+     0      v0                     v0
+     1      v0 v1                  v0 v1
+     2         v1 v2               v2 v1
+     3            v2 v3            v2 v3
 
 A heap hands out whatever hole fits best, so that over an evaluation results touch several times the
 memory that is ever alive at once, and large ones are mapped anew each time, page by page. Here each
