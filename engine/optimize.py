@@ -54,7 +54,7 @@ def optimize(
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
         release_weights: free each weight of ``model`` once it is packed, so that they are not held
-            twice. Memory then counts more than time: a float32 network takes up to a tenth longer,
+            twice. Memory then counts more than time: a float32 network takes up to an eighth longer,
             and the process peaks no higher than where the model itself runs (bench/NOTES.md). Only
             these shapes run then; `Optimized.refresh`, new shapes and whatever needs a freed weight
             (the model itself, its state_dict, copies, pickles) raise `WeightsReleased`.

@@ -111,11 +111,12 @@ def filters(weight: Tensor, form: Form, dtype: torch.dtype, plain: bool = False)
     """
     kept = _kept(form, dtype, plain)
     made = torch.empty(_shape(weight.shape, kept, dtype), dtype=dtype)
-    # float64 of all of them would be a peak of memory
-    rows, columns = weight.split(native.wide), made.split(_CHANNELS // made.shape[5], dim=3)
-    for block, row in enumerate(rows):
-        for part, to in zip(row.split(_CHANNELS, dim=1), columns, strict=True):
-            to[block] = _filters(part, kept, dtype)
+    together = made.shape[5]
+    for block in range(len(made)):  # float64 of all of them would be a peak of memory
+        row = weight[block * native.wide : (block + 1) * native.wide]
+        for c in range(0, weight.shape[1], _CHANNELS):
+            part = _filters(row[:, c : c + _CHANNELS], kept, dtype)
+            made[block, :, :, c // together : c // together + part.shape[2]] = part
     return made
 
 
