@@ -54,10 +54,11 @@ def optimize(
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
         release_weights: free each weight of ``model`` once it is packed, so that they are not held
-            twice. Memory then counts more than time: a float32 network takes up to an eighth longer,
-            and the process peaks no higher than where the model itself runs (bench/NOTES.md). Only
-            these shapes run then; `Optimized.refresh`, new shapes and whatever needs a freed weight
-            (the model itself, its state_dict, copies, pickles) raise `WeightsReleased`.
+            twice. Memory then counts more than time: in float32 a network takes up to an eighth
+            longer, and the process peaks no higher than where the model itself runs (see
+            bench/NOTES.md). Only these shapes run then; `Optimized.refresh`, new shapes and
+            whatever needs a freed weight (the model itself, its state_dict, copies, pickles) raise
+            `WeightsReleased`.
 
     Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
     is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.
