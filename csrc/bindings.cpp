@@ -180,7 +180,8 @@ void bind_convolve(py::module_& m) {
   };
   py::class_<Prepared>(m, "Convolution")
       .def(py::init([](uintptr_t u, bool plain, uintptr_t bias, int dtype, int form, int64_t stride,
-                       const std::array<int64_t, 5>& sizes, int64_t split, const py::list& norm, float eps) {
+                       const std::array<int64_t, 5>& sizes, int64_t split, const py::list& norm,
+                       float eps) {
         Prepared p{};
         if (norm.size() > 0) p.norm = group_norm(norm, eps);
         Convolution& c = p.convolution;
@@ -198,9 +199,9 @@ void bind_convolve(py::module_& m) {
         c.split = p.norm.split = split;
         return p;
       }))
-      .def("run", [](const Prepared& prepared, uintptr_t x, uintptr_t beside, uintptr_t residual, uintptr_t out,
-                     uintptr_t scale, int64_t scale_stride, uintptr_t shift, int64_t shift_stride,
-                     uintptr_t add, int64_t add_stride, int threads) {
+      .def("run", [](const Prepared& prepared, uintptr_t x, uintptr_t beside, uintptr_t residual,
+                     uintptr_t out, uintptr_t scale, int64_t scale_stride, uintptr_t shift,
+                     int64_t shift_stride, uintptr_t add, int64_t add_stride, int threads) {
         Convolution a = prepared.convolution;
         GroupNorm norm = prepared.norm;
         norm.x = a.x = pointer<void>(x);

@@ -1,4 +1,4 @@
-// The filters of a convolution as the panels that products read, one for each frequency: convolve.h.
+// The filters of a convolution as panels, one for each frequency, which products read: convolve.h.
 #pragma once
 
 #include "planes.h"

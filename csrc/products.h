@@ -81,9 +81,9 @@ STEPFUSE_INLINE void with_rows(int64_t rows, const Function& f) {
 }
 
 // f(first, R, m) for all positions, as many at a time as there are registers for, in equal parts:
-// m [R][2] are the products of positions first .. first + R - 1 with the panel u. As much as a panel
-// is fetched from `next` on during the first two parts; a single part leaves no time for it. f
-// unrolls its loops over m: what is indexed by a variable does not stay in registers.
+// m [R][2] are the products of positions first .. first + R - 1 with the panel u. As much as a
+// panel is fetched from `next` on during the first two parts; a single part leaves no time for it.
+// f unrolls its loops over m: what is indexed by a variable does not stay in registers.
 template <class T, class Function>
 STEPFUSE_INLINE void products(const Left<T>& left, int64_t count, const T* u, const T* next,
                               const Function& f) {

@@ -126,17 +126,17 @@ def _kept(form: Form, dtype: torch.dtype, plain: bool) -> Form:
 
 
 def _filters(weight: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
-    """Of one block of results."""
+    """Of one block of results and some channels."""
     k, c = weight.shape[:2]
     together = 2 if dtype is torch.bfloat16 else 1
-    w = weight if form in ("dense", "direct") else weight.double()
     if form in ("dense", "direct"):
-        u = (w.mT if w.dim() == 4 else w).reshape(k, c, 1, -1).permute(2, 3, 0, 1)
+        turned = weight.mT if weight.dim() == 4 else weight
+        u = turned.reshape(k, c, 1, -1).permute(2, 3, 0, 1)
     elif form == "lines":
-        u = torch.einsum("fj,kcij->fikc", _LINES, w)
+        u = torch.einsum("fj,kcij->fikc", _LINES, weight.double())
     else:
         g = _LINES if form == "squares" else _ENLARGED
-        u = torch.einsum("ai,bj,kcij->bakc", g, g, w).reshape(len(g) ** 2, 1, k, c)
+        u = torch.einsum("ai,bj,kcij->bakc", g, g, weight.double()).reshape(len(g) ** 2, 1, k, c)
     frequencies, taps = _PRODUCTS[form]
     u = u.to(dtype).reshape(frequencies, taps, k, c // together, together)
     return u.permute(0, 1, 3, 2, 4)
