@@ -125,6 +125,8 @@ def _problem(upsample: Node, conv: Node | None) -> str:
         return "not on a CPU with oneDNN"
     if value(weight).dtype not in (torch.float32, torch.bfloat16):
         return "neither float32 nor bfloat16"
+    if value(weight).dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return "no bfloat16 on this CPU"
     return ""
 
 

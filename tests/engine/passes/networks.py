@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +13,17 @@ from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.stages import assign
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.unet import UNet, UNetConfig
+
+# float32 and bfloat16, where oneDNN has layers for it: with AVX-512, or AVX-NE-CONVERT
+ONEDNN_DTYPES = [
+    None,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs AVX-512"
+        ),
+    ),
+]
 
 
 class Block(nn.Module):

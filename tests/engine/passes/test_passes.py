@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.engine.passes.networks import distance, only, own, small, traced
+from tests.engine.passes.networks import ONEDNN_DTYPES, distance, only, own, small, traced
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -166,7 +166,7 @@ class Tokens(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
 @pytest.mark.parametrize("back", ["transpose", "permute"])
 @torch.no_grad()
 def test_residuals_of_tokens_are_added_by_the_linear_layer(

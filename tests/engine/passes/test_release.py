@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.passes.networks import distance, only, own, small
+from tests.engine.passes.networks import ONEDNN_DTYPES, distance, only, own, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +31,7 @@ def released(dtype: torch.dtype | None = None) -> tuple[nn.Module, Optimized, tu
     return model, optimize(model, inputs, dtype, release_weights=True), inputs
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
 @torch.no_grad()
 def test_a_network_runs_without_the_weights_it_was_packed_from(dtype: torch.dtype | None) -> None:
     model, inputs = small()

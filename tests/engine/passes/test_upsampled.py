@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.engine.passes.networks import distance
+from tests.engine.passes.networks import ONEDNN_DTYPES, distance
 from torch import Tensor, nn
 
 from stepfuse.engine.optimize import optimize
@@ -46,7 +46,7 @@ class Body(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
 @torch.no_grad()
 def test_the_pass_merges_what_is_faster(
     dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
