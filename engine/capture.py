@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepfuse.engine.passes.workspace import Call, Plan, may_alias
+from stepfuse.engine.passes.workspace import Call, Plan, Workspace, may_alias
 
 # frames that are not the reader's
 _QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
@@ -114,7 +114,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _compile(self) -> Callable[[], None]:
         plan = Plan([call for _, call in self._lines])
-        places = plan.tensors(torch.empty(plan.bytes, dtype=torch.uint8))
+        places = Workspace().take(plan).places  # kept by the function, which nobody shares
         last_use = {name: i for i, (_, call) in enumerate(self._lines) for name in call.reads}
         body = []
         for i, (text, call) in enumerate(self._lines):
