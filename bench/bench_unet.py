@@ -16,6 +16,7 @@ their resident sets.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -40,11 +41,18 @@ from stepfuse.bench.products import products
 from stepfuse.bench.twin import diffusers_twin
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.optimize import optimize
+from stepfuse.engine.passes.weights import Holding
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
-OURS = {"fp32": None, "bf16": torch.bfloat16}
-RELEASED = "-released"  # ours, with the weights freed that were packed
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+_HOLDINGS: dict[str, Holding] = {"": "parked", "-kept": "kept", "-released": "released"}
+# ours by name: its dtype, and what becomes of weights that were packed
+OURS: dict[str, tuple[str, Holding]] = {
+    f"stepfuse-{dtype}{ending}": (dtype, holding)
+    for dtype in PRECISIONS
+    for ending, holding in _HOLDINGS.items()
+}
 MODELS = ("cifar10", "digits")
 TIMESTEP = 500
 MOST_IMAGES = 8  # of a batch whose images are compared: fifty evaluations of every candidate
@@ -132,11 +140,10 @@ def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def maker(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
     """What builds the candidate of this name; RuntimeError where it cannot run here."""
-    if name.startswith("stepfuse-"):
-        release = name.endswith(RELEASED)
-        dtype = OURS[name.removeprefix("stepfuse-").removesuffix(RELEASED)]
+    if name in OURS:
+        dtype, weights = PRECISIONS[OURS[name][0]], OURS[name][1]
         timesteps = [*sf.spaced_timesteps(1000, 50), TIMESTEP]
-        return lambda: optimize(model, (x, t), dtype, timesteps=timesteps, release_weights=release)
+        return lambda: optimize(model, (x, t), dtype, timesteps=timesteps, weights=weights)
     peer = next(peer for peer in PEERS if peer.name == name)
     reason = peer.why_not()
     if reason:
@@ -163,17 +170,24 @@ def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor)
 def candidates(model: nn.Module, x: Tensor, t: Tensor, names: list[str]) -> list[Candidate]:
     """Ours, then the peers that were asked for and can run; the others are listed with a reason."""
     found = []
-    dtypes = {f"stepfuse-{dtype}": dtype for dtype in OURS}
+    # one that has freed its weights computes what one that has parked them does
+    dtypes = {name: dtype for name, (dtype, weights) in OURS.items() if weights != "released"}
     dtypes |= {peer.name: peer.dtype for peer in PEERS if peer.name in names}
     for name, dtype in dtypes.items():
         try:
-            found.append(build(name, dtype, maker(name, model, x, t), x, t))
+            make = _of_a_copy(name, model, x, t) if name in OURS else maker(name, model, x, t)
+            found.append(build(name, dtype, make, x, t))
         except Exception as error:
-            if name.startswith("stepfuse-"):
+            if name in OURS:
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else ""
             Console(stderr=True).print(f"{name} left out: {type(error).__name__}: {reason}")
     return found
+
+
+def _of_a_copy(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
+    """`maker` of one that moves the weights: those of the other candidates stay where they are."""
+    return lambda: maker(name, copy.deepcopy(model), x, t)()
 
 
 def verified(found: list[Candidate], model: nn.Module, x: Tensor, t: Tensor) -> list[Candidate]:
@@ -267,8 +281,8 @@ def show(
             f"{min(seconds) * 1e3:.1f}", "", "1.00",
         )  # fmt: skip
     console.print(table)
-    for dtype in OURS:
-        peers = [c for c in found if c.dtype == dtype and not c.name.startswith("stepfuse")]
+    for dtype in PRECISIONS:
+        peers = [c for c in found if c.dtype == dtype and c.name not in OURS]
         ours = next((c for c in found if c.name == f"stepfuse-{dtype}"), None)
         if peers and ours is not None:
             fastest = min(peers, key=lambda c: statistics.median(c.seconds))
@@ -323,7 +337,7 @@ def main() -> None:
         model, shape = network(options.model, config, batch)
         x, t = inputs(shape)
         found = verified(candidates(model, x, t, options.peers), model, x, t)
-        sums = {dtype: products(model, x, t, precision) for dtype, precision in OURS.items()}
+        sums = {dtype: products(model, x, t, precision) for dtype, precision in PRECISIONS.items()}
         alone = alternate(found, x, t, sums, options.rounds)
         if batch <= MOST_IMAGES and not options.no_images:
             compare_images(found, model, x)
@@ -332,7 +346,7 @@ def main() -> None:
         names = [c.name for c in found]
         del model, found, sums
         if options.memory:
-            names += [f"stepfuse-{dtype}{RELEASED}" for dtype in OURS]
+            names += [name for name in OURS if name not in names]
             job = {"model": options.model, "config": config, "batch": batch}
             memory = unet_memory.in_processes(names, job | {"threads": options.threads})
             console.print(unet_memory.table(memory, batch))

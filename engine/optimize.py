@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.replacement import with_fused_norms
 from stepfuse.engine.passes.trace import CannotTrace
+from stepfuse.engine.passes.weights import Holding
 from stepfuse.engine.passes.workspace import Workspace
 
+_HOLDINGS = get_args(Holding)
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +37,7 @@ def optimize(
     without: Collection[str] = (),
     timesteps: Iterable[int] = (),
     max_networks: int = 8,
-    release_weights: bool = False,
+    weights: Holding = "parked",
 ) -> Optimized:
     """Compile ``model(x, t, **condition)`` for inference: same arguments, same result, faster.
 
@@ -53,12 +56,21 @@ def optimize(
         without: names of passes to leave out, of `PASSES`.
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
-        release_weights: free each weight of ``model`` once it is packed, so that they are not held
-            twice. Memory then counts more than time: in float32 a network takes up to an eighth
-            longer, and the process peaks no higher than where the model itself runs (see
-            bench/NOTES.md). Only these shapes run then; `Optimized.refresh`, new shapes and
-            whatever needs a freed weight (the model itself, its state_dict, copies, pickles) raise
+        weights: what becomes of a weight of ``model`` once it is packed, so that it is not held
+            twice.
+
+            "parked" moves it to an unnamed file in the temporary folder (``TMPDIR``), from where
+            whatever asks for it reads it: the model itself, `Optimized.refresh`, state_dict, copies
+            and new shapes work as ever. A tensor that somebody else holds, too, stays where it is,
+            and all do where no folder has twice the space; `Optimized.explain` tells. Linux.
+
+            "released" frees it. Only these shapes run then; whatever needs a freed weight raises
             `WeightsReleased`.
+
+            "kept" leaves it in memory, and gives packed weights as much more of it as makes them
+            faster: up to an eighth of the time in float32, next to nothing in bfloat16. With the
+            other two the process peaks no higher than where the model itself runs (measured in
+            bench/NOTES.md).
 
     Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
     is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.
@@ -70,10 +82,12 @@ def optimize(
     unknown = sorted(set(without) - set(PASSES))
     if unknown:
         raise ValueError(f"no pass is named {unknown[0]!r}; accepted: {', '.join(PASSES)}")
+    if weights not in _HOLDINGS:
+        raise ValueError(f"weights must be one of {', '.join(_HOLDINGS)}; got {weights!r}")
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
     fast = Optimized(
-        model, None if dtype is torch.float32 else dtype, without, max_networks, release_weights
+        model, None if dtype is torch.float32 else dtype, without, max_networks, weights
     )
     args = tuple(example_inputs)
     kwargs: Mapping[str, Any] = {}
@@ -99,11 +113,11 @@ class Optimized(nn.Module):
         dtype: torch.dtype | None,
         without: Collection[str],
         max_networks: int,
-        release_weights: bool = False,
+        weights: Holding = "parked",
     ) -> None:
         super().__init__()
         self.original = model
-        self.release_weights = release_weights
+        self.weights = weights
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
         self._networks: OrderedDict[Any, Network | _Exchanged] = OrderedDict()
@@ -208,7 +222,7 @@ class Optimized(nn.Module):
                     ordered,
                     self.dtype,
                     self.without,
-                    self.release_weights,
+                    self.weights,
                     self._workspace,
                 )
             except CannotTrace as reason:
@@ -220,7 +234,7 @@ class Optimized(nn.Module):
         if _released(self.original):
             runs = " or ".join(_shapes(key) for key in self._networks) or "nothing"
             raise WeightsReleased(
-                f"{what}, which release_weights=True has freed; compiled for {runs}"
+                f"{what}, which weights='released' has freed; compiled for {runs}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,12 +315,17 @@ def _shapes(key: Any) -> str:
 
 
 def _held_memory(model: nn.Module, network: Network | _Exchanged) -> str:
-    """What is held for a network: constants of its own, weights of the model, weights freed."""
+    """What is held for a network: constants of its own, and the model's weights, where they are."""
+    weights = [*model.parameters(), *model.buffers()]
     freed = sum(w.nbytes for w in _released(model))
-    whole = sum(w.nbytes for w in (*model.parameters(), *model.buffers()))
+    files = Files()
+    filed = sum(w.nbytes for w in weights if w in files)
     text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
-    text += f"; model {(whole - freed) / _MB:.1f} MB"
-    return text + (f", {freed / _MB:.1f} MB released" if freed else "")
+    text += f"; model {(sum(w.nbytes for w in weights) - freed - filed) / _MB:.1f} MB"
+    text += f", {filed / _MB:.1f} MB in a file" if filed else ""
+    text += f", {freed / _MB:.1f} MB released" if freed else ""
+    note = network.weights.note if isinstance(network, Network) else ""
+    return f"{text} ({note})" if note else text
 
 
 def _released(model: nn.Module) -> list[Tensor]:

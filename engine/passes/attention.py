@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.attend import attend, attend_eagerly
-from stepfuse.engine.passes.convolve import has_tiles, why_not
+from stepfuse.engine.passes.convolve import why_not
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
 from stepfuse.engine.passes.stopwatch import best_times, trial
 
@@ -35,14 +35,12 @@ _REPEATS = 3
 Build = Callable[[Callable[..., Any], Any, Any, Any, float], Any]
 
 
-def attention(gm: GraphModule, lean: bool = False) -> PassReport:
-    """Write out every unmasked attention on the CPU that is faster so, by measurement; with
-    ``lean`` as `attend` without one, which would leave oneDNN's primitives behind.
-    """
+def attention(gm: GraphModule) -> PassReport:
+    """Write out every unmasked attention on the CPU that is faster so, by measurement."""
     report = PassReport("attention")
     for node in calls(gm, SDPA):
         problem = _problem(node)
-        form = None if problem else _fastest(node, lean)
+        form = None if problem else _fastest(node)
         if report.count(problem or ("" if form else "the fused operator is faster")):
             assert form is not None
             q, k, v = node.args[:3]
@@ -119,12 +117,10 @@ def _forms(q: Tensor, k: Tensor, v: Tensor) -> list[Build]:
     return forms
 
 
-def _fastest(node: Node, lean: bool) -> Build | None:
+def _fastest(node: Node) -> Build | None:
     """The form that is faster than the fused operator, None where there is none."""
     parts = _operands(node)
     forms = _forms(*parts)
-    if lean and by_operator in forms and not has_tiles(parts[0].dtype):
-        return by_operator
     shapes = tuple(tuple(part.shape) for part in parts)
     strides = tuple(tuple(part.stride()) for part in parts)
     fused, *times = _seconds(shapes, strides, parts[0].dtype, tuple(forms), torch.get_num_threads())

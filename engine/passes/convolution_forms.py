@@ -8,9 +8,9 @@ two thirds of them (lines) or four ninths (squares), see `convolve`. Small layer
 surrounds the products, large ones by reading their filters. So oneDNN and every form are measured
 once per shape, with the GroupNorm before it where `fold_group_norm` will take that in. A network
 larger than the caches reads its filters from memory, and some forms have larger ones; there it is
-measured with filters that are not in the cache. Where memory counts more (``lean``), oneDNN does
-only what no form here does, since its trials and primitives stay in memory, and float32 filters are
-kept plain; processors with matrix tiles, which only oneDNN uses, are the exception.
+measured with filters that are not in the cache. oneDNN keeps the code it makes for a shape: where
+it loses at the layer with most products and at the one with most weights for its image, it is not
+asked about the others.
 
 Float32: relative error 1e-6 a layer, as before. Bfloat16 rounds what it transforms: of images above
 16 pixels a side squares are taken only after a norm that is folded, whose result then has not been
@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ from stepfuse.engine.passes.convolve import (
     convolve_eagerly,
     filters,
     fits,
-    has_tiles,
     why_not,
 )
 from stepfuse.engine.passes.fold_group_norm import norm_before
@@ -69,22 +68,26 @@ _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, pad
 }
 
 
-def convolution_forms(gm: GraphModule, lean: bool = False) -> PassReport:
-    """Rewrite every convolution and linear layer on images that oneDNN is not clearly faster at, or
-    with ``lean`` every one that can be.
+def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
+    """Rewrite every convolution and linear layer on images that oneDNN is not clearly faster at;
+    ``plain`` as in `filters`.
     """
     report = PassReport("convolution_forms")
     cold = exceed_cache(gm)
     taken: Counter[Form] = Counter()
-    for node in calls(gm, aten.conv2d.default, aten.linear.default):
-        if node.target is aten.linear.default and value(node).dim() == 2:
-            continue  # vectors
-        problem = _problem(node)
-        form = None if problem else _fastest(node, cold, lean)
-        if report.count(problem or ("" if form else "oneDNN is faster")):
+    layers = [
+        node
+        for node in calls(gm, aten.conv2d.default, aten.linear.default)
+        if node.target is not aten.linear.default or value(node).dim() > 2  # not on vectors
+    ]
+    problems = {node: _problem(node) for node in layers}
+    asked = _where_one_dnn_may_win([n for n in layers if not problems[n]], cold, plain)
+    for node in layers:
+        form = None if problems[node] else _fastest(node, node in asked, cold, plain)
+        if report.count(problems[node] or ("" if form else "oneDNN is faster")):
             assert form is not None
             taken[form] += 1
-            _rewrite(gm, node, form, lean)
+            _rewrite(gm, node, form, plain)
     report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
     finish(gm)
     return report
@@ -123,36 +126,74 @@ def geometry(node: Node) -> tuple[int, ...] | None:
 
 def possible_forms(node: Node) -> tuple[Form, ...]:
     """The forms that would do; the first is the one that rounds least."""
-    x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
+    x, weight = _operands(node)
     shape = x.shape if x.dim() == 4 else x.transpose(1, 2).unsqueeze(-1).shape
     forms = _GEOMETRIES.get(geometry(node) or (), ())
     return tuple(form for form in forms if fits(shape, weight.shape[0], form))
 
 
-def _fastest(node: Node, cold: bool, lean: bool) -> Form | None:
-    """None for oneDNN, which is not asked if ``lean``."""
-    x, weight = (value(n) for n in node.args[:2] if isinstance(n, Node))
-    norm = norm_before(node)
-    rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
-    forms = [f for f in possible_forms(node) if not (f == "squares" and rounds and norm is None)]
-    lean = lean and not has_tiles(x.dtype)
-    if lean and len(forms) == 1:
+def _where_one_dnn_may_win(layers: list[Node], cold: bool, plain: bool) -> set[Node]:
+    """Layers of the kinds of which oneDNN wins one of two: that with most products, that with most
+    weights and of those the smallest image.
+    """
+    kinds: dict[Any, list[Node]] = {}
+    for node in layers:
+        kinds.setdefault((geometry(node), value(node).dim(), value(node).dtype), []).append(node)
+    asked: set[Node] = set()
+    for nodes in kinds.values():
+        largest = max(nodes, key=_products), max(nodes, key=lambda n: (_weights(n), -_products(n)))
+        times = [_times(node, True, cold, plain) for node in largest]
+        if any(one_dnn < min(own) for one_dnn, *own in times):
+            asked.update(nodes)
+    return asked
+
+
+def _weights(node: Node) -> int:
+    return _operands(node)[1].numel()
+
+
+def _products(node: Node) -> int:
+    return value(node).numel() * _operands(node)[1][0].numel()
+
+
+def _fastest(node: Node, asked: bool, cold: bool, plain: bool) -> Form | None:
+    """None for oneDNN, which takes part if ``asked``."""
+    forms = _candidates(node)
+    if len(forms) == 1 and not asked:
         return forms[0]
-    times = _seconds(
-        tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], tuple(forms), x.dtype,
-        0 if norm is None else norm.args[3], lean, cold, torch.get_num_threads(),
+    one_dnn, *own = _times(node, asked, cold, plain)
+    return forms[own.index(min(own))] if min(own) < _MARGIN * one_dnn else None
+
+
+def _times(node: Node, asked: bool, cold: bool, plain: bool) -> Sequence[float]:
+    x, weight = _operands(node)
+    norm = norm_before(node)
+    return _seconds(
+        tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], _candidates(node), x.dtype,
+        0 if norm is None else norm.args[3], asked, plain, cold, torch.get_num_threads(),
     )  # fmt: skip
-    best = min(times[1:])
-    return forms[times.index(best) - 1] if best < _MARGIN * times[0] else None
 
 
-def _rewrite(gm: GraphModule, node: Node, form: Form, lean: bool) -> None:
+def _candidates(node: Node) -> tuple[Form, ...]:
+    """The forms that round no more than they may."""
+    x, _ = _operands(node)
+    rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
+    spoiled = rounds and norm_before(node) is None
+    return tuple(form for form in possible_forms(node) if not (spoiled and form == "squares"))
+
+
+def _operands(node: Node) -> list[Tensor]:
+    """What stands for x and the weight."""
+    return [value(n) for n in node.args[:2] if isinstance(n, Node)]
+
+
+def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
     x, weight = node.args[:2]
     found = geometry(node)
     assert found is not None
     dtype = value(weight).dtype  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
-        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, lean))
+        packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")  # type: ignore[arg-type]
         fused = gm.graph.call_function(
             convolve, (x, packed, uncast(_bias(node)), None, form, found[1], *NO_NORM)
@@ -174,12 +215,13 @@ def _seconds(
     forms: tuple[Form, ...],
     dtype: torch.dtype,
     groups: int,
-    lean: bool,
+    asked: bool,
+    plain: bool,
     cold: bool,
     threads: int,
 ) -> tuple[float, ...]:
-    """Of oneDNN and of each of ``forms``, after a norm of so many groups if there is one; with
-    ``lean`` filters are plain, and oneDNN takes forever.
+    """Of oneDNN, forever unless it is asked, and of each of ``forms``, after a norm of so many
+    groups if there is one.
 
     ``threads`` only tells results apart.
     """
@@ -196,15 +238,15 @@ def _seconds(
         return normed if x.dim() == 4 else normed.transpose(1, 2)
 
     runs: list[Callable[[], Tensor]] = []
-    if not lean:
+    if asked:
         one_dnn = _one_dnn(x, filter_shape, stride)
         runs.append(lambda: one_dnn(before(x)))
     folded = (groups, 1e-5, *parameters, None, None, None, True) if groups else NO_NORM
-    for form, u in blank_filters(filter_shape, forms, dtype, lean).items():
+    for form, u in blank_filters(filter_shape, forms, dtype, plain).items():
         rest = (None, None, form, stride, *folded)
         runs.append(functools.partial(convolve_eagerly, x, u, *rest))
     times = best_times(runs, _REPEATS, warm=x if cold else None)
-    return (float("inf"), *times) if lean else tuple(times)
+    return tuple(times) if asked else (float("inf"), *times)
 
 
 def _one_dnn(x: Tensor, shape: tuple[int, ...], stride: int) -> Callable[[Tensor], Tensor]:

@@ -89,12 +89,6 @@ def why_not(dtype: torch.dtype) -> str:
     return "" if dtype in (torch.float32, torch.bfloat16) else f"not for {dtype}"
 
 
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether the processor has matrix tiles for it (AMX), which oneDNN uses and we do not."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # not in torch 2.6
-    return dtype is torch.bfloat16 and bool(supported())
-
-
 def fits(shape: torch.Size, channels_out: int, form: Form) -> bool:
     """Whether images [N, C, H, W] divide into tiles, and channels into vectors."""
     channels = shape[1]

@@ -34,7 +34,7 @@ from stepfuse.engine.passes.stopwatch import reading
 from stepfuse.engine.passes.timetable import TimeTable
 from stepfuse.engine.passes.trace import Traced, trace
 from stepfuse.engine.passes.upsampled_convolutions import upsampled_convolutions
-from stepfuse.engine.passes.weights import Weights
+from stepfuse.engine.passes.weights import Holding, Weights
 from stepfuse.engine.passes.widen_conv1d import widen_conv1d
 from stepfuse.engine.passes.workspace import Workspace
 
@@ -59,12 +59,11 @@ PASSES = (
 
 
 def rewrite(
-    traced: Traced, dtype: torch.dtype | None, without: Collection[str], release: bool = False
+    traced: Traced, dtype: torch.dtype | None, without: Collection[str], plain: bool = False
 ) -> list[PassReport]:
     """Apply the passes in order, all but ``without``; the graph is changed in place.
 
-    With ``release`` memory counts more than time: constants take no more of it than the weights
-    they are made of, and what only measuring would bring in stays out.
+    With ``plain`` constants take no more memory than the weights they are made of.
     """
     gm = traced.gm
     passes = {
@@ -76,9 +75,9 @@ def rewrite(
         "merge_linears": merge_linears,
         "channels_last": channels_last,
         "concatenate": concatenate,
-        "attention": lambda gm: attention(gm, lean=release),
-        "upsampled_convolutions": lambda gm: upsampled_convolutions(gm, lean=release),
-        "convolution_forms": lambda gm: convolution_forms(gm, lean=release),
+        "attention": attention,
+        "upsampled_convolutions": lambda gm: upsampled_convolutions(gm, plain),
+        "convolution_forms": lambda gm: convolution_forms(gm, plain),
         "fold_group_norm": fold_group_norm,
         "read_side_by_side": read_side_by_side,
         "prepack_convolutions": prepack_convolutions,
@@ -111,20 +110,20 @@ class Network:
         kwargs: dict[str, Any],
         dtype: torch.dtype | None,
         without: Collection[str],
-        release: bool = False,
+        holding: Holding = "kept",
         workspace: Workspace | None = None,
     ) -> None:
         self._workspace = workspace or Workspace()
         traced = trace(model, args, kwargs)
         with reading([*model.parameters(), *model.buffers()]):
-            self.reports = rewrite(traced, dtype, without, release)
+            self.reports = rewrite(traced, dtype, without, plain=holding != "kept")
         finish(traced.gm)
         self.out_spec = traced.out_spec
         self._traced_constants = traced.constants
-        self._compile(traced, model)
+        self._compile(traced, model, holding)
         del traced
         trim()
-        self._bind_weights(release)
+        self._bind_weights()
         trim()
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -180,13 +179,13 @@ class Network:
                     ) from error
         return self._time_stage(t)
 
-    def _compile(self, traced: Traced, model: nn.Module) -> None:
+    def _compile(self, traced: Traced, model: nn.Module, holding: Holding) -> None:
         nodes = list(traced.gm.graph.nodes)
         placeholders = {n.name: n.meta["weight"] for n in nodes if "weight" in n.meta}
         self._placeholders = {
             name: target for name, target in placeholders.items() if _is_read(traced.gm, name)
         }
-        # read as they are, or no weights of the model: never released
+        # read as they are, or no weights of the model: they stay
         self._direct = {
             node.name
             for node in nodes
@@ -197,7 +196,7 @@ class Network:
             )
         }
         named = [t for t in self._placeholders.values() if t not in traced.constants]
-        self.weights = Weights(model, dict.fromkeys(named))
+        self.weights = Weights(model, dict.fromkeys(named), holding)
         stages = {s: [n for n in nodes if n.op == "call_function" and stage(n) == s] for s in _ALL}
         folded = [n for n in stages["weights"] if any(stage(u) != "weights" for u in n.users)]
         # the globals of all functions: every name they read must be there when they are made
@@ -219,10 +218,11 @@ class Network:
         )
 
     @torch.no_grad()
-    def _bind_weights(self, release: bool = False) -> None:
+    def _bind_weights(self) -> None:
         """Compute the constants, one after the other: what one needs on the way is dropped first.
 
-        With ``release`` a weight that only constants are made of is freed after the last of them.
+        A weight that only constants are made of leaves memory after the last of them, unless all
+        are kept.
         """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
@@ -234,19 +234,22 @@ class Network:
             fold.name: sum(self._bound[name].nbytes for name in fold.reads) for fold in self._folds
         }
         folds = sorted(self._folds, key=lambda fold: size[fold.name])
-        last = {name: fold for fold in folds for name in fold.reads} if release else {}
+        kept = self.weights.holding == "kept"
+        last = {} if kept else {name: fold for fold in folds for name in fold.reads}
+        leaving = [name for name in last if name not in self._direct]
         done = 0
-        for fold in folds:
-            self._bind_constant(fold, owned)
-            done += 0 if release else size[fold.name]
-            for name in fold.reads:
-                if last.get(name) is fold and name not in self._direct:
-                    done += self._bound[name].nbytes
-                    self._bound[name] = None
-                    self.weights.release(self._placeholders[name])
-            if done > _TRIM_EVERY:
-                done = 0
-                trim()
+        with self.weights.leaving(self._placeholders[name] for name in leaving) as leave:
+            for fold in folds:
+                self._bind_constant(fold, owned)
+                done += size[fold.name] if kept else 0
+                for name in fold.reads:
+                    if last.get(name) is fold and name not in self._direct:
+                        done += self._bound[name].nbytes
+                        self._bound[name] = None
+                        leave(self._placeholders[name])
+                if done > _TRIM_EVERY:
+                    done = 0
+                    trim()
 
     def _bind_constant(self, fold: _Fold, owned: set[int | None]) -> None:
         """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""

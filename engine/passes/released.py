@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class WeightsReleased(RuntimeError):
-    """A weight was asked for that ``optimize(..., release_weights=True)`` has freed."""
+    """A weight was asked for that ``optimize(..., weights="released")`` has freed."""
 
 
 class Released(nn.Parameter):
@@ -39,7 +39,7 @@ class Released(nn.Parameter):
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise WeightsReleased(
-            f"{name} needs the values of a weight that optimize(..., release_weights=True) freed "
+            f"{name} needs the values of a weight that optimize(..., weights='released') freed "
             "after packing it; keep the weights, or load the model again"
         )
 

@@ -35,7 +35,6 @@ from stepfuse.engine.passes.convolve import (
     convolve_eagerly,
     filters,
     fits,
-    has_tiles,
     why_not,
 )
 from stepfuse.engine.passes.graph import (
@@ -61,9 +60,9 @@ _REPEATS = 5
 _SUMS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
 
 
-def upsampled_convolutions(gm: GraphModule, lean: bool = False) -> PassReport:
-    """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster; with
-    ``lean`` to the 9 products where that can be, without trying oneDNN.
+def upsampled_convolutions(gm: GraphModule, plain: bool = False) -> PassReport:
+    """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster;
+    ``plain`` as in `filters`.
     """
     report = PassReport("upsampled_convolutions")
     cold = exceed_cache(gm)
@@ -71,12 +70,12 @@ def upsampled_convolutions(gm: GraphModule, lean: bool = False) -> PassReport:
     for upsample in calls(gm, _UPSAMPLE):
         conv = _reader(upsample)
         problem = _problem(upsample, conv)
-        form = None if problem or conv is None else _fastest(upsample, conv, cold, lean)
+        form = None if problem or conv is None else _fastest(upsample, conv, cold, plain)
         if report.count(problem or ("" if form else "the direct convolution is faster")):
             assert conv is not None
             taken[form or ""] += 1
             if form == "enlarged":
-                _enlarged(gm, upsample, conv, lean)
+                _enlarged(gm, upsample, conv, plain)
             else:
                 _transposed(gm, upsample, conv)
     report.note = ", ".join(f"{count} {form}" for form, count in sorted(taken.items()))
@@ -130,13 +129,11 @@ def _problem(upsample: Node, conv: Node | None) -> str:
     return ""
 
 
-def _fastest(upsample: Node, conv: Node, cold: bool, lean: bool) -> str | None:
+def _fastest(upsample: Node, conv: Node, cold: bool, plain: bool) -> str | None:
     """ "transposed" or "enlarged"; None for the convolution of the enlarged image."""
     x, channels_out, dtype = _source(upsample), value(conv).shape[1], value(conv).dtype
-    if lean and not has_tiles(dtype) and _possible(x, channels_out, dtype):
-        return "enlarged"
     threads = torch.get_num_threads()
-    times = _seconds(tuple(x.shape), channels_out, dtype, cold, threads)
+    times = _seconds(tuple(x.shape), channels_out, dtype, plain, cold, threads)
     best = min(times)
     return ("transposed", "enlarged")[times.index(best) - 1] if best < times[0] else None
 
@@ -168,11 +165,11 @@ def _transposed(gm: GraphModule, upsample: Node, conv: Node) -> None:
     replace(conv, merged)
 
 
-def _enlarged(gm: GraphModule, upsample: Node, conv: Node, lean: bool) -> None:
+def _enlarged(gm: GraphModule, upsample: Node, conv: Node, plain: bool) -> None:
     _, weight, bias, *_ = convolution_arguments(conv)
     dtype = value(weight).dtype
     with gm.graph.inserting_before(conv):
-        packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype, lean))
+        packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")
         image = _image(gm, upsample, dtype)
         arguments = (image, packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
@@ -186,6 +183,7 @@ def _seconds(
     shape: tuple[int, ...],
     channels_out: int,
     dtype: torch.dtype,
+    plain: bool,
     cold: bool,
     threads: int,
 ) -> tuple[float, float, float]:
@@ -195,7 +193,7 @@ def _seconds(
     weight_shape = (channels_out, shape[1], 3, 3)
     runs = [_directly(x, weight_shape)]
     if _possible(x, channels_out, dtype):
-        u = blank_filters(weight_shape, ("enlarged",), dtype)["enlarged"]
+        u = blank_filters(weight_shape, ("enlarged",), dtype, plain)["enlarged"]
         runs.append(lambda: convolve_eagerly(x, u, None, None, "enlarged", 1, *NO_NORM))
     direct, own = (*best_times(runs, _REPEATS, warm), float("inf"))[:2]
     if own < direct * 16 / 36:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepfuse.engine.passes import parked
 from stepfuse.engine.passes.released import Released
 
+Holding = Literal["parked", "kept", "released"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,12 +26,16 @@ def find(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 class Weights:
     """The parameters and buffers a network was built from.
 
+    ``holding`` says what becomes of those that only constants are made of, once they are made: they
+    are moved to a file (see `parked`), kept in memory, or freed (see `Released`). ``note`` says why
+    some that were to be parked are in memory still.
+
     ``changed`` compares, for each of them, the tensor itself, its address, its version counter, and
     (CPU) one element of it: writing through ``.data`` does not raise the counter.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, names: Iterable[str], holding: Holding) -> None:
+        self._model, self.holding, self.note = model, holding, ""
         self._owners = {name: find(model, name) for name in names}
         self.read()
 
@@ -51,7 +58,36 @@ class Weights:
         pairs = zip(self._watched, now, self._state, strict=True)
         return next(name for name, new, old in pairs if new != old)
 
-    def release(self, name: str) -> None:
+    @contextlib.contextmanager
+    def leaving(self, names: Iterable[str]) -> Iterator[Callable[[str], None]]:
+        """What makes one of ``names`` leave memory; by then nobody may hold a tensor of it."""
+        if self.holding == "kept":
+            yield lambda name: None
+        elif self.holding == "released":
+            yield self._release
+        else:
+            tensors = [_held(*self._owners[name]) for name in names]
+            parking = parked.Parking(tensors)
+            try:
+                yield lambda name: self._park(_held(*self._owners[name]), parking)
+            finally:
+                parking.close(tensors)
+                self.note = parking.note
+
+    def _park(self, tensor: Tensor, parking: parked.Parking) -> None:
+        places = [n for n, watched in self._watched.items() if watched[2] is tensor]
+        bits = [self._watched[name][-1][0] for name in places]
+        for name in places:
+            self._watched[name] = ()  # a probe holds the memory, too
+        parking.park(tensor)
+        for name, bit in zip(places, bits, strict=True):
+            self._watched[name] = watched = _watch(*self._owners[name], tensor)
+            probe = watched[-1]
+            if isinstance(probe, memoryview) and parking.files.can_write(tensor):
+                probe[0] = bit  # a page of our own: looking there never waits for a disk
+            self._state[list(self._watched).index(name)] = _state(watched)
+
+    def _release(self, name: str) -> None:
         """Free the memory of a weight, wherever in the model it stands; it cannot be read again."""
         tensor = _held(*self._owners.pop(name))
         self._watched.pop(name, None)
@@ -66,15 +102,22 @@ class Weights:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def _now(self) -> list[tuple[Any, ...]]:
-        return [
-            (held[leaf] is tensor, tensor._version if counted else 0, tensor.data_ptr(), probe[0])
-            for held, leaf, tensor, counted, probe in self._watched.values()
-        ]
+        return [_state(watched) for watched in self._watched.values()]
+
+
+def _state(watched: tuple[Any, ...]) -> tuple[Any, ...]:
+    held, leaf, tensor, counted, address, probe = watched
+    if tensor.data_ptr() != address:
+        return ()  # share_memory frees what the probe looks at
+    return held[leaf] is tensor, tensor._version if counted else 0, probe[0]
 
 
 def _watch(owner: nn.Module, leaf: str, tensor: Tensor) -> tuple[Any, ...]:
-    """Where it stands, itself, whether it counts how often it was written to, and a probe."""
-    return _table(owner, leaf), leaf, tensor, not tensor.is_inference(), _probe(tensor)
+    """Where it stands, itself, whether it counts how often it was written to, its address, and a
+    probe.
+    """
+    counted, address = not tensor.is_inference(), tensor.data_ptr()
+    return _table(owner, leaf), leaf, tensor, counted, address, _probe(tensor)
 
 
 def _table(owner: nn.Module, leaf: str) -> Any:

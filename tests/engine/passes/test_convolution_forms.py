@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stepfuse.engine.optimize import Optimized, optimize
 from stepfuse.engine.passes.convolution_forms import _seconds
 from stepfuse.engine.passes.convolve import native, why_not
+from stepfuse.engine.passes.weights import Holding
 
 # sums of a few hundred terms in another order; bfloat16: four layers of three roundings, 2^-9 each
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
@@ -169,39 +171,69 @@ def test_other_convolutions_are_left(conv: nn.Module, monkeypatch: pytest.Monkey
 
 
 @dtypes
+@pytest.mark.parametrize("weights", ["parked", "released"])
 @torch.no_grad()
-def test_where_memory_counts_more_constants_are_no_larger_than_weights(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_constants_are_no_larger_than_weights_that_left(
+    weights: Holding, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Filters are plain in float32, and oneDNN is not asked where a form of ours fits."""
+    """Filters are plain in float32."""
     prefer("squares", monkeypatch)
     model, inputs = Body().eval(), (torch.randn(2, 32, 10, 6), torch.randn(2, 3))
     exact = model(*inputs)
     whole = sum(p.nbytes for p in model.parameters())
-    monkeypatch.setattr(f"{FORMS}.has_tiles", lambda _: False)
-    fast = optimize(model, inputs, dtype, release_weights=True)
-    forms = report(fast, "convolution_forms")
-    assert forms.note == "3 dense, 1 direct, 2 squares"
-    assert forms.left["oneDNN is faster"] == 0
+    fast = optimize(model, inputs, dtype, weights=weights)
+    assert report(fast, "convolution_forms").note == "3 dense, 1 direct, 2 squares"
     (network,) = fast._networks.values()
     assert network.nbytes() <= whole * (1 if dtype is torch.float32 else 0.9)
     assert distance(fast(*inputs), exact) < TOLERANCE[dtype]
 
 
-@needs_bfloat16
-@torch.no_grad()
-def test_matrix_tiles_are_oneDNNs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(*arguments: Any) -> list[float]:
-        forms, lean = arguments[3], arguments[6]
-        return [float("inf") if lean else 0.1, *(0.5 for _ in forms)]
+class Kinds(nn.Module):
+    """Five 3x3 convolutions of one kind, and one of another."""
 
-    prefer("oneDNN", monkeypatch)
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 96, 32, 256, 32)
+        self.body = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)
+        )
+        self.last = nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, conv in enumerate(self.body):
+            x = conv(F.avg_pool2d(x, 2) if i == 2 else x)
+        out: Tensor = self.last(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("wins", "asked"),
+    [
+        ((), {(32, 256), (64, 96), (32, 32)}),  # most weights, most products, and the 1x1
+        ((64, 96), {(32, 64), (64, 96), (96, 32), (32, 256), (256, 32), (32, 32)}),
+        ((32, 32), {(32, 256), (64, 96), (32, 32)}),
+    ],
+)
+@torch.no_grad()
+def test_one_dnn_is_asked_about_the_largest_first(
+    wins: tuple[int, ...], asked: set[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def seconds(*arguments: Any) -> list[float]:
+        channels = (arguments[1][1], arguments[1][0])
+        if not arguments[6]:
+            return [float("inf"), *(1.0 for _ in arguments[3])]
+        seen.add(channels)
+        return [0.5 if channels == wins else 2.0, *(1.0 for _ in arguments[3])]
+
     monkeypatch.setattr(SECONDS, seconds)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
-    for dtype, left in ((torch.float32, 0), (torch.bfloat16, 6)):
-        model, inputs = Body().eval(), (torch.randn(2, 32, 10, 6), torch.randn(2, 3))
-        fast = optimize(model, inputs, dtype, release_weights=True)
-        assert report(fast, "convolution_forms").left["oneDNN is faster"] == left
+    model, x = Kinds().eval(), torch.randn(1, 32, 8, 8)
+    exact = model(x)
+    fast = optimize(model, (x,))
+    assert seen == asked
+    assert report(fast, "convolution_forms").left["oneDNN is faster"] == bool(wins)
+    assert distance(fast(x), exact) < TOLERANCE[torch.float32]
 
 
 @dtypes
@@ -214,8 +246,10 @@ def test_the_shapes_are_measured(dtype: torch.dtype, cold: bool) -> None:
         ((1, 32, 5, 4), (64, 32, 1, 1), ("dense",)),
         ((1, 7, 32), (64, 32), ("dense",)),
     ):
-        for groups, lean in ((0, False), (4, False), (4, True)):
-            one_dnn, *own = _seconds(x, weight, 1, forms, dtype, groups, lean, cold, threads)
+        for groups, asked, plain in ((0, True, False), (4, True, True), (4, False, True)):
+            one_dnn, *own = _seconds(
+                x, weight, 1, forms, dtype, groups, asked, plain, cold, threads
+            )
             assert len(own) == len(forms)
             assert all(0 < t < 1 for t in own)
-            assert one_dnn == float("inf") if lean else 0 < one_dnn < 1
+            assert 0 < one_dnn < 1 if asked else one_dnn == float("inf")

@@ -28,7 +28,7 @@ BFLOAT16 = 2e-2  # eight layers, each rounds its weights and image to 8 bits
 
 def released(dtype: torch.dtype | None = None) -> tuple[nn.Module, Optimized, tuple[Any, ...]]:
     model, inputs = small()
-    return model, optimize(model, inputs, dtype, release_weights=True), inputs
+    return model, optimize(model, inputs, dtype, weights="released"), inputs
 
 
 @pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
@@ -40,7 +40,7 @@ def test_a_network_runs_without_the_weights_it_was_packed_from(dtype: torch.dtyp
     kept = optimize(model, inputs, dtype)
     expected = kept(*inputs)
     assert "released" not in kept.explain()
-    fast = optimize(model, inputs, dtype, release_weights=True)
+    fast = optimize(model, inputs, dtype, weights="released")
     # whoever else holds a parameter does not keep its memory
     freed = {name for name, p in before.items() if p.numel() == 0}
     images = {name for name, shape in shapes.items() if len(shape) == 4}
@@ -63,11 +63,11 @@ NEEDS: list[tuple[str, Callable[[Any, Optimized, Any], Any]]] = [
     ("copy or pickle", lambda model, fast, inputs: pickle.dumps(fast)),
     ("conv2d", lambda model, fast, inputs: model(*inputs)),
     ("conv2d", lambda model, fast, inputs: fast(inputs[0].requires_grad_(), inputs[1])),
-    ("release_weights", lambda model, fast, inputs: model.state_dict()),
-    ("release_weights", lambda model, fast, inputs: copy.deepcopy(model)),
-    ("release_weights", lambda model, fast, inputs: pickle.dumps(model)),
-    ("release_weights", lambda model, fast, inputs: model.a.conv1.weight.sum()),
-    ("release_weights", lambda model, fast, inputs: optimize(model, inputs)),
+    ("weights='released'", lambda model, fast, inputs: model.state_dict()),
+    ("weights='released'", lambda model, fast, inputs: copy.deepcopy(model)),
+    ("weights='released'", lambda model, fast, inputs: pickle.dumps(model)),
+    ("weights='released'", lambda model, fast, inputs: model.a.conv1.weight.sum()),
+    ("weights='released'", lambda model, fast, inputs: optimize(model, inputs)),
 ]
 
 
@@ -82,9 +82,9 @@ def test_what_needs_a_freed_weight_says_so(message: str, act: Callable[..., Any]
 
 def test_a_model_without_weights_is_neither_loaded_nor_moved() -> None:
     model, _, _ = released()
-    with pytest.raises(RuntimeError, match="release_weights"):
+    with pytest.raises(RuntimeError, match="weights='released'"):
         model.load_state_dict(small()[0].state_dict())
-    with pytest.raises(WeightsReleased, match="release_weights"):
+    with pytest.raises(WeightsReleased, match="weights='released'"):
         model.to(torch.bfloat16)
 
 
@@ -110,7 +110,7 @@ def test_a_weight_with_two_places_is_freed_in_both() -> None:
 
     model, x = Tied().eval(), torch.randn(2, 4, 5, 7)
     expected = model(x)
-    fast = optimize(model, (x,), release_weights=True)
+    fast = optimize(model, (x,), weights="released")
     assert distance(fast(x), expected) < REORDERED
     for conv in (model.a, model.b):
         with pytest.raises(WeightsReleased):
@@ -120,7 +120,7 @@ def test_a_weight_with_two_places_is_freed_in_both() -> None:
 def test_a_sampler_over_it_is_captured() -> None:
     unet, inputs = own()
     expected = Sampler(unet, Schedule.linear(), steps=4).sample((2, 3, 10, 6), seed=1)
-    fast = optimize(unet, inputs, timesteps=range(0, 1000, 250), release_weights=True)
+    fast = optimize(unet, inputs, timesteps=range(0, 1000, 250), weights="released")
     sampler = Sampler(fast, Schedule.linear(), steps=4)
     assert distance(sampler.sample((2, 3, 10, 6), seed=1), expected) < 1e-4
     assert sampler.stats()["replays"] == 4, sampler.explain()
@@ -140,7 +140,7 @@ def test_tensors_made_while_tracing_are_kept() -> None:
 
     model, x = Constant().eval(), torch.randn(2, 2, 5, 7)
     expected = model(x)
-    fast = optimize(model, (x,), release_weights=True)
+    fast = optimize(model, (x,), weights="released")
     assert distance(fast(x), expected) < REORDERED
     assert model.conv.weight.numel() == 4, "its shape is still known"
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_exported_keeps_its_weights() -> None:
             return super().forward(x) if x.mean() > 0 else x
 
     model, x = Branch(3, 3, 1).eval(), torch.rand(1, 3, 4, 4)
-    fast = optimize(model, (x,), release_weights=True)
+    fast = optimize(model, (x,), weights="released")
     fast.refresh()
     assert torch.equal(fast(x), model(x))
     assert "released" not in fast.explain()
@@ -211,15 +211,15 @@ def test_weights_and_constants_together_never_grow_by_more_than_a_layer(
     live: list[Live] = []
     bind = Network._bind_weights
 
-    def watched(self: Network, release: bool = False) -> None:
+    def watched(self: Network) -> None:
         live.append(Live(list(model.parameters())))
         with live[0]:
-            bind(self, release)
+            bind(self)
 
     monkeypatch.setattr(Network, "_bind_weights", watched)
     alone = only("lower_precision", "channels_last", "prepack_convolutions")
     expected = model(x)
-    fast = optimize(model, (x,), dtype, without=alone, release_weights=True)
+    fast = optimize(model, (x,), dtype, without=alone, weights="released")
     assert distance(fast(x), expected) < (REORDERED if dtype is None else BFLOAT16)
     assert all(p.numel() == 0 for p in weights), "they were packed"
     # one layer's cast and its packed copy, together at most as large as the layer, and two biases
@@ -237,7 +237,7 @@ def test_nothing_but_constants_stays_of_the_build() -> None:
         return {id(o): o for o in found if o.numel() > 10_000}
 
     before = large()
-    fast = optimize(model, (x,), torch.bfloat16, release_weights=True)
+    fast = optimize(model, (x,), torch.bfloat16, weights="released")
     (network,) = fast._networks.values()
     constants = [network._bound[fold.name] for fold in network._folds]
     extra = set(large()) - set(before) - set(map(id, constants))
