@@ -145,12 +145,17 @@ class Network:
         """Fill the table for these timesteps; nothing to do without one."""
         if self.table is not None and self.table.integral:
             self.table.prepare(timesteps)
+            self._rest()
 
     def refresh(self) -> None:
         """Read the weights again and recompute constants and rows, in place where possible."""
         self._bind_weights()
         if self.table is not None:
             self.table.refill()
+            self._rest()
+
+    def _rest(self) -> None:
+        self.weights.leave_again(self._placeholders[name] for name in self._resting)
 
     def nbytes(self) -> int:
         """Bytes of the constants and of the table, beside the weights themselves."""
@@ -195,6 +200,15 @@ class Network:
                 or any(stage(u) != "weights" for u in node.users)
             )
         }
+        # only a timestep without a row in the table asks for them
+        self._resting = [
+            node.name
+            for node in nodes
+            if holding == "parked"
+            and node.name in self._direct
+            and node.meta["weight"] not in traced.constants
+            and all(stage(u) == "time" for u in node.users)
+        ]
         named = [t for t in self._placeholders.values() if t not in traced.constants]
         self.weights = Weights(model, dict.fromkeys(named), holding)
         stages = {s: [n for n in nodes if n.op == "call_function" and stage(n) == s] for s in _ALL}
@@ -222,7 +236,7 @@ class Network:
         """Compute the constants, one after the other: what one needs on the way is dropped first.
 
         A weight that only constants are made of leaves memory after the last of them, unless all
-        are kept.
+        are kept; those that rest may leave at once.
         """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
@@ -238,7 +252,12 @@ class Network:
         last = {} if kept else {name: fold for fold in folds for name in fold.reads}
         leaving = [name for name in last if name not in self._direct]
         done = 0
-        with self.weights.leaving(self._placeholders[name] for name in leaving) as leave:
+        targets = [self._placeholders[name] for name in (*self._resting, *leaving)]
+        with self.weights.leaving(targets) as leave:
+            for name in self._resting:
+                self._bound[name] = None
+                self._bound[name] = leave(self._placeholders[name])
+            trim()
             for fold in folds:
                 self._bind_constant(fold, owned)
                 done += size[fold.name] if kept else 0

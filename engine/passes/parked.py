@@ -106,7 +106,7 @@ class Parking:
     def park(self, weight: Tensor) -> None:
         """Let ``weight`` leave memory: into the file, if nobody but itself holds its memory."""
         if weight in self.files:
-            _leave_memory(weight)
+            leave_memory(weight)
         elif self._file is not None and self._can_move(weight) and _is_alone(weight):
             try:
                 self._move(weight)
@@ -162,7 +162,7 @@ def _room(weight: Tensor) -> int:
     return -(-weight.untyped_storage().nbytes() // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _leave_memory(weight: Tensor) -> None:
+def leave_memory(weight: Tensor) -> None:
     """Forget the pages of a parked weight that were read back. What was written to it stays."""
     call = _madvise()
     if call is not None:

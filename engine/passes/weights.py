@@ -59,10 +59,13 @@ class Weights:
         return next(name for name, new, old in pairs if new != old)
 
     @contextlib.contextmanager
-    def leaving(self, names: Iterable[str]) -> Iterator[Callable[[str], None]]:
-        """What makes one of ``names`` leave memory; by then nobody may hold a tensor of it."""
+    def leaving(self, names: Iterable[str]) -> Iterator[Callable[[str], Tensor | None]]:
+        """What makes one of ``names`` leave memory; by then nobody may hold a tensor of it.
+
+        It returns the weight where that is now, or None if it was freed.
+        """
         if self.holding == "kept":
-            yield lambda name: None
+            yield lambda name: _held(*self._owners[name]).detach()
         elif self.holding == "released":
             yield self._release
         else:
@@ -74,7 +77,14 @@ class Weights:
                 parking.close(tensors)
                 self.note = parking.note
 
-    def _park(self, tensor: Tensor, parking: parked.Parking) -> None:
+    def leave_again(self, names: Iterable[str]) -> None:
+        """Forget what was read back of those of ``names`` that are parked."""
+        files = parked.Files()
+        for tensor in (_held(*self._owners[name]) for name in names):
+            if tensor in files:
+                parked.leave_memory(tensor)
+
+    def _park(self, tensor: Tensor, parking: parked.Parking) -> Tensor:
         places = [n for n, watched in self._watched.items() if watched[2] is tensor]
         bits = [self._watched[name][-1][0] for name in places]
         for name in places:
@@ -86,6 +96,7 @@ class Weights:
             if isinstance(probe, memoryview) and parking.files.can_write(tensor):
                 probe[0] = bit  # a page of our own: looking there never waits for a disk
             self._state[list(self._watched).index(name)] = _state(watched)
+        return tensor.detach()
 
     def _release(self, name: str) -> None:
         """Free the memory of a weight, wherever in the model it stands; it cannot be read again."""

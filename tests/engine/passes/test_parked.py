@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
 from stepfuse.engine.passes import parked
 from stepfuse.engine.passes.parked import Files, Parking
+from stepfuse.engine.unet import UNet, UNetConfig
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 REORDERED = 1e-5  # float32 sums in another order, through three layers
@@ -133,6 +134,36 @@ def test_what_a_model_can_do_it_still_can(tmp_path: Path) -> None:
         fast(x)
     fast.refresh()
     assert distance(fast(x), changed) < REORDERED
+
+
+@linux
+@torch.no_grad()
+def test_weights_of_the_timestep_rest_beside_the_table() -> None:
+    torch.manual_seed(0)
+    config = UNetConfig(base_channels=32, channel_multipliers=(1, 2), blocks_per_level=1)
+    model = UNet(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(2, 3, 8, 6), torch.tensor([3, 5])
+    exact = model(x, t)
+    kept = optimize(model, (x, t), timesteps=[3, 5], weights="kept")
+    expected, unknown = kept(x, t), kept(x, t + 700)
+    del kept
+    fast = optimize(model, (x, t), timesteps=[3, 5])
+    files = Files()
+    embedding = [p for name, p in model.named_parameters() if p.dim() == 2 and p.nbytes >= PAGE]
+    assert len(embedding) > 3
+    assert all(p in files for p in embedding)
+    for _ in range(2):
+        assert distance(fast(x, t), expected) < REORDERED
+        assert distance(fast(x, t + 700), unknown) < REORDERED
+        fast.refresh()
+    embedding[0].mul_(2)
+    with pytest.raises(WeightsChanged):
+        fast(x, t)
+    fast.refresh()
+    assert distance(fast(x, t), model(x, t)) < 1e-4
+    assert distance(model(x, t), exact) > 1e-3
 
 
 REPEATABLE: list[Callable[[nn.Module], Any]] = [
