@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.passes.parked import home
+
 Model = nn.Module | Callable[..., Any]
 Condition = Mapping[str, Any]
 
@@ -57,7 +59,7 @@ class Denoiser:
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Identity and address of every weight: changes when one is replaced, not when updated."""
-        return tuple((id(p), p.data_ptr()) for p in self.parameters())
+        return tuple((id(p), home(p)) for p in self.parameters())
 
 
 def split_condition(condition: Condition, start: int, stop: int) -> dict[str, Any]:

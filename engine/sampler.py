@@ -74,7 +74,8 @@ class Sampler:
             there are CUDA graphs, None runs eagerly. What cannot be captured runs eagerly;
             `explain` says why.
         optimize: run the model through `stepfuse.optimize`: True in its own dtype, torch.bfloat16
-            for its convolutions and matrix products. Call `refresh` after changing weights.
+            for its convolutions and matrix products. Call `refresh` after changing weights. For
+            more settings give ``optimize(model, ...)`` as the model.
         dtype: of x between the steps; float64 needs the reference backend.
         max_programs: how many shapes keep their buffers and captured step.
 

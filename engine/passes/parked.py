@@ -19,6 +19,7 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 FEW = 1 << 20  # bytes of weights that are not worth a file
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4: unlike MADV_DONTNEED it never loses what was written
 _PLAIN = (Tensor, nn.Parameter)
+_homes: dict[int, int] = {}  # where a weight was before it was parked, by its address
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,18 @@ class Parking:
             written += os.pwrite(self._file.fileno(), content[written:], start + written)
         self._end += _room(weight)
         parked = torch.frombuffer(self._map, dtype=torch.uint8, count=written, offset=start)
+        address = parked.data_ptr() + int(weight.storage_offset()) * weight.itemsize
+        _homes[address] = weight.data_ptr()
+        weakref.finalize(self._map, _homes.pop, address, None)
         weight.data = parked.view(weight.dtype).as_strided(
             weight.shape, weight.stride(), weight.storage_offset()
         )
+
+
+def home(weight: Tensor) -> int:
+    """Its address, or the one it had before it was parked: that is no change of the weight."""
+    address = weight.data_ptr()
+    return _homes.get(address, address)
 
 
 def _is_alone(weight: Tensor) -> bool:

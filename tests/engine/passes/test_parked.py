@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,51 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.engine.passes.networks import ONEDNN_DTYPES, distance
+from tests.engine.passes.parking import (
+    PAGE,
+    REORDERED,
+    in_file,
+    linux,
+    network,
+    resident,
+    weights,
+)
 from torch import Tensor, nn
 
-from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
+import stepfuse as sf
+from stepfuse.engine.optimize import WeightsChanged, optimize
 from stepfuse.engine.passes import parked
-from stepfuse.engine.passes.parked import Files, Parking
+from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.unet import UNet, UNetConfig
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-REORDERED = 1e-5  # float32 sums in another order, through three layers
-PAGE = 4096
 
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parked, "FEW", 1)
-
-
-def network() -> tuple[nn.Module, Tensor]:
-    """Three convolutions with norms between them, and an image of an odd shape."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)]
-    model = nn.Sequential(layers[0], nn.GroupNorm(4, 64), nn.SiLU(), *layers[1:]).eval()
-    return model, torch.randn(2, 64, 7, 5)
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.dim() == 4]
-
-
-def in_file(model: nn.Module) -> list[bool]:
-    files = Files()
-    return [weight in files for weight in weights(model)]
-
-
-def resident(weight: Tensor) -> int:
-    """Bytes of the mapping around ``weight`` that are in memory."""
-    here = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first:
-            start, end = (int(part, 16) for part in first.split("-"))
-            here = start <= weight.data_ptr() < end
-        elif here and first == "Rss:":
-            return int(line.split()[1]) * 1024
-    raise AssertionError("it is in no mapping")
 
 
 @linux
@@ -328,110 +302,18 @@ def test_a_child_process_writes_to_weights_of_its_own() -> None:
     assert torch.equal(weights(model)[0], before)
 
 
-def full(*_: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-NO_ROOM: list[tuple[str, Callable[[pytest.MonkeyPatch], Any]]] = [
-    ("No space left on device", lambda patch: patch.setattr(os, "posix_fallocate", full)),
-    (
-        "MB free",
-        lambda patch: patch.setattr(os, "statvfs", lambda _: os.statvfs_result([1] * 10)),
-    ),
-    ("is memory itself", lambda patch: patch.setattr(parked, "_is_memory", lambda _: True)),
-    ("this is win32", lambda patch: patch.setattr(parked.sys, "platform", "win32")),
-]
-
-
-@linux
-@pytest.mark.parametrize(("reason", "refuse"), NO_ROOM)
-@torch.no_grad()
-def test_without_room_they_stay_in_memory(
-    reason: str, refuse: Callable[[pytest.MonkeyPatch], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x = network()
-    expected = model(x)
-    refuse(monkeypatch)
-    descriptors = len(os.listdir("/proc/self/fd"))
-    fast = optimize(model, (x,))
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert in_file(model) == [False] * 3
-    assert reason in fast.explain()
-    assert distance(fast(x), expected) < REORDERED
-
-
-@linux
-@torch.no_grad()
-def test_a_disk_that_fails_while_they_move_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network()
-    expected = model(x)
-    values = [w.clone() for w in weights(model)]
-    write, count = os.pwrite, 0
-
-    def until_it_is_full(*args: Any) -> int:
-        nonlocal count
-        count += 1
-        return write(*args) if count == 1 else full()
-
-    monkeypatch.setattr(os, "pwrite", until_it_is_full)
-    fast = optimize(model, (x,))
-    assert sorted(in_file(model)) == [False, False, True]
-    assert "the others stay in memory: [Errno 28] No space left on device" in fast.explain()
-    for weight, value in zip(weights(model), values, strict=True):
-        assert torch.equal(weight, value)
-    assert distance(fast(x), expected) < REORDERED
-
-
-@linux
-def test_memory_file_systems_are_recognised() -> None:
-    assert parked._is_memory("/dev/shm")
-    assert not parked._is_memory("/proc")
-
-
-@linux
-@torch.no_grad()
-def test_the_file_ends_with_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    model, x = network()
-    optimize(model, (x,))
-    assert list(tmp_path.iterdir()) == [], "it has no name"
-
-    def mapped() -> bool:
-        return str(tmp_path) in Path("/proc/self/maps").read_text()
-
-    assert mapped()
-    del model
-    assert not mapped()
-
-
-@linux
-@torch.no_grad()
-def test_few_weights_are_not_worth_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network()
-    monkeypatch.setattr(parked, "FEW", 1 << 20)
-    fast = optimize(model, (x,))
-    assert in_file(model) == [False] * 3
-    assert fast.explain().splitlines()[-1].endswith("MB")
-
-
-def test_tensors_elsewhere_are_left() -> None:
-    odd = [
-        torch.empty(5000, device="meta"),
-        torch.empty(0),
-        torch.zeros(100_000).to_sparse(),
-        nn.Parameter(torch.zeros(10)),
-        torch.zeros(5000).share_memory_(),
-        torch.zeros(5000, dtype=torch.cfloat).conj(),
-    ]
-    parking = Parking(odd)
-    for tensor in odd:
-        parking.park(tensor)
-    parking.close(odd)
-    assert parking.note == ""
-
-
-def test_how_weights_are_held_is_checked() -> None:
-    model, x = network()
-    with pytest.raises(ValueError, match="weights must be one of parked, kept, released; got 'no'"):
-        optimize(model, (x,), weights="no")  # type: ignore[arg-type]
-    assert isinstance(optimize(model, (x,), weights="kept"), Optimized)
+def test_another_sampler_of_the_model_goes_on() -> None:
+    digits = sf.load("digits")
+    settings: dict[str, Any] = {"steps": 2, "graph": "step"}
+    arguments: dict[str, Any] = {"condition": {"labels": torch.tensor([3])}, "seed": 1}
+    plain = sf.Sampler(digits.model, digits.schedule, **settings)
+    expected = plain.sample((1, 1, 32, 32), **arguments)
+    fast = sf.Sampler(digits.model, digits.schedule, optimize=True, **settings)
+    fast.sample((1, 1, 32, 32), **arguments)
+    assert any(p in Files() for p in digits.model.parameters())
+    assert torch.equal(plain.sample((1, 1, 32, 32), **arguments), expected)
+    assert plain.stats()["captures"] == 1
+    with torch.no_grad():
+        next(iter(digits.model.parameters())).data = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="were replaced"):
+        plain.sample((1, 1, 32, 32), **arguments)
