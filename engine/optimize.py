@@ -48,7 +48,8 @@ def optimize(
         print(fast.explain())            # what was fused, and why not the rest
 
     Args:
-        model: an nn.Module; neither it nor its weights are changed, and its dropout is off here.
+        model: an nn.Module; neither it nor the values of its weights are changed (where they are:
+            see ``weights``), and its dropout is off here.
         example_inputs: (x, t, ...) as the model takes them, x [N, C, H, W], t [N]; a dict at the
             end holds keyword arguments. Compiled for these shapes now, for others when they come.
         dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
@@ -68,7 +69,7 @@ def optimize(
             `WeightsReleased`.
 
             "kept" leaves it in memory, and gives packed weights as much more of it as makes them
-            faster: up to an eighth of the time in float32, next to nothing in bfloat16. With the
+            faster: up to a seventh of the time in float32, next to nothing in bfloat16. With the
             other two the process peaks no higher than where the model itself runs (measured in
             bench/NOTES.md).
 

@@ -89,13 +89,15 @@ class Weights:
         bits = [self._watched[name][-1][0] for name in places]
         for name in places:
             self._watched[name] = ()  # a probe holds the memory, too
-        parking.park(tensor)
-        for name, bit in zip(places, bits, strict=True):
-            self._watched[name] = watched = _watch(*self._owners[name], tensor)
-            probe = watched[-1]
-            if isinstance(probe, memoryview) and parking.files.can_write(tensor):
-                probe[0] = bit  # a page of our own: looking there never waits for a disk
-            self._state[list(self._watched).index(name)] = _state(watched)
+        try:
+            parking.park(tensor)
+        finally:
+            for name, bit in zip(places, bits, strict=True):
+                self._watched[name] = watched = _watch(*self._owners[name], tensor)
+                probe = watched[-1]
+                if isinstance(probe, memoryview) and parking.files.can_write(tensor):
+                    probe[0] = bit  # a page of our own: looking there never waits for a disk
+                self._state[list(self._watched).index(name)] = _state(watched)
         return tensor.detach()
 
     def _release(self, name: str) -> None:
