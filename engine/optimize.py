@@ -69,9 +69,9 @@ def optimize(
             `WeightsReleased`.
 
             "kept" leaves it in memory, and gives packed weights as much more of it as makes them
-            faster: up to a seventh of the time in float32, next to nothing in bfloat16. With the
-            other two the process peaks no higher than where the model itself runs (measured in
-            bench/NOTES.md).
+            faster: that saves up to a seventh of the time in float32, next to nothing in bfloat16.
+            With the other two the process peaks no higher than where the model itself runs
+            (measured in bench/NOTES.md).
 
     Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
     is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.

@@ -296,12 +296,17 @@ def test_a_child_process_writes_to_weights_of_its_own() -> None:
     before = weights(model)[0].clone()
     child = os.fork()
     if child == 0:
-        weights(model)[0].detach().numpy()[:] = 1.0
-        os._exit(0)
-    os.waitpid(child, 0)
+        try:
+            weights(model)[0].detach().numpy()[:] = 1.0
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "it has written"
     assert torch.equal(weights(model)[0], before)
 
 
+@linux
 def test_another_sampler_of_the_model_goes_on() -> None:
     digits = sf.load("digits")
     settings: dict[str, Any] = {"steps": 2, "graph": "step"}
