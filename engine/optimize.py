@@ -24,7 +24,7 @@ from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.released import Released, WeightsReleased
-from stepfuse.engine.passes.weights import Holding
+from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
 
@@ -197,8 +197,11 @@ class Optimized(nn.Module):
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
-            for network in self._networks.values():
-                network.refresh()
+            for key, network in list(self._networks.items()):
+                try:
+                    network.refresh()
+                except WeightGone:
+                    del self._networks[key]
 
     def check_weights(self) -> None:
         """Raise `WeightsChanged` where a weight is not what the compiled networks hold."""

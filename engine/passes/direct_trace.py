@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ Recorded = tuple[GraphModule, list[Node], pytree.TreeSpec, frozenset[str]]
 
 
 class ChangesItself(RuntimeError):
-    """The forward writes to its module at every call, which a graph would not do."""
+    """The forward writes to its module at every call, which a graph would not do; ``paths``, as in
+    `PythonState`, name what it writes.
+    """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(f"forward changes {path!r} at every call")
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = frozenset(paths)
+        super().__init__(f"forward changes {min(self.paths)!r} at every call")
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
@@ -80,7 +83,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     flat, out_spec = results
     written = frozenset(state.changes())
     if written:
-        _check_again(model, lambda: forward(*fakes), mode, min(written))
+        _check_again(model, lambda: forward(*fakes), mode, written)
     nodes = list(gm.graph.nodes)
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in flat):
         return None
@@ -93,17 +96,18 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
 
 
 def _check_again(
-    model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode, path: str
+    model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode, written: frozenset[str]
 ) -> None:
-    """Raise `ChangesItself` where a second call writes to the module, as the first did at path."""
+    """Raise `ChangesItself` where a second call writes to the module, as the first has done."""
     state = PythonState({"model": model}, training=False)
     try:
         with mode:
             call()
     except Exception:
-        raise ChangesItself(path) from None
-    for changed in state.changes():
-        raise ChangesItself(changed)
+        raise ChangesItself(written) from None
+    again = frozenset(state.changes())
+    if again:
+        raise ChangesItself(written | again)
 
 
 def _is_functional(node: Node) -> bool:

@@ -67,18 +67,24 @@ class PythonState:
         self._takes: list[tuple[Callable[[Any], Any], Any]] = []
         self._same: list[tuple[str, Any, Any, Any]] = []  # path, mapping, name, object
         self._sized: list[tuple[str, Any]] = []
+        self._attributes: list[tuple[str, dict[str, Any], int, frozenset[str]]] = []
         self._lists: list[tuple[str, Any]] = []
         self._tensors: list[tuple[str, Callable[[], Any], Any]] = []
         self._arrays: list[tuple[str, Any, bytes]] = []
         self._cells: list[tuple[str, types.CellType, Any]] = []
+        self._collections: list[tuple[dict[Any, Any], frozenset[Any]]] = []  # dicts of a file
         self._caches: list[tuple[Any, int]] = []  # functools.cache and how much it held
         self._named = {"forward", "__call__"}  # what code that may run reads by name
         self._classes: dict[type, set[str]] = {}  # and which names of each were looked at
         for name, root in roots.items():
             self._visit(root, name)
         self._visit_classes()
-        self._sizes = [len(held) for _, held in self._sized]
-        self._sized_only = [held for _, held in self._sized]
+        # where names are ignored they may come and go; all others are counted at once
+        owners = {path.rpartition(".")[0] for path in ignored}
+        self._unsteady = [place for place in self._attributes if place[0] in owners]
+        steady = [place[1] for place in self._attributes if place[0] not in owners]
+        self._sized_only = [held for _, held in self._sized] + steady
+        self._sizes = [*map(len, self._sized_only)]
         self._copies = [_listed(held) for _, held in self._lists]
         self._listed_only = [held for _, held in self._lists]
 
@@ -88,6 +94,7 @@ class PythonState:
             return (
                 [take(held) for take, held in self._takes] == self._values
                 and [*map(len, self._sized_only)] == self._sizes
+                and all(self._count(held, path) == n for path, held, n, _ in self._unsteady)
                 and [*map(_listed, self._listed_only)] == self._copies
                 and all(held[name] is value for _, held, name, value in self._same)
                 and all(_content(cell) is value for _, cell, value in self._cells)
@@ -104,9 +111,12 @@ class PythonState:
             for name, old in zip(names, olds, strict=True):
                 if not _equal(held.get(name, _MISSING), old):
                     yield f"{path}.{name}"
-        for (path, held), size in zip(self._sized, self._sizes, strict=True):
+        for (path, held), size in zip(self._sized, self._sizes, strict=False):
             if len(held) != size:
                 yield path
+        for path, held, _, names in self._attributes:
+            new = [f"{path}.{name}" for name in held if name not in names]
+            yield from (place for place in new if place not in self._ignored)
         for (path, held), copied in zip(self._lists, self._copies, strict=True):
             if not _equal(_listed(held), copied):
                 yield path
@@ -121,6 +131,16 @@ class PythonState:
         yield from (path for path, look, before in self._tensors if look() != before)
         yield from (path for path, array, content in self._arrays if _bytes(array) != content)
 
+    def settings(self) -> dict[str, Any]:
+        """Every number, flag and name by its path; nothing says which object they stand in."""
+        found = {}
+        for (path, _, names), values in zip(self._places, self._values, strict=True):
+            pairs = zip(names, values if len(names) > 1 else (values,), strict=True)
+            found.update({f"{path}.{name}": v for name, v in pairs if isinstance(v, _NUMBERS)})
+        for (path, _), copied in zip(self._lists, self._copies, strict=True):
+            found[path] = [v for v in copied if isinstance(v, _NUMBERS)], len(copied)
+        return found
+
     def forget_fakes(self) -> None:
         """Put back what was there where a tensor without data is now, and empty grown caches.
 
@@ -133,15 +153,14 @@ class PythonState:
                 _put_back(held, name, old)
         for _, held, name, value in self._same:
             _put_back(held, name, value)
-        for path, held in self._sized:
-            if isinstance(held, dict):
-                for name in [n for n, v in dict(held).items() if holds_fake(v)]:
-                    if not any(name in names for p, _, names in self._places if p == path):
-                        del held[name]
         for (_, held), copied in zip(self._lists, self._copies, strict=True):
             if isinstance(held, (list, deque)) and holds_fake(list(held)):
                 held.clear()
                 held.extend(copied)
+        grown = [(held, names) for _, held, _, names in self._attributes]
+        for collected, keys in grown + self._collections:
+            for key in [k for k, v in dict(collected).items() if k not in keys and holds_fake(v)]:
+                del collected[key]
         for _, cell, value in self._cells:
             if holds_fake(_content(cell)):
                 cell.cell_contents = value
@@ -165,6 +184,7 @@ class PythonState:
             self._arrays.append((path, obj, _bytes(obj)))
         elif isinstance(obj, dict):
             self._sized.append((path, obj))
+            self._collections.append((obj, frozenset(obj)))
             self._visit_mapping(obj, path)
         elif isinstance(obj, (list, deque, set)):
             self._lists.append((path, obj))
@@ -184,6 +204,7 @@ class PythonState:
         elif type(obj) is weakref.ref:
             self._visit(obj(), path)
         elif hasattr(obj, "__dict__") and _is_a_users(obj):
+            self._count_attributes(vars(obj), path)
             self._visit_mapping(vars(obj), path)
             self._meet(type(obj))
 
@@ -202,13 +223,28 @@ class PythonState:
         children = held.get("_modules", {})
         self._sized.append((path, children))
         self._watch(children, path, tuple(children))
-        names = [n for n in held if n not in _MACHINERY or (n == "training" and self._training)]
+        made = {  # by torch.nn.utils, anew at every call
+            hook.name
+            for hook in held.get("_forward_pre_hooks", {}).values()
+            if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
+        }
+        names = [n for n in held if n not in _MACHINERY and n not in made]
+        names += ["training"] if self._training else []
+        self._count_attributes(held, path)
         self._visit_mapping(held, path, names)
         for table in (held.get("_forward_hooks", {}), held.get("_forward_pre_hooks", {})):
             self._visit_all(table.values(), f"{path} (hook)")
         for name, child in children.items():
             self._visit(child, f"{path}.{name}")
         self._meet(type(module))
+
+    def _count_attributes(self, held: dict[str, Any], path: str) -> None:
+        self._attributes.append((path, held, self._count(held, path), frozenset(held)))
+
+    def _count(self, held: dict[str, Any], path: str) -> int:
+        if not self._ignored:
+            return len(held)
+        return sum(f"{path}.{name}" not in self._ignored for name in held)
 
     def _visit_mapping(self, held: Any, path: str, names: Any = None) -> None:
         named = [n for n in (held if names is None else names) if f"{path}.{n}" not in self._ignored]
@@ -285,6 +321,7 @@ class PythonState:
                 # what a cache collects is no setting
                 numbers = tuple(k for k, v in dict(value).items() if isinstance(v, _NUMBERS))
                 self._watch(value, f"{where}.{name}", numbers)
+                self._collections.append((value, frozenset(value)))
 
 
 def holds_fake(value: Any) -> bool:

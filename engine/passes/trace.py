@@ -34,12 +34,14 @@ class CannotTrace(RuntimeError):
     """The module has no graph; the message says why.
 
     ``alone`` is True where only the module itself does what its forward does: nothing may run in
-    its place.
+    its place. ``written`` are the paths, as in `PythonState`, of what it writes then.
     """
 
-    def __init__(self, reason: str, alone: bool = False) -> None:
+    def __init__(
+        self, reason: str, alone: bool = False, written: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__(reason)
-        self.alone = alone
+        self.alone, self.written = alone, written
 
 
 @dataclass
@@ -72,7 +74,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         except (CannotMirror, RecursionError) as error:
             raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
         except ChangesItself as error:
-            raise CannotTrace(str(error), alone=True) from error
+            raise CannotTrace(str(error), True, error.paths) from error
         finally:
             reachable.forget_fakes()
 
@@ -83,7 +85,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         gm, inputs, out_spec, written = recorded
         return Traced(gm, inputs, {}, out_spec, _time(inputs, args), written)
     twin = evaluating(mirrored(model))
-    before = PythonState({"model": twin}, training=False)
+    before = PythonState({"model": twin}, training=False).settings()
     try:
         program = torch.export.export(twin, args, kwargs, strict=False)
         if any(_mutates(node) for node in program.graph.nodes):
@@ -92,8 +94,11 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
-    for path in before.changes():
-        raise ChangesItself(path)
+    # torch.export puts equal containers in the place of those that were there
+    after = PythonState({"model": twin}, training=False).settings()
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    if changed:
+        raise ChangesItself(changed)
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
             raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
