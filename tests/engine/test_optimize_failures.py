@@ -127,7 +127,7 @@ def motion() -> tuple[nn.Module, tuple[Any, ...]]:
         up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
     )
     frames = torch.randn(2, 4, 3, 8, 8)
-    return unet, (frames, torch.tensor([1, 2]), {"encoder_hidden_states": torch.randn(2, 3, 8)})
+    return unet, (frames, torch.tensor([1, 2]), {"encoder_hidden_states": torch.randn(6, 3, 8)})
 
 
 def skipping() -> tuple[nn.Module, tuple[Any, ...]]:
