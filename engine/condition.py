@@ -230,9 +230,10 @@ def _check_batched(replaced: Any, like: Any, place: Place) -> None:
         for child, old, key in zip(children, like_children, keys, strict=True):
             _check_batched(child, old, place.of(key))
     elif isinstance(replaced, Tensor) != isinstance(like, Tensor):
+        lacks = place if isinstance(like, Tensor) else Place("condition", place.path)
         raise ValueError(
-            f"batched guidance needs a tensor for {place}, and one in the condition; "
-            f"got {_described(replaced)} and {_described(like)}"
+            f"batched guidance needs a tensor for {lacks}; got "
+            f"{_described(replaced if lacks is place else like)}, where the other half has a tensor"
         )
     elif not isinstance(like, Tensor) and setting_key(replaced, "") != setting_key(like, ""):
         raise ValueError(
