@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.condition import Staged
+from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.engine.optimize import Optimized
@@ -18,6 +19,7 @@ from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
 from stepfuse.engine.request import Part, Request
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.step import Step
 from stepfuse.engine.table import (
     Inversion,
     Method,
@@ -34,20 +36,7 @@ from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a sampler stands: x after step ``index``, which started at timestep ``t``.
-
-    x and x0, the image predicted on the way, are copies: [N, C, ...].
-    """
-
-    index: int
-    t: int
-    x: Tensor
-    x0: Tensor
-
-
-class Sampler:
+class Sampler(Copyable):
     """Samples from a denoising model by DDPM, DDIM and their family.
 
         x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
@@ -82,7 +71,11 @@ class Sampler:
 
     Raises ValueError, TypeError or `BackendUnavailable` here, not while sampling, for settings that
     do not fit together.
+
+    A copy or pickle has the settings and the model and no buffers yet; it samples the same images.
     """
+
+    OWN = ("_programs", "_lock")
 
     def __init__(
         self,
@@ -126,9 +119,13 @@ class Sampler:
         self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self._programs = Programs(self._build, self.denoiser, graph, max_programs)
-        self._lock = Turn()
+        self.max_programs = max_programs
+        self._renew()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
+
+    def _renew(self) -> None:
+        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
+        self._lock = Turn()
 
     def set_timesteps(
         self,
@@ -229,7 +226,7 @@ class Sampler:
             (part,) = request.parts(None)
             runner = self._load(part, self.plan)
             for i in self._steps(runner, part, self.plan):
-                yield _snapshot(i, self.plan, runner.program)
+                yield Step.of(i, self.plan, runner.program)
 
     @torch.no_grad()
     def encode(
@@ -329,7 +326,7 @@ class Sampler:
                     for i in self._steps(runner, part, plan):
                         bar.update()
                         if callback is not None:
-                            callback(_snapshot(i, plan, runner.program))
+                            callback(Step.of(i, plan, runner.program))
                 result[part.start : part.stop].copy_(runner.program.x)
         return result
 
@@ -388,7 +385,3 @@ def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) ->
     dtype = optimize if isinstance(optimize, torch.dtype) else None
     # guidance may need two shapes for each of the sampler's
     return Optimized(model, dtype, (), 2 * max_programs)
-
-
-def _snapshot(index: int, plan: Plan, program: Program) -> Step:
-    return Step(index, plan.timesteps[index], program.x.clone(), program.x0.clone())
