@@ -10,6 +10,7 @@ import torch
 
 from stepfuse.engine.capture import Captured, CaptureRefused, CudaGraph, Recording, check_replay
 from stepfuse.engine.denoiser import Denoiser
+from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
 
@@ -25,7 +26,20 @@ class Runner:
         self.captured: dict[tuple[bool, int], Captured] = {}
         self.refused = "" if graph is not None else "not asked for (graph=None)"
         self._weights = program.denoiser.fingerprint()
+        self._state = self._look()
         self._pool: Any = None
+
+    def _look(self) -> PythonState:
+        """What the step decides from, beside tensors; tensors are read anew at every replay."""
+        roots = {"model": self.program.denoiser.model, "guidance": self.program.guidance}
+        return PythonState(roots, contents=False)
+
+    def check_state(self) -> None:
+        """Forget what was captured where the Python state that the step read is another now."""
+        if self.captured and not self._state.holds():
+            self.captured.clear()
+            self._state = self._look()
+            self._weights = self.program.denoiser.fingerprint()
 
     def check_weights(self) -> None:
         """RuntimeError where a weight is no longer the tensor that was captured."""
@@ -118,6 +132,7 @@ class Programs:
         while len(self._runners) > self._limit:
             del self._runners[next(iter(self._runners))]
             self._counts["evictions"] += 1
+        runner.check_state()
         runner.check_weights()
         return runner
 

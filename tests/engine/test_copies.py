@@ -16,6 +16,7 @@ from tests.engine.analytic import Bumpy
 from torch import Tensor, nn
 
 import stepfuse as sf
+from stepfuse.engine.program import Program
 from stepfuse.engine.unet import UNet, UNetConfig
 
 SHAPE = (2, 1, 8, 8)
@@ -327,6 +328,22 @@ def test_a_fresh_sampler_in_eight_threads(settings: dict[str, Any], graph: str |
 
         at_once(8, work)
         assert all(torch.equal(images[i], expected[i]) for i in range(8))
+
+
+def test_counts_can_be_read_while_another_thread_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = build()
+    for size in (8, 10):
+        sampler.sample((1, 1, size, size))
+    nbytes = Program.nbytes
+
+    def slowly(program: Program) -> int:
+        at_once(1, lambda _: sampler.sample((1, 1, 12, 12)))  # while the buffers are being counted
+        return nbytes(program)
+
+    monkeypatch.setattr(Program, "nbytes", slowly)
+    assert sampler.stats()["programs"] == 2
+    monkeypatch.undo()
+    assert sampler.stats()["programs"] == 3
 
 
 def test_copies_in_threads_of_their_own() -> None:
