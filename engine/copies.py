@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ class Copyable:
         for name, value in self.__getstate__().items():
             with self._refusing("pickle", name, value):
                 _Trial().dump(value)
-        return _unpickled, (type(self),), self.__getstate__()
+        return super().__reduce_ex__(max(protocol, 2))
 
     def _with(self, state: dict[str, Any]) -> Any:
         made = type(self).__new__(type(self))
@@ -83,10 +83,6 @@ class _Trial(pickle.Pickler):
     def persistent_id(self, value: Any) -> str | None:
         """Tensors pickle, and may be large; a part that knows the whole would begin again."""
         return "left out" if isinstance(value, (Tensor, Copyable)) else None
-
-
-def _unpickled(kind: Callable[..., Any]) -> Any:
-    return kind.__new__(kind)  # type: ignore[call-overload]
 
 
 def _described(value: Any) -> str:

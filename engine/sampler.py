@@ -219,14 +219,15 @@ class Sampler(Copyable):
         step until the iterator is finished or closed the sampler does nothing else: other threads
         wait, and a call in the same thread raises RuntimeError.
         """
-        return self._walk(self._request(shape, seed, first_index, condition, x_T, noise, **start))
+        request = self._request(shape, seed, first_index, condition, x_T, noise, **start)
+        return self._walk(request, self.plan)
 
-    def _walk(self, request: Request) -> Iterator[Step]:
+    def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
         with self._lock:
             (part,) = request.parts(None)
-            runner = self._load(part, self.plan)
-            for i in self._steps(runner, part, self.plan):
-                yield Step.of(i, self.plan, runner.program)
+            runner = self._load(part, plan)
+            for i in self._steps(runner, part, plan):
+                yield Step.of(i, plan, runner.program)
 
     @torch.no_grad()
     def encode(
