@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepfuse.engine.condition import Staged
+from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.engine.optimize import Optimized
@@ -17,6 +19,7 @@ from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
 from stepfuse.engine.request import Part, Request
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.step import Step
 from stepfuse.engine.table import (
     Inversion,
     Method,
@@ -33,20 +36,7 @@ from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a sampler stands: x after step ``index``, which started at timestep ``t``.
-
-    x and x0, the image predicted on the way, are copies: [N, C, ...].
-    """
-
-    index: int
-    t: int
-    x: Tensor
-    x0: Tensor
-
-
-class Sampler:
+class Sampler(Copyable):
     """Samples from a denoising model by DDPM, DDIM and their family.
 
         x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
@@ -81,7 +71,11 @@ class Sampler:
 
     Raises ValueError, TypeError or `BackendUnavailable` here, not while sampling, for settings that
     do not fit together.
+
+    A copy or pickle has the settings and the model and no buffers yet; it samples the same images.
     """
+
+    OWN = ("_programs", "_lock")
 
     def __init__(
         self,
@@ -125,9 +119,13 @@ class Sampler:
         self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self._programs = Programs(self._build, self.denoiser, graph, max_programs)
-        self._lock = Turn()
+        self.max_programs = max_programs
+        self._renew()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
+
+    def _renew(self) -> None:
+        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
+        self._lock = Turn()
 
     def set_timesteps(
         self,
@@ -183,7 +181,11 @@ class Sampler:
             seed: 64 bit, one int or int64 [N].
             first_index: number of the first sample, or int64 [N].
             batch_size: most samples at a time; None for all at once.
-            condition: keyword arguments of the model; tensors have one entry per sample.
+            condition: keyword arguments of the model: tensors, NumPy arrays (which become tensors)
+                and settings, nested in dicts, lists, tuples and what else `torch.utils._pytree`
+                knows. Tensors have one entry per sample, wherever they are. A list of numbers as
+                the value of an argument, ``{"labels": [3, 7]}``, is such a tensor, too; a tuple of
+                numbers is a setting, as is anything but tensors: the same for every sample.
             x_T: where to start, [N, C, ...]; drawn from ``seed`` otherwise.
             noise: [S, N, C, ...] to use instead of drawing from ``seed`` (row i in step i).
             progress: show a progress bar.
@@ -217,14 +219,15 @@ class Sampler:
         step until the iterator is finished or closed the sampler does nothing else: other threads
         wait, and a call in the same thread raises RuntimeError.
         """
-        return self._walk(self._request(shape, seed, first_index, condition, x_T, noise, **start))
+        request = self._request(shape, seed, first_index, condition, x_T, noise, **start)
+        return self._walk(request, self.plan)
 
-    def _walk(self, request: Request) -> Iterator[Step]:
+    def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
         with self._lock:
             (part,) = request.parts(None)
-            runner = self._load(part, self.plan)
-            for i in self._steps(runner, part, self.plan):
-                yield _snapshot(i, self.plan, runner.program)
+            runner = self._load(part, plan)
+            for i in self._steps(runner, part, plan):
+                yield Step.of(i, plan, runner.program)
 
     @torch.no_grad()
     def encode(
@@ -243,7 +246,7 @@ class Sampler:
         """
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
         table = inversion_table(self.schedule, self.timesteps, update, convention)
-        request = self._request(x0.shape, condition=condition, x_T=x0)
+        request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     @torch.no_grad()
@@ -253,7 +256,7 @@ class Sampler:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
         table = step_table(self.schedule, self.timesteps, update)
-        request = self._request(z.shape, condition=condition, x_T=z)
+        request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     @property
@@ -324,7 +327,7 @@ class Sampler:
                     for i in self._steps(runner, part, plan):
                         bar.update()
                         if callback is not None:
-                            callback(_snapshot(i, plan, runner.program))
+                            callback(Step.of(i, plan, runner.program))
                 result[part.start : part.stop].copy_(runner.program.x)
         return result
 
@@ -350,7 +353,7 @@ class Sampler:
             self.denoiser,
             self.guidance,
             layout,
-            part.condition,
+            Staged(part.condition, part.replacement),
             # warming up a CUDA graph runs a few rows past the end
             capacity=self.schedule.num_train_timesteps + 4,
             learned_variance=self.update.uses_learned_variance,
@@ -359,16 +362,21 @@ class Sampler:
         )
 
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
-        return Request(
+        guidance = named.pop("guidance", self.guidance)
+        request = Request(
             self.timesteps,
             self.schedule.alphas_cumprod,
             self.device,
             self.dtype,
             self.backend,
+            guidance,
             shape,
             *arguments,
             **named,
         )
+        for condition in (request.condition, request.replacement or {}):
+            self.denoiser.check_labels(condition)
+        return request
 
 
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
@@ -379,7 +387,3 @@ def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) ->
     dtype = optimize if isinstance(optimize, torch.dtype) else None
     # guidance may need two shapes for each of the sampler's
     return Optimized(model, dtype, (), 2 * max_programs)
-
-
-def _snapshot(index: int, plan: Plan, program: Program) -> Step:
-    return Step(index, plan.timesteps[index], program.x.clone(), program.x0.clone())

@@ -69,7 +69,7 @@ class OnnxDenoiser(Described, nn.Module):
     ONNX Runtime reads the tensors where PyTorch has them and writes into a tensor of PyTorch: no
     copies, unless a tensor has gaps or another dtype. The call is one PyTorch operator, so that a
     sampler records and replays it like any other. On CUDA it has never been run; a CUDA graph
-    cannot hold it, since it waits for the GPU.
+    cannot hold it, since it waits for the GPU. Copies and pickles name the file and open it again.
 
     Args:
         path: of a file written by `stepfuse.export.onnx`, or of another with inputs (x, t, ...).
@@ -94,7 +94,8 @@ class OnnxDenoiser(Described, nn.Module):
     ) -> None:
         super().__init__()
         runtime = library("onnxruntime", "an OnnxDenoiser")
-        self.path, self._arguments = Path(path), (path, providers, threads)
+        self.path = Path(path)
+        self._arguments = (self.path.absolute(), providers, threads)
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1; got {threads}")
         chosen = check_providers(runtime, providers)
