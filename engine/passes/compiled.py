@@ -1,9 +1,9 @@
 """From a model and its arguments to something that runs, whatever fails on the way.
 
-    trace ──► every pass ──► run once           a pass that raises, or whose work does not run,
-      │           │             │               is left out and named; the others stay
-      │           └──◄── again ─┘
-      └──► no graph ──► its modules with fused norms ──► the model itself
+trace ──► every pass ──► run once           a pass that raises, or whose work does not run,
+  │           │             │               is left out and named; the others stay
+  │           └──◄── again ─┘
+  └──► no graph ──► its modules with fused norms ──► the model itself
 """
 
 from __future__ import annotations

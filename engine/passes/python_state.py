@@ -9,7 +9,7 @@ were made: the scale of an adapter, which one is active, a padding mode, a metho
     code                                      closures, defaults, and the globals, class attributes
                                               and methods that the forward's code names, all the way
 
-Objects of the standard library, torch and NumPy are compared by identity. Values are compared by ==.
+Objects of the standard library, torch and NumPy are compared by identity, values by ==.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.passes.code import functions, named_in
 from stepfuse.engine.passes.weights import probe
 
 _CONTAINERS = (dict, list, deque, set)
@@ -114,8 +115,8 @@ class PythonState:
         for (path, held), size in zip(self._sized, self._sizes, strict=False):
             if len(held) != size:
                 yield path
-        for path, held, _, names in self._attributes:
-            new = [f"{path}.{name}" for name in held if name not in names]
+        for path, held, _, known in self._attributes:
+            new = [f"{path}.{name}" for name in held if name not in known]
             yield from (place for place in new if place not in self._ignored)
         for (path, held), copied in zip(self._lists, self._copies, strict=True):
             if not _equal(_listed(held), copied):
@@ -130,16 +131,6 @@ class PythonState:
         yield from (path for path, cell, value in self._cells if _content(cell) is not value)
         yield from (path for path, look, before in self._tensors if look() != before)
         yield from (path for path, array, content in self._arrays if _bytes(array) != content)
-
-    def settings(self) -> dict[str, Any]:
-        """Every number, flag and name by its path; nothing says which object they stand in."""
-        found = {}
-        for (path, _, names), values in zip(self._places, self._values, strict=True):
-            pairs = zip(names, values if len(names) > 1 else (values,), strict=True)
-            found.update({f"{path}.{name}": v for name, v in pairs if isinstance(v, _NUMBERS)})
-        for (path, _), copied in zip(self._lists, self._copies, strict=True):
-            found[path] = [v for v in copied if isinstance(v, _NUMBERS)], len(copied)
-        return found
 
     def forget_fakes(self) -> None:
         """Put back what was there where a tensor without data is now, and empty grown caches.
@@ -247,7 +238,9 @@ class PythonState:
         return sum(f"{path}.{name}" not in self._ignored for name in held)
 
     def _visit_mapping(self, held: Any, path: str, names: Any = None) -> None:
-        named = [n for n in (held if names is None else names) if f"{path}.{n}" not in self._ignored]
+        named = [
+            n for n in (held if names is None else names) if f"{path}.{n}" not in self._ignored
+        ]
         valued = []
         for name in named:
             value = held[name]
@@ -286,14 +279,14 @@ class PythonState:
                 if _root(cls) not in _LIBRARIES:
                     self._watch(own, cls.__qualname__, tuple(n for n in names if _compares(own[n])))
                 for name in names:
-                    for function in _functions(own[name]):
-                        self._named.update(_names(function.__code__))
+                    for function in functions(own[name]):
+                        self._named.update(named_in(function.__code__))
                         self._visit(function, f"{cls.__qualname__}.{name}")
 
     def _visit_function(self, function: types.FunctionType, path: str) -> None:
         if _root(function) in _LIBRARIES:
             return
-        self._named.update(_names(function.__code__))
+        self._named.update(named_in(function.__code__))
         cells = function.__closure__ or ()
         for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
             if name != "__class__" and f"{path}.{name}" not in self._ignored:
@@ -306,7 +299,7 @@ class PythonState:
 
     def _visit_globals(self, held: dict[str, Any], where: str, code: types.CodeType) -> None:
         """Plain values, functions, tensors and modules that the code names."""
-        names = [n for n in dict.fromkeys(_names(code)) if n in held]
+        names = [n for n in dict.fromkeys(named_in(code)) if n in held]
         self._watch(
             held, where, tuple(n for n in names if isinstance(held[n], (*_NUMBERS, *_CALLED)))
         )
@@ -388,26 +381,6 @@ def _bytes(array: Any) -> bytes:
 
 def _root(obj: Any) -> str:
     return str(getattr(obj, "__module__", "")).partition(".")[0]
-
-
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The code of a class attribute: a method of any kind, or a property."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    if isinstance(value, property):
-        yield from (f for f in (value.fget,) if isinstance(f, types.FunctionType))
-    elif isinstance(value, types.FunctionType):
-        yield value
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Every name in it, also in functions inside and as a string, for getattr."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
 
 
 _CALLED = (types.FunctionType, functools._lru_cache_wrapper)

@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
-from stepfuse.engine.passes.direct_trace import ChangesItself, record
+from stepfuse.engine.passes.direct_trace import ChangesItself, record, written_by
 from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
@@ -84,8 +84,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if recorded is not None:
         gm, inputs, out_spec, written = recorded
         return Traced(gm, inputs, {}, out_spec, _time(inputs, args), written)
+    written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
-    before = PythonState({"model": twin}, training=False).settings()
     try:
         program = torch.export.export(twin, args, kwargs, strict=False)
         if any(_mutates(node) for node in program.graph.nodes):
@@ -94,15 +94,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
-    # torch.export puts equal containers in the place of those that were there
-    after = PythonState({"model": twin}, training=False).settings()
-    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    if changed:
-        raise ChangesItself(changed)
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
             raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
-    return _with_named_weights(program, args)
+    return _with_named_weights(program, args, written)
 
 
 def evaluating(model: nn.Module) -> nn.Module:
@@ -141,7 +136,9 @@ def _mutates(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Traced:
+def _with_named_weights(
+    program: ExportedProgram, args: tuple[Any, ...], written: frozenset[str]
+) -> Traced:
     gm = program.graph_module
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     inputs: list[Node] = []
@@ -164,7 +161,7 @@ def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Trac
             raise CannotTrace(f"the graph reads {spec.target!r}, which is not a tensor")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Traced(gm, inputs, constants, out_spec, _time(inputs, args))
+    return Traced(gm, inputs, constants, out_spec, _time(inputs, args), written)
 
 
 def _time(inputs: list[Node], args: tuple[Any, ...]) -> Node | None:

@@ -1,4 +1,4 @@
-"""LoRA on an accelerated U-Net, with real peft: whatever is switched, the images are the original's.
+"""LoRA on an accelerated U-Net, with real peft: whatever is switched, images are the original's.
 
 peft keeps scales, active adapters and flags of what is merged as plain Python state of its layers.
 """
@@ -79,7 +79,7 @@ def test_a_switch_is_followed(name: str) -> None:
     after = unet(*given).sample
     sf.restore(unet)
     assert distance(after, unet(*given).sample) < REORDERED
-    if "fused" != name:  # which changes where the adapter is, not what it does
+    if name != "fused":  # which changes where the adapter is, not what it does
         assert distance(after, before) > FAR
 
 
