@@ -134,7 +134,7 @@ class Program:
         if isinstance(guidance, CFG):
             output, uncond = self._guided_outputs(guidance)
         else:
-            output, uncond = self.denoiser(self.x, self.t, self.condition), None
+            output, uncond = self._apart(self.denoiser(self.x, self.t, self.condition)), None
         gradient = None
         if isinstance(guidance, ClassifierGuidance):
             gradient = guidance.gradient(self.x, self.t, self.condition) * guidance.scale
@@ -183,14 +183,20 @@ class Program:
             halves = self.denoiser(torch.cat([self.x, self.x]), torch.cat([self.t, self.t]), both)
             uncond, cond = halves.chunk(2)
         else:
-            cond = self.denoiser(self.x, self.t, self.condition)
-            uncond = self.denoiser(self.x, self.t, self.unconditional)
+            cond = self._apart(self.denoiser(self.x, self.t, self.condition))
+            uncond = self._apart(self.denoiser(self.x, self.t, self.unconditional))
         if not guidance.rescale:
             return cond, uncond
         channels = self.x.shape[1]
         scale = self._row()[Column.GUIDANCE].to(cond.dtype)
         mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
         return torch.cat([mixed, cond[:, channels:]], dim=1), None
+
+    def _apart(self, output: Tensor) -> Tensor:
+        """A model's output, copied where it is another view of x, over which the update writes."""
+        if not torch._C._is_alias_of(output, self.x) or output.stride() == self.x.stride():
+            return output
+        return output.clone()
 
     def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
         """eps - sqrt(1-abar) g, said in the model's own terms.
