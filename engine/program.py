@@ -194,9 +194,8 @@ class Program:
 
     def _apart(self, output: Tensor) -> Tensor:
         """A model's output, copied where it is another view of x, over which the update writes."""
-        if not torch._C._is_alias_of(output, self.x) or output.stride() == self.x.stride():
-            return output
-        return output.clone()
+        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        return output.clone() if one_memory and output.stride() != self.x.stride() else output
 
     def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
         """eps - sqrt(1-abar) g, said in the model's own terms.

@@ -41,11 +41,12 @@ def as_number(name: str, value: Any, finite: bool = True) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be an int or a float; got {received(value)}")
-    if abs(value) <= LARGEST:
-        return float(value)
+    number: Any = value
+    if abs(number) <= LARGEST:
+        return float(number)
     if finite:
         raise ValueError(f"{name} must be finite, and at most {LARGEST:.3g}; got {value}")
-    return math.nan if value != value else math.copysign(math.inf, value)
+    return math.nan if number != number else math.copysign(math.inf, number)
 
 
 def check_real(name: str, x: Any) -> None:
