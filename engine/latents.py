@@ -8,6 +8,7 @@ from torch import Tensor
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.sampler import Sampler
 from stepfuse.kernels import philox
+from stepfuse.kernels.checks import as_integer, as_number, check_float
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
@@ -16,12 +17,17 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
         sin((1-w) theta)/sin(theta) a + sin(w theta)/sin(theta) b,   theta = acos(<a,b> / |a||b|)
 
     taken over the whole tensor. ``weight`` 0 gives a, 1 gives b. Where a and b are (anti)parallel,
-    or one of them is 0, the limit for theta -> 0 is taken, which is the straight line.
+    or one of them is 0, the limit for theta -> 0 is taken, which is the straight line. ``weight``
+    may be a tensor of one number, which is not read on the host.
+
+    Raises ValueError or TypeError for different shapes, or numbers that are not real and finite.
     """
+    check_float("a", a)
+    check_float("b", b)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     u, v = a.double().flatten(), b.double().flatten()
-    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
+    w = _weight(weight, a.device)
     norms = u.norm() * v.norm()
     cosine = torch.where(norms > 0, (u @ v) / norms.clamp_min(1e-300), torch.ones_like(norms))
     theta = torch.acos(cosine.clamp(-1, 1))
@@ -31,6 +37,16 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     from_a = torch.where(straight, 1 - w, torch.sin((1 - w) * theta) / safe)
     from_b = torch.where(straight, w, torch.sin(w * theta) / safe)
     return (from_a * u + from_b * v).view(a.shape).to(a.dtype)
+
+
+def _weight(weight: float | Tensor, device: torch.device) -> Tensor:
+    """float64 []; a tensor is not read."""
+    if not isinstance(weight, Tensor):
+        return torch.tensor(as_number("weight", weight), dtype=torch.float64, device=device)
+    check_float("weight", weight)
+    if weight.numel() != 1:
+        raise ValueError(f"weight must be one number; got shape {tuple(weight.shape)}")
+    return weight.to(device=device, dtype=torch.float64).reshape(())
 
 
 @torch.no_grad()
@@ -53,8 +69,12 @@ def interpolate(
         seed: of the noise, which is that of samples 0 .. N-1 for xa and N .. 2N-1 for xb.
         condition: of the model, for the N results.
 
-    Raises ValueError for images of different shapes or a t below the sampler's last timestep.
+    Raises ValueError or TypeError for images of different shapes, numbers that are not real and
+    finite, or a t below the sampler's last timestep.
     """
+    check_float("xa", xa)
+    check_float("xb", xb)
+    weight, t = as_number("weight", weight), as_integer("t", t)
     if xa.shape != xb.shape:
         raise ValueError(
             f"xa and xb must have one shape; got {tuple(xa.shape)} and {tuple(xb.shape)}"

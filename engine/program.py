@@ -128,7 +128,8 @@ class Program:
         if isinstance(guidance, CFG):
             output, uncond = self._guided_outputs(guidance)
         else:
-            output, uncond = self.denoiser(self.x, self.t, self.staged.condition), None
+            output = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = None
         gradient = None
         if isinstance(guidance, ClassifierGuidance):
             condition = self.staged.condition
@@ -174,8 +175,8 @@ class Program:
             halves = self.denoiser(x, t, self.staged.both)
             uncond, cond = halves.chunk(2)
         else:
-            cond = self.denoiser(self.x, self.t, self.staged.condition)
-            uncond = self.denoiser(self.x, self.t, self.staged.unconditional)
+            cond = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = self._apart(self.denoiser(self.x, self.t, self.staged.unconditional))
         if not guidance.rescale:
             return cond, uncond
         channels = self.x.shape[1]
@@ -183,13 +184,20 @@ class Program:
         mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
         return torch.cat([mixed, cond[:, channels:]], dim=1), None
 
+    def _apart(self, output: Tensor) -> Tensor:
+        """A model's output, copied where it is another view of x, over which the update writes."""
+        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        return output.clone() if one_memory and output.stride() != self.x.stride() else output
+
     def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
         """eps - sqrt(1-abar) g, said in the model's own terms.
 
-        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o.
+        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o:
+        by nothing at abar = 1, where p_o may be 0.
         """
         row = self._row()
         by = row[Column.NOISE].square() / row[Column.SIGNAL] / row[Column.P_O]
+        by = torch.where(row[Column.NOISE] > 0, by, torch.zeros_like(by))
         shifted = output[:, : self.x.shape[1]] + (by * gradient).to(output.dtype)
         return torch.cat([shifted, output[:, self.x.shape[1] :]], dim=1)
 

@@ -13,7 +13,13 @@ from stepfuse.engine.condition import check_condition, check_replacement, split_
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.kernels import philox
-from stepfuse.kernels.checks import per_sample, sample_indices
+from stepfuse.kernels.checks import (
+    as_integer,
+    as_number,
+    check_real,
+    per_sample,
+    sample_indices,
+)
 
 
 @dataclass
@@ -92,8 +98,10 @@ class Request:
     def parts(self, batch_size: int | None) -> Iterator[Part]:
         """Batches of at most ``batch_size`` samples, in order."""
         count = self.shape[0]
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size is not None:
+            batch_size = as_integer("batch_size", batch_size, "an int or None")
+            if batch_size < 1:
+                raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         size = min(batch_size or count, count)
         for start in range(0, count, size):
             yield self._part(start, min(start + size, count))
@@ -136,9 +144,11 @@ class Request:
 
     def _first_row(self, start: int | None, strength: float) -> int:
         rows = len(self.timesteps)
+        strength = as_number("strength", strength, finite=False)
         if self.image is not None and self.x_T is not None and self.mask is None:
             raise ValueError("give image or x_T to start from, not both; with a mask both have use")
         if start is not None:
+            start = as_integer("start", start, "an int or None")
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
             if strength != 1:
@@ -158,34 +168,41 @@ class Request:
             return None
         if self.image is None:
             raise ValueError("mask needs the image that is to be kept where mask is 0")
+        check_real("mask", mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must hold 0 (keep) and 1 (generate) only")
         try:
-            spread = mask.to(device=self.device, dtype=self.dtype).expand(self.shape)
+            return mask.to(device=self.device, dtype=self.dtype).expand(self.shape)
         except RuntimeError:
             raise ValueError(
                 f"mask must be broadcastable to {self.shape}; got shape {tuple(mask.shape)}"
             ) from None
-        if not bool(((spread == 0) | (spread == 1)).all()):
-            raise ValueError("mask must hold 0 (keep) and 1 (generate) only")
-        return spread
 
     def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if value is None:
             return None
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        check_real(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} must be finite; it holds NaN or infinity")
-        return value.detach().to(device=self.device, dtype=self.dtype)
+        cast = value.detach().to(device=self.device, dtype=self.dtype)
+        if cast.dtype != value.dtype and not bool(torch.isfinite(cast).all()):
+            largest = torch.finfo(self.dtype).max
+            raise ValueError(
+                f"{name} must be at most {largest:.3g} to be finite in {self.dtype}, the sampler's "
+                f"dtype; it holds {float(value.abs().max()):.3g}"
+            )
+        return cast
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be (N, C, ...); got {shape!r}")
-    checked = tuple(int(n) for n in shape)
-    if checked != tuple(shape):
-        raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}")
+    try:
+        checked = tuple(as_integer("shape", n) for n in shape)
+    except TypeError:
+        raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}") from None
     if len(checked) < 2 or min(checked) < 1:
         raise ValueError(f"shape must be (N, C, ...) with every entry at least 1; got {checked}")
     return checked

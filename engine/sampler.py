@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from stepfuse.engine.condition import Staged
 from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.guidance import CFG, Guidance
+from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
@@ -34,6 +34,7 @@ from stepfuse.engine.table import (
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
+from stepfuse.kernels.checks import as_integer, float_names, is_float
 
 
 class Sampler(Copyable):
@@ -103,8 +104,10 @@ class Sampler(Copyable):
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, Schedule.linear() say; got {schedule!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type; got {dtype!r}")
+        if not is_float(dtype):
+            raise TypeError(f"dtype must be {float_names()}, a floating-point type; got {dtype!r}")
+        check_guidance(guidance)
+        max_programs = as_integer("max_programs", max_programs)
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -143,11 +146,12 @@ class Sampler(Copyable):
         total = self.schedule.num_train_timesteps
         update = self.update if eta is None else replace(self.update, eta=eta)
         chosen = (
-            check_timesteps(list(timesteps), total)
+            check_timesteps(timesteps, total)
             if timesteps is not None
             else spaced_timesteps(total, steps, spacing, steps_offset)
         )
-        plan = Plan.of(step_table(self.schedule, chosen, update), self.guidance)
+        table = step_table(self.schedule, chosen, update)
+        plan = Plan.of(table, self.guidance, self.mean_guidance)
         with self._lock:
             if isinstance(self.denoiser.model, Optimized):
                 self.denoiser.model.prepare(chosen)

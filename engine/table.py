@@ -15,8 +15,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stepfuse.engine.guidance import Guidance
+from stepfuse.engine.guidance import ClassifierGuidance, Guidance
 from stepfuse.engine.schedule import Schedule
+from stepfuse.kernels.checks import LARGEST, as_number
 from stepfuse.kernels.step_row import COLUMNS, Column
 
 Method = Literal["ddim", "ddpm", "ddim_hat", "ddgan"]
@@ -53,14 +54,19 @@ class Update:
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(accepted))}; got {value!r}"
                 )
+        object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
         if self.eta and self.method != "ddim":
             raise ValueError(
                 f"eta belongs to method 'ddim'; got eta={self.eta} with {self.method!r}"
             )
-        if self.clip_sample is not None and not self.clip_sample > 0:
-            raise ValueError(f"clip_sample must be positive or None; got {self.clip_sample}")
+        if self.clip_sample is not None:
+            clip = as_number("clip_sample", self.clip_sample, finite=False)
+            # a smaller one is 0 in float32, and so would every image be
+            if not torch.finfo(torch.float32).tiny <= clip <= LARGEST:
+                raise ValueError(f"clip_sample must be positive or None; got {self.clip_sample}")
+            object.__setattr__(self, "clip_sample", clip)
         if self.method == "ddgan" and self.prediction_type != "sample":
             raise ValueError(
                 f"method 'ddgan' needs prediction_type 'sample'; got {self.prediction_type!r}"
@@ -81,15 +87,29 @@ class Plan:
     guided: list[bool]
 
     @classmethod
-    def of(cls, table: Tensor, guidance: Guidance | None = None) -> Plan:
-        """The plan of a table, with the guidance's scales written into it."""
+    def of(
+        cls, table: Tensor, guidance: Guidance | None = None, mean_guidance: bool = False
+    ) -> Plan:
+        """The plan of a table, with the guidance's scales written into it.
+
+        Raises ValueError where a classifier's gradient would shift the epsilon of a step that
+        starts without signal (abar = 0), instead of the mean: x0 would move by infinity.
+        """
         timesteps = [int(t) for t in table[:, Column.TIMESTEP]]
         if guidance is None:
             return cls(table, timesteps, [False] * len(timesteps))
         table = table.clone()
         scales = [guidance.scale_at(t) for t in timesteps]
         table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype)
-        return cls(table, timesteps, [guidance.is_active(t) for t in timesteps])
+        guided = [guidance.is_active(t) for t in timesteps]
+        if isinstance(guidance, ClassifierGuidance) and not mean_guidance:
+            for t, active, signal in zip(timesteps, guided, table[:, Column.SIGNAL], strict=True):
+                if active and signal == 0:
+                    raise ValueError(
+                        f"abar is 0 at timestep {t}, where a classifier's gradient cannot shift "
+                        "epsilon; accepted: method 'ddpm' or 'ddgan', or timesteps without it"
+                    )
+        return cls(table, timesteps, guided)
 
 
 def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> Tensor:
@@ -97,7 +117,8 @@ def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> 
 
     The last row goes to x_0 (b = 1), or to b = abar_0 with ``final_alpha_one=False``.
 
-    Raises ValueError where abar_t = 0 and the model predicts epsilon.
+    Raises ValueError where abar_t = 0 and the model predicts epsilon, or is so small that a
+    coefficient is infinite in float32.
     """
     abar = schedule.alphas_cumprod
     ends = [float(abar[s]) for s in timesteps[1:]]
@@ -107,7 +128,7 @@ def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> 
         _row(schedule, t, b, update, last=i == len(timesteps) - 1, log_small=float(variances[i]))
         for i, (t, b) in enumerate(zip(timesteps, ends, strict=True))
     ]
-    return torch.tensor(rows, dtype=torch.float64)
+    return _finite(rows, update, schedule)
 
 
 def inversion_table(
@@ -143,7 +164,7 @@ def inversion_table(
         _add_epsilon(row, update, a, math.sqrt(1 - b), p_x, p_o)
         row[Column.C_0] += math.sqrt(b)
         rows.append(row)
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, COLUMNS)
+    return _finite(rows, update, schedule)
 
 
 def posterior_log_variance(
@@ -165,6 +186,20 @@ def posterior_log_variance(
     return variance.clamp_min(_SMALLEST_VARIANCE).log()
 
 
+def _finite(rows: list[list[float]], update: Update, schedule: Schedule) -> Tensor:
+    """The rows as float64 [S, 16]; ValueError where a coefficient overflows float32."""
+    for row in rows:
+        coefficients = (*row[: Column.CLIP], *row[Column.CLIP + 1 :])
+        if not all(abs(c) <= LARGEST for c in coefficients):
+            t = int(row[Column.TIMESTEP])
+            raise ValueError(
+                f"a coefficient of the step at timestep {t} is not finite in float32: abar is "
+                f"{float(schedule.alphas_cumprod[t]):.3g} there, too small for a model that "
+                f"predicts {update.prediction_type!r}"
+            )
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, COLUMNS)
+
+
 def _row(
     schedule: Schedule, t: int, b: float, update: Update, *, last: bool, log_small: float
 ) -> list[float]:
@@ -173,6 +208,11 @@ def _row(
         raise ValueError(
             f"abar is 0 at timestep {t}: prediction_type must be 'sample' or 'v_prediction' there; "
             f"got {update.prediction_type!r}"
+        )
+    if b == 0:
+        raise ValueError(
+            f"abar is 0 where the step from timestep {t} ends: final_alpha_one must be True for "
+            "this schedule"
         )
     row = _empty_row(t, a, b, update.clip_sample)
     p_x, p_o = _x0_coefficients(update.prediction_type, schedule, t, a)
@@ -260,6 +300,12 @@ def _add_epsilon(
     """
     if weight == 0:
         return
+    if a == 1 and update.prediction_type in ("sample", "mean"):
+        raise ValueError(
+            f"abar is 1 at timestep {int(row[Column.TIMESTEP])}, where {update.prediction_type!r} "
+            "says nothing of the epsilon that the step needs; prediction_type must be 'epsilon' or "
+            "'v_prediction' there"
+        )
     # at a = 1 x is x0, and says nothing of epsilon
     if update.rederive_epsilon and update.clip_sample is not None and a < 1:
         row[Column.C_X] += weight / math.sqrt(1 - a)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,25 @@ def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     if x.is_contiguous(memory_format=layout):
         return x
     return x.contiguous(memory_format=layout)
+
+
+def resolved(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors with their values in memory, which is all that kernels read.
+
+    A view such as ``z.conj().imag`` has a pending negation, and the zeros that forward-mode
+    differentiation makes have no memory at all. Every op passes its inputs through here before any
+    backend sees them.
+    """
+    for x in tensors:
+        if x is not None and (x.is_neg() or x._is_zerotensor()):
+            return tuple(None if x is None else _in_memory(x) for x in tensors)
+    return tensors
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_neg()
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
