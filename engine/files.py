@@ -76,9 +76,9 @@ def write_folder(
 
 
 def check_file(path: str | os.PathLike[str], size: int = PROBE_BYTES) -> None:
-    """Raise OSError with the reason where ``write_file`` could not write ``size`` bytes to ``path``.
+    """Raise OSError with the reason where ``write_file`` could not write to ``path``.
 
-    A file of that size is made beside it and removed.
+    A file of ``size`` bytes is made beside it and removed.
     """
     path = Path(path)
     if path.is_dir():
@@ -144,7 +144,7 @@ def _reserve(descriptor: int, size: int) -> None:
     if hasattr(os, "fstatvfs"):
         # where reserving is imitated it takes a write for every block: not for what cannot fit
         disk = os.fstatvfs(descriptor)
-        if 0 < disk.f_blocks and disk.f_bavail * disk.f_frsize < size:
+        if disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
         try:

@@ -119,7 +119,7 @@ def test_the_probe_is_of_the_size_asked_for(
 
     monkeypatch.setattr(files, "_reserve", reserve)
     for size in (files.PROBE_BYTES, 10**9):
-        with pytest.raises(OSError, match="No space left on device: .*a.bin"):
+        with pytest.raises(OSError, match=r"No space left on device: .*a\.bin"):
             files.check_file(tmp_path / "a.bin", size)
     assert sizes == [files.PROBE_BYTES, 10**9]
     assert os.listdir(tmp_path) == []
@@ -127,7 +127,7 @@ def test_the_probe_is_of_the_size_asked_for(
 
 def test_a_real_disk_that_is_too_small(tmp_path: Path) -> None:
     """More than any disk holds; nothing stays behind."""
-    with pytest.raises(OSError, match="a.bin") as caught:
+    with pytest.raises(OSError, match=r"a\.bin") as caught:
         files.check_file(tmp_path / "a.bin", 2**60)
     assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert os.listdir(tmp_path) == []
