@@ -28,7 +28,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     """
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "a symbolic link to nothing" if os.path.islink(path) else "not there"
     return _kind(mode)
 

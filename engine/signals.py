@@ -85,11 +85,19 @@ def kept() -> Iterator[Kept]:
             signal.raise_signal(number)
 
 
+class Ended:
+    """Which signal `terminating` raised last; None for none."""
+
+    number: int | None = None
+
+
 @contextlib.contextmanager
-def terminating() -> Iterator[None]:
+def terminating() -> Iterator[Ended]:
     """Inside, SIGTERM and SIGHUP raise `Terminated` where they would have killed the process."""
+    ended = Ended()
 
     def end(number: int, frame: FrameType | None) -> None:
+        ended.number = number
         raise Terminated(number)
 
     replaced = []
@@ -99,7 +107,7 @@ def terminating() -> Iterator[None]:
     try:
         for number in replaced:
             signal.signal(number, end)
-        yield
+        yield ended
     finally:
         for number in replaced:
             signal.signal(number, signal.SIG_DFL)

@@ -167,7 +167,7 @@ def sample(model: UNet, schedule: Schedule, count: int) -> tuple[Tensor, Tensor]
 def check(options: argparse.Namespace, count: int = 200) -> None:
     """Judge the averaged weights of an unfinished run."""
     run = Run(config(options), load_images(options.work / "train.npz"))
-    run.restore(load_state(options.work / "run" / "state.pt", run.config.identity()))
+    run.restore(load_state(options.work / "run" / "state.pt", run.identity()))
     x, labels = sample(run.averaged(), run.config.schedule, count)
     agreement = judge_module().load_judge().agreement(x, labels)
     picture = options.work / f"check_{run.step:06d}.png"
