@@ -1,4 +1,4 @@
-"""What the command line prints is not its result: files that were written count, whatever stdout is.
+"""What is printed is not the result: files that were written count, whatever stdout is.
 
 And what ends a command from outside leaves nothing half done.
 """
@@ -112,8 +112,10 @@ def wait_for(child: subprocess.Popen[bytes], wanted: Any) -> None:
 def test_a_signal_ends_a_training_with_its_state(number: int, status: int) -> None:
     np.savez("a.npz", images=np.zeros((2, 8, 8), np.uint8))
     child = subprocess.Popen(
-        [sys.executable, "-m", "stepfuse", "train", "a.npz", "--out", "run", "--batch-size", "1"]
-        + ["--save-every", "1", "--sample-every", "0", "--steps", "1000000"],
+        [
+            *[sys.executable, "-m", "stepfuse", "train", "a.npz", "--out", "run"],
+            *["--batch-size", "1", "--save-every", "1", "--sample-every", "0", "--steps", "99999"],
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -206,9 +208,11 @@ def test_out_of_memory_in_training_names_options_of_training(
 def test_out_of_memory_elsewhere_advises_nothing() -> None:
     line, status = describe(MemoryError("Unable to allocate 9 GiB"))
     assert (line, status) == ("out of memory: Unable to allocate 9 GiB", 1)
-    with pytest.raises(Problem, match="out of memory; a smaller hat needs less: no"):
-        with interruptible("", "a smaller hat needs less"):
-            raise MemoryError("no")
+    with (
+        pytest.raises(Problem, match="out of memory; a smaller hat needs less: no"),
+        interruptible("", "a smaller hat needs less"),
+    ):
+        raise MemoryError("no")
 
 
 def test_the_streams_are_put_back(tiny: str) -> None:
