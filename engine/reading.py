@@ -6,11 +6,13 @@ the formats end in advice to load what should not be loaded.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
+NOT_THERE = "not there"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -29,16 +31,23 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "a symbolic link to nothing" if os.path.islink(path) else "not there"
+        return "a symbolic link to nothing" if os.path.islink(path) else NOT_THERE
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "a symbolic link to itself"
     return _kind(mode)
 
 
 def check_regular(path: str | os.PathLike[str], accepted: str = "a file") -> None:
     """Raise ValueError that names ``path`` and what it is, unless it is a file.
 
-    For readers that take a path; `open_regular` is for those that take an open file.
+    FileNotFoundError where nothing is there. For readers that take a path; `open_regular` is for
+    those that take an open file.
     """
     kind = kind_of(path)
+    if kind == NOT_THERE:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
     if kind is not None:
         raise ValueError(f"{os.fspath(path)} is {kind}; accepted: {accepted}")
 
@@ -46,7 +55,7 @@ def check_regular(path: str | os.PathLike[str], accepted: str = "a file") -> Non
 def open_regular(path: str | os.PathLike[str], accepted: str = "a file") -> BinaryIO:
     """Open a file for reading, without waiting for whatever else may have that name.
 
-    Raises ValueError as `check_regular` does, OSError where the file may not be read.
+    Raises as `check_regular` does, and OSError where the file may not be read.
     """
     check_regular(path, accepted)
     # what was a file a moment ago may be a pipe by now, and must not block either

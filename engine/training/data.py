@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import check_regular, kind_of
+from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of
 from stepfuse.engine.training.archive import read_archive
 from stepfuse.engine.training.pictures import BACKGROUNDS, SUFFIXES, Background, read_picture
 
@@ -86,14 +86,19 @@ def load_images(path: str | Path, background: Background = "white") -> ImageData
         raise ValueError(f"background is {background!r}; accepted: {accepted}")
     path = Path(path)
     kind = kind_of(path)
-    if kind == "not there":
+    if kind == NOT_THERE:
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if kind == "a folder":
-        return _from_folder(path, background)
+    try:
+        if kind == "a folder":
+            return _from_folder(path, background)
+        if kind is None and path.suffix.lower() == ".npz":
+            return _from_npz(path)
+    except MemoryError:
+        raise ValueError(
+            f"{path} does not fit into memory; accepted: fewer or smaller images"
+        ) from None
     if kind is not None:
         raise ValueError(f"{path} is {kind}; accepted: {ACCEPTED}")
-    if path.suffix.lower() == ".npz":
-        return _from_npz(path)
     raise ValueError(f"cannot read {path}; accepted: {ACCEPTED}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepfuse.engine import files
-from stepfuse.engine.reading import kind_of
+from stepfuse.engine.reading import NOT_THERE, kind_of
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.state import check_resumable
 
@@ -23,7 +23,7 @@ def check_place(config: TrainConfig) -> None:
     state = config.out / STATE
     if config.resume:
         check_resumable(state)
-    elif kind_of(state) != "not there":
+    elif kind_of(state) != NOT_THERE:
         raise FileExistsError(f"{config.out} holds a run already; resume it or take another folder")
     files.check_place(config.out)
 

@@ -12,7 +12,7 @@ import torch
 
 from stepfuse.engine.files import write_file
 from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import kind_of, open_regular, reason
+from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, reason
 
 ACCEPTED = "the state.pt of a training run"
 
@@ -26,7 +26,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def check_resumable(path: Path) -> None:
     """Raise FileNotFoundError where there is nothing to resume from."""
-    if kind_of(path) == "not there":
+    if kind_of(path) == NOT_THERE:
         raise FileNotFoundError(f"nothing to resume from: no such file {path}")
 
 
