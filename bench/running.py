@@ -30,10 +30,11 @@ from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
 from stepfuse.engine.cli.drawing import choose_device, load_model
-from stepfuse.engine.cli.errors import INTERRUPTED, Problem, failing_on, interruptible
+from stepfuse.engine.cli.errors import INTERRUPTED, Problem, interruptible
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.limits import check_memory
+from stepfuse.engine.reading import NOT_THERE, kind_of
 
 NAMES = ("record.json", "report.md", "report.html")
 ROOFLINE = "roofline.json"  # where --static leaves its table, and a report finds it
@@ -140,10 +141,9 @@ def static(targets: Targets) -> None:
 def show_comparison(a: Path, b: Path) -> None:
     """What changed from one record to the other."""
     for path in (a, b):
-        if not path.is_file():
-            raise FileNotFoundError(f"--compare: there is no file {path}")
-    with failing_on(ValueError):
-        records = [load(path) for path in (a, b)]
+        if kind_of(path) == NOT_THERE:
+            raise ValueError(f"--compare: there is no file {path}")
+    records = [load(path) for path in (a, b)]
     compare = importlib.import_module("stepfuse.bench.compare").compare
     _console().print(compare(*records).table())
 
