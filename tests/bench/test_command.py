@@ -122,9 +122,9 @@ def test_what_cannot_be_meant_is_one_line(
         (["--out", "no/such/place"], "folder no/such/place does not exist", 1),
         (["--json", "no/such/place.json"], "folder no/such does not exist", 1),
         (["--out", "file"], "file is not a folder", 1),
-        (["--compare", "a.json", "file"], "there is no file a.json", 1),
-        (["--compare", "file", "file"], "file is no record of stepfuse bench", 1),
-        (["--model", "file"], "file", 1),
+        (["--compare", "a.json", "file"], "there is no file a.json", 2),
+        (["--compare", "file", "file"], "file is no record of stepfuse bench", 2),
+        (["--model", "file"], "file", 2),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
