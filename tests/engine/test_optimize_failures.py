@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.engine.passes.networks import distance, small
@@ -199,3 +200,28 @@ def test_a_model_that_takes_numbers_only_keeps_them() -> None:
         assert torch.equal(fast(x, t), model(x, t))
     assert len(fast._networks) == 1
     assert "does not take a tensor" in fast.explain()
+
+
+class Masked(nn.Module):
+    """Takes settings and arrays beside tensors, nested."""
+
+    def forward(self, x: Tensor, t: Tensor, options: dict[str, Any]) -> Tensor:
+        weights = torch.as_tensor(options["weights"])
+        return x * weights * options["gain"] + options["inner"][0]
+
+
+@torch.no_grad()
+def test_arguments_that_are_no_tensors_count_by_value() -> None:
+    """Also an array that is written to, or that lies where another one lay."""
+    model, x, t = Masked(), torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
+    array = np.ones(4, dtype=np.float32)
+    fast = optimize(model, (x, t, {"options": {"weights": array, "gain": 1.0, "inner": [0.0]}}))
+    for gain, inner in ((1.0, 0.0), (2.0, 0.0), (2, 1.5), (-0.0, 1.5), (0.0, 1.5)):
+        for fill in (1.0, 3.0):
+            array.fill(fill)
+            options = {"weights": array, "gain": gain, "inner": [inner]}
+            found, exact = fast(x, t, options=options), model(x, t, options)
+            assert torch.equal(found, exact)
+            assert torch.equal(found.signbit(), exact.signbit())
+            options["weights"] = np.full(4, fill + 1, dtype=np.float32)
+            assert torch.equal(fast(x, t, options=options), model(x, t, options))
