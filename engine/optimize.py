@@ -17,6 +17,7 @@ from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.replacement import with_fused_norms
+from stepfuse.engine.passes.runs import has_instructions
 from stepfuse.engine.passes.trace import CannotTrace
 from stepfuse.engine.passes.weights import Holding
 from stepfuse.engine.passes.workspace import Workspace
@@ -53,7 +54,8 @@ def optimize(
         example_inputs: (x, t, ...) as the model takes them, x [N, C, H, W], t [N]; a dict at the
             end holds keyword arguments. Compiled for these shapes now, for others when they come.
         dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
-            outputs keep the model's own dtype. None computes in the model's dtype.
+            outputs keep the model's own dtype. What does not run in it on this machine is left in
+            float32, as `Optimized.explain` tells. None computes in the model's dtype.
         without: names of passes to leave out, of `PASSES`.
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
@@ -255,24 +257,36 @@ class _Exchanged:
         reason: str,
     ) -> None:
         self._source, self._dtype = model, dtype
+        device = next((v.device for v in _flatten(args, kwargs)[0] if isinstance(v, Tensor)), None)
         self._names = list(dict(sorted(kwargs.items())))
         self._spec = _flatten(args, kwargs)[1]
         self.model, report = with_fused_norms(model)
         self.model.eval()
         report.note = f"no graph: {reason}"
         self.reports = [report]
+        if dtype is not None and device is not None and not has_instructions(device, dtype):
+            self._stay_in_float32(f"no instructions for {dtype} on this CPU")
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         args, named = pytree.tree_unflatten(list(leaves), self._spec)
-        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         if self._dtype is None:
             return self.model(*args, **dict(named))
-        with torch.autocast(x.device.type, self._dtype):
-            result = self.model(*args, **dict(named))
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        try:
+            with torch.autocast(x.device.type, self._dtype):
+                result = self.model(*args, **dict(named))
+        except Exception as error:  # a layer may lack any dtype, in any way
+            result = self.model(*args, **dict(named))  # what is wrong without it too is the model's
+            self._stay_in_float32(f"{type(error).__name__} in {self._dtype}")
+            return result
         return pytree.tree_map(
             lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
             result,
         )
+
+    def _stay_in_float32(self, why: str) -> None:
+        self._dtype = None
+        self.reports[0].note += f"; the network runs in float32: {why}"
 
     def prepare(self, timesteps: Iterable[int]) -> None:
         """There is no table."""

@@ -181,6 +181,35 @@ def as_if_able(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower_precision, "has_instructions", lambda *_: True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_what_has_no_graph_falls_back_to_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] == 4 and x.mean() < -9:
+                raise RuntimeError("their own")
+            return torch.lerp(self.conv(x), x, 0.5)
+
+    model, x = Branch().eval(), torch.randn(2, 4, 5, 3)
+    monkeypatch.setattr("stepfuse.engine.optimize.has_instructions", lambda *_: True)
+    fast = optimize(model, (x,), dtype)
+    with pytest.raises(RuntimeError, match="their own"):
+        fast(x - 100)
+    assert "runs in float32" not in fast.explain()
+    assert distance(fast(x), model(x)) < REORDERED
+    assert f"the network runs in float32: RuntimeError in {dtype}" in fast.explain()
+    monkeypatch.setattr("stepfuse.engine.optimize.has_instructions", lambda *_: False)
+    fast = optimize(model, (x,), dtype)
+    assert distance(fast(x), model(x)) < REORDERED
+    assert f"runs in float32: no instructions for {dtype} on this CPU" in fast.explain()
+
+
 @pytest.mark.usefixtures("as_if_able")
 def test_random_numbers_are_those_of_the_model() -> None:
     x = torch.randn(2, 3, 4)
