@@ -205,9 +205,7 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
     with gm.graph.inserting_before(node):
         packed = gm.graph.call_function(mkldnn._reorder_linear_weight.default, (weight, rows))
         packed.meta["val"] = weight.meta["val"]
-        fused = gm.graph.call_function(
-            mkldnn._linear_pointwise.default, (x, packed, bias, *_ALONE)
-        )
+        fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *_ALONE))
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
 

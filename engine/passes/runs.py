@@ -83,7 +83,9 @@ def _is_here(device: torch.device) -> bool:
 
 
 def _run_on_zeros(target: Any, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    cuda = {t.device.index or 0 for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"}
+    cuda = {
+        t.device.index or 0 for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"
+    }
     # what draws random numbers must leave the generators as they were
     with _disable_current_modes(), torch.random.fork_rng(sorted(cuda)):
         given = [_zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

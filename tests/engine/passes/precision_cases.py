@@ -157,18 +157,14 @@ _IMAGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "index_put": _scattered,
     "index_add": lambda a, b, x: a.index_add(1, torch.arange(_C), x),
     "index_copy": lambda a, b, x: a.index_copy(1, torch.arange(_C).flip(0), x),
-    "scatter_add": lambda a, b, x: a.scatter_add(
-        2, torch.zeros(2, _C, 6, 4, dtype=torch.int64), x
-    ),
+    "scatter_add": lambda a, b, x: a.scatter_add(2, torch.zeros(2, _C, 6, 4, dtype=torch.int64), x),
     "slice_scatter": lambda a, b, x: torch.slice_scatter(a, x[:, :4], 1, 0, 4),
     "pixel_shuffle": lambda a, b, x: F.pixel_unshuffle(F.pixel_shuffle(a, 2), 2),
     "unfold": lambda a, b, x: F.fold(F.unfold(a, 2), (6, 4), 2),
     "einsum": lambda a, b, x: torch.einsum("nchw,ndhw->ncd", a, x),
     "matmul": lambda a, b, x: a @ x.transpose(2, 3),
     "bmm": lambda a, b, x: torch.bmm(a.flatten(2), b.flatten(2).mT),
-    "baddbmm": lambda a, b, x: torch.baddbmm(
-        torch.zeros(2, _C, _C), a.flatten(2), x.flatten(2).mT
-    ),
+    "baddbmm": lambda a, b, x: torch.baddbmm(torch.zeros(2, _C, _C), a.flatten(2), x.flatten(2).mT),
     "fft": _spectrum,
     "inverse": lambda a, b, x: torch.linalg.inv(a[:, :, :4] * 0.1 + torch.eye(4)),
     "bits": lambda a, b, x: a.view(torch.int32).bitwise_and(-65536).view(torch.float32),
