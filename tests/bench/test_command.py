@@ -189,7 +189,7 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_on_the_command_keeps_the_record(tiny: str, tmp_path: Path) -> None:
     """A real signal, once the first figure is on the disk."""
     command = [sys.executable, "-m", "stepfuse", "bench", "--model", tiny, "--steps", "2"]
