@@ -34,11 +34,12 @@ def pays(node: Node, dtype: torch.dtype) -> bool:
     """
     if value(node).device.type != "cpu" or node.target is not aten.conv2d.default:
         return True
-    x, weight, _, *sizes, groups = convolution_arguments(node)
+    x, weight, _, *geometry = convolution_arguments(node)
+    *sizes, groups = geometry
     shapes = tuple(value(x).shape), tuple(value(weight).shape)
     frozen = tuple(tuple(g) for g in sizes)
     form = None if why_not(dtype) else next(iter(possible_forms(node)), None)
-    if form is None and not packs(value(x).to(dtype), value(weight).to(dtype), *sizes, groups):
+    if form is None and not packs(value(x).to(dtype), value(weight).to(dtype), *geometry):
         return False
     threads = torch.get_num_threads()
     low = _seconds(*shapes, frozen, groups, form, dtype, threads)

@@ -22,7 +22,7 @@ dtypes = pytest.mark.parametrize(
         pytest.param(
             torch.bfloat16,
             marks=pytest.mark.skipif(
-                bool(why_not(torch.bfloat16)), reason="needs a CPU with AVX512-BF16"
+                bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)"
             ),
         ),
     ],
