@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -279,3 +282,25 @@ def test_concatenate(draw: random.Random) -> None:
     ]
     images = [image.to(dtype) for image in images]
     assert torch.equal(join(images), torch.cat(images, 1))
+
+
+if "libasan" in os.environ.get("LD_PRELOAD", ""):
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("beyond", ["read", "written"])
+    def test_the_sanitizer_sees_one_element_too_many(dtype: torch.dtype, beyond: str) -> None:
+        """At a tail, which instruction sets read and write by means of their own."""
+        code = f"""
+import torch
+from stepfuse.kernels.cpp.module import native
+x, out = (torch.zeros(100 + (name != {beyond!r}), dtype={dtype}) for name in ("read", "written"))
+index, table = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64)
+addresses = (x.data_ptr(), x.data_ptr(), index.data_ptr(), table.data_ptr())
+code = {DTYPES.index(dtype)}
+native.add_noise(*addresses, 1, 0, 0, out.data_ptr(), 0, False, code, 1, 101, 1)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode != 0
+        assert "heap-buffer-overflow" in done.stderr
