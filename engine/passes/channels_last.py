@@ -20,6 +20,7 @@ from stepfuse.engine.passes.graph import (
     calls,
     infer,
     is_call,
+    is_tensor,
     replace,
     stage,
     value,
@@ -36,7 +37,7 @@ _FORMATS = {
 def channels_last(gm: GraphModule) -> PassReport:
     """Convert the inputs of convolutions where they are not channels-last already."""
     report = PassReport("channels_last")
-    for view in calls(gm, aten.view.default):
+    for view in calls(gm, aten.view.default, aten._unsafe_view.default):
         view.target = aten.reshape.default  # views need strides that the new layout may not have
     converted: dict[Node, Node] = {}
     dropped = 0
@@ -56,10 +57,23 @@ def channels_last(gm: GraphModule) -> PassReport:
             _convert(gm, node, image, layout, converted)
             if value(filters).device.type != "cpu" and stage(filters) == "weights":
                 _convert(gm, node, filters, layout, {})
-        infer(node)
+        try:
+            infer(node)
+        except RuntimeError:  # it needs strides that the new layout has not
+            _make_plain(gm, node)
+            infer(node)
     _restore_outputs(gm)
     report.note = f"{len(converted)} conversions, {dropped} contiguous() dropped"
     return report
+
+
+def _make_plain(gm: GraphModule, node: Node) -> None:
+    """Let ``node`` read every tensor in its plain layout."""
+    for source in node.all_input_nodes:
+        if is_tensor(source) and not value(source).is_contiguous():
+            with gm.graph.inserting_before(node):
+                plain = call(gm.graph, aten.contiguous.default, source)
+            node.replace_input_with(source, plain)
 
 
 def _undoes(node: Node) -> bool:

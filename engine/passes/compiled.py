@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from stepfuse.engine.passes.emit import maker
 from stepfuse.engine.passes.graph import PassReport
 from stepfuse.engine.passes.network import PASSES, Network, PassFailed
+from stepfuse.engine.passes.quiet import quietly
 from stepfuse.engine.passes.released import WeightsReleased
 from stepfuse.engine.passes.trace import CannotTrace
 from stepfuse.engine.passes.weights import Holding
@@ -52,7 +53,8 @@ def compiled(
     leaves = pytree.tree_leaves((args, kwargs))
     left_out: dict[str, str] = {}
     try:
-        network = _network(model, args, kwargs, settings, workspace, left_out, leaves)
+        with quietly():
+            network = _network(model, args, kwargs, settings, workspace, left_out, leaves)
     except CannotTrace as why:
         if why.alone:
             dtype, reason = settings.dtype, str(why)

@@ -7,11 +7,7 @@ at a time in a process: tracers exchange methods of classes that all threads use
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +22,7 @@ from stepfuse.engine.passes.direct_trace import ChangesItself, record, written_b
 from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.quiet import quietly
 
 _one_at_a_time = threading.RLock()
 
@@ -67,7 +64,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
-    with _one_at_a_time, _quietly(), torch.no_grad():
+    with _one_at_a_time, quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
         try:
             return _traced(model, args, kwargs)
@@ -105,30 +102,6 @@ def evaluating(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.training = False
     return model
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings, and without what tracers log in this thread of what they cannot do."""
-    here = threading.get_ident()
-
-    def pass_on(record: logging.LogRecord) -> bool:
-        return record.thread != here
-
-    loggers = [
-        logger
-        for name, logger in list(logging.root.manager.loggerDict.items())
-        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger)
-    ]
-    for logger in loggers:
-        logger.addFilter(pass_on)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(pass_on)
 
 
 def _mutates(node: Node) -> bool:

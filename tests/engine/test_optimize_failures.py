@@ -158,6 +158,28 @@ def test_every_pass_may_be_missing(name: str) -> None:
     assert "left out: " not in fast.explain()
 
 
+class Complex(nn.Module):
+    """Reads pairs of neighbours as complex numbers, for which they must lie side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self.conv(x)
+        pairs = torch.view_as_complex(y.reshape(*y.shape[:3], -1, 2))
+        return torch.view_as_real(pairs * (1 + 1j)).reshape(y.shape)
+
+
+@torch.no_grad()
+def test_operators_that_need_plain_strides_get_them(caplog: pytest.LogCaptureFixture) -> None:
+    model, given = Complex().eval(), (torch.randn(2, 4, 6, 8), torch.tensor([1, 2]))
+    fast = optimize(model, given)
+    assert distance(fast(*given), model(*given)) < REORDERED
+    assert "left out" not in fast.explain()
+    assert not caplog.records
+
+
 class Embedding(nn.Module):
     """Takes a timestep of any kind, as diffusers' networks do."""
 
