@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.passes.parked import home
@@ -51,6 +50,17 @@ class Denoiser:
             return []
         return [*self.module.parameters(), *self.module.buffers()]
 
+    def check_labels(self, condition: Condition) -> None:
+        """ValueError or TypeError where a model that knows its classes gets labels it has not.
+
+        Such a model names the argument in ``label_input`` and has a ``check_labels``, which waits
+        for the device: to be called before the steps, not in one.
+        """
+        model = getattr(self.model, "original", self.model)  # of an optimised one
+        name = getattr(model, "label_input", None)
+        if name is not None and condition.get(name) is not None:
+            model.check_labels(condition[name])
+
     def check_weights(self) -> None:
         """Let an optimised model raise where it holds copies of weights that were changed since."""
         check = getattr(self.model, "check_weights", None)
@@ -60,25 +70,3 @@ class Denoiser:
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Identity and address of every weight: changes when one is replaced, not when updated."""
         return tuple((id(p), home(p)) for p in self.parameters())
-
-
-def split_condition(condition: Condition, start: int, stop: int) -> dict[str, Any]:
-    """The condition of samples ``start`` .. ``stop`` - 1: tensors are cut, the rest is shared."""
-    return {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in condition.items()}
-
-
-def check_condition(condition: Condition | None, count: int) -> dict[str, Any]:
-    """A condition whose tensors have one entry per sample; ValueError otherwise."""
-    checked = dict(condition or {})
-    for name, value in checked.items():
-        if isinstance(value, Tensor) and (value.dim() == 0 or value.shape[0] != count):
-            raise ValueError(
-                f"condition {name!r} must have one entry per sample ({count}); "
-                f"got shape {tuple(value.shape)}"
-            )
-    return checked
-
-
-def static_copy(condition: Condition) -> dict[str, Any]:
-    """The same condition in buffers of its own, which a captured step may read again and again."""
-    return {k: torch.clone(v) if isinstance(v, Tensor) else v for k, v in condition.items()}

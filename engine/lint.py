@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepfuse.engine.capture import CaptureRefused, calling_line, refuse_host_reads
+from stepfuse.engine.condition import Staged, check_condition, check_replacement
 from stepfuse.engine.denoiser import Condition, Denoiser
-from stepfuse.engine.guidance import ClassifierGuidance, Guidance
+from stepfuse.engine.guidance import CFG, ClassifierGuidance, Guidance
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.sampler import Sampler
 
@@ -74,8 +75,9 @@ def check_capturable(
     outlives the step.
     """
     problems: list[str] = []
+    conditions = _conditions(sampler, shape[0], condition)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), without_bindings():
-        program = _fake_program(sampler, tuple(shape), condition or {})
+        program = _fake_program(sampler, tuple(shape), conditions)
         for guided in sorted(set(sampler.plan.guided)):
             try:
                 program.advance(guided)  # what is made once and kept is not growth
@@ -91,15 +93,24 @@ def check_capturable(
         raise CaptureRefused("\n".join(problems))
 
 
-def _fake_program(sampler: Sampler, shape: tuple[int, ...], condition: Condition) -> Program:
+def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
+    """The condition and what makes it the unconditional one, as the sampler would take them."""
+    checked, guidance = check_condition(condition, count, sampler.device), sampler.guidance
+    if not isinstance(guidance, CFG):
+        return checked, None
+    return checked, check_replacement(
+        checked, guidance.unconditional, count, sampler.device, guidance.batched
+    )
+
+
+def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
     """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
-    moved = {k: _fake(v) if isinstance(v, Tensor) else v for k, v in condition.items()}
     layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
     return Program(
         _FakeDenoiser(sampler.denoiser),
         _forward_only(sampler.guidance),
         layout,
-        moved,
+        Staged(*tree_map_only(Tensor, _fake, conditions)),
         capacity=sampler.schedule.num_train_timesteps,
         learned_variance=sampler.update.uses_learned_variance,
         mean_guidance=sampler.mean_guidance,

@@ -7,15 +7,16 @@ operations serve every timestep, every schedule and every seed.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepfuse.engine.capture import untouched
-from stepfuse.engine.denoiser import Condition, Denoiser, static_copy
+from stepfuse.engine.condition import Staged, structure_key
+from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.guidance import CFG, ClassifierGuidance, Guidance
 from stepfuse.engine.request import Part
 from stepfuse.kernels.denoise_step import denoise_step
@@ -32,15 +33,11 @@ class Layout:
     given_noise: bool
     masked: bool
     training: bool
-    condition: tuple[tuple[str, Any], ...]
+    condition: Hashable
 
     @classmethod
     def of(cls, part: Part, denoiser: Denoiser) -> Layout:
-        """The layout of a batch; conditions count by shape and dtype, or by repr."""
-        condition = tuple(
-            (k, (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v))
-            for k, v in sorted(part.condition.items())
-        )
+        """The layout of a batch; conditions count by structure, shapes, dtypes and settings."""
         x = part.x
         return cls(
             tuple(x.shape),
@@ -49,7 +46,7 @@ class Layout:
             part.noise is not None,
             part.mask is not None,
             denoiser.module is not None and denoiser.module.training,
-            condition,
+            structure_key((part.condition, part.replacement)),
         )
 
 
@@ -58,7 +55,7 @@ class Program:
 
     Args:
         layout: shapes and dtypes.
-        condition: an example condition; its tensors are copied.
+        staged: the buffers of the condition.
         capacity: most rows a table can have.
         learned_variance: the update uses the second half of the model's channels.
         mean_guidance: classifier guidance shifts the mean (DDPM) instead of epsilon (DDIM).
@@ -70,7 +67,7 @@ class Program:
         denoiser: Denoiser,
         guidance: Guidance | None,
         layout: Layout,
-        condition: Condition,
+        staged: Staged,
         capacity: int,
         learned_variance: bool,
         mean_guidance: bool,
@@ -96,8 +93,7 @@ class Program:
         self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.t)
         self.samples = torch.zeros_like(self.t)
-        self.condition = static_copy(condition)
-        self.unconditional = self._unconditional()
+        self.staged = staged
 
     def load(self, part: Part, table: Tensor) -> None:
         """Set everything a run needs; copies into the buffers, keeps none of the arguments."""
@@ -115,9 +111,7 @@ class Program:
         ):
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        for name, value in part.condition.items():
-            if isinstance(value, Tensor):
-                self.condition[name].copy_(value)
+        self.staged.load(part.condition, part.replacement)
 
     def take_noise(self, noise: Tensor) -> None:
         """The caller's noise for the next step, [N, C, ...]."""
@@ -134,10 +128,11 @@ class Program:
         if isinstance(guidance, CFG):
             output, uncond = self._guided_outputs(guidance)
         else:
-            output, uncond = self.denoiser(self.x, self.t, self.condition), None
+            output, uncond = self.denoiser(self.x, self.t, self.staged.condition), None
         gradient = None
         if isinstance(guidance, ClassifierGuidance):
-            gradient = guidance.gradient(self.x, self.t, self.condition) * guidance.scale
+            condition = self.staged.condition
+            gradient = guidance.gradient(self.x, self.t, condition) * guidance.scale
             if not self.mean_guidance:
                 output = self._shift_epsilon(output, gradient)
         denoise_step(
@@ -171,20 +166,16 @@ class Program:
     def nbytes(self) -> int:
         """Bytes of the static buffers."""
         tensors = [v for v in vars(self).values() if isinstance(v, Tensor)]
-        tensors += [v for v in self.condition.values() if isinstance(v, Tensor)]
-        return sum(v.nbytes for v in tensors)
+        return sum(v.nbytes for v in tensors) + self.staged.nbytes()
 
     def _guided_outputs(self, guidance: CFG) -> tuple[Tensor, Tensor | None]:
         if guidance.batched:
-            both = {
-                k: torch.cat([self.unconditional[k], v]) if isinstance(v, Tensor) else v
-                for k, v in self.condition.items()
-            }
-            halves = self.denoiser(torch.cat([self.x, self.x]), torch.cat([self.t, self.t]), both)
+            x, t = torch.cat([self.x, self.x]), torch.cat([self.t, self.t])
+            halves = self.denoiser(x, t, self.staged.both)
             uncond, cond = halves.chunk(2)
         else:
-            cond = self.denoiser(self.x, self.t, self.condition)
-            uncond = self.denoiser(self.x, self.t, self.unconditional)
+            cond = self.denoiser(self.x, self.t, self.staged.condition)
+            uncond = self.denoiser(self.x, self.t, self.staged.unconditional)
         if not guidance.rescale:
             return cond, uncond
         channels = self.x.shape[1]
@@ -220,20 +211,3 @@ class Program:
 
     def _row(self) -> Tensor:
         return torch.index_select(self.table, 0, self.step)[0]
-
-    def _unconditional(self) -> dict[str, Any]:
-        """The condition with the guidance's replacements, spread over the batch."""
-        if not isinstance(self.guidance, CFG):
-            return {}
-        replaced = {**self.condition, **self.guidance.unconditional}
-        for name, value in self.condition.items() if self.guidance.batched else ():
-            if isinstance(value, Tensor) and not isinstance(replaced[name], Tensor):
-                raise ValueError(
-                    f"batched guidance needs a tensor for unconditional {name!r}; "
-                    f"got {replaced[name]!r}"
-                )
-        for name, value in self.guidance.unconditional.items():
-            like = self.condition.get(name)
-            if isinstance(value, Tensor) and isinstance(like, Tensor):
-                replaced[name] = value.to(like).expand_as(like).clone()
-        return replaced

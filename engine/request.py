@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfuse.engine.denoiser import Condition, check_condition, split_condition
+from stepfuse.engine.condition import check_condition, check_replacement, split_condition
+from stepfuse.engine.denoiser import Condition
+from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.kernels import philox
 from stepfuse.kernels.checks import per_sample, sample_indices
 
 
 @dataclass
 class Part:
-    """Samples ``start`` .. ``stop`` - 1 of a request, ready to be run from row ``first_row``."""
+    """Samples ``start`` .. ``stop`` - 1 of a request, ready to be run from row ``first_row``.
+
+    ``replacement`` makes the condition the unconditional one, see `check_replacement`.
+    """
 
     start: int
     stop: int
@@ -24,6 +29,7 @@ class Part:
     seeds: Tensor
     samples: Tensor
     condition: dict[str, Any]
+    replacement: dict[str, Any] | None
     noise: Tensor | None
     image: Tensor | None
     image_noise: Tensor | None
@@ -38,6 +44,7 @@ class Request:
         table: [S, 16], which gives the timesteps to start from.
         timesteps: of its rows.
         device, dtype, backend: of x.
+        guidance: whose unconditional entries are checked against the condition.
         The rest is documented in `Sampler.sample`.
 
     Raises ValueError or TypeError naming the argument, its value and what is accepted.
@@ -50,6 +57,7 @@ class Request:
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
+        guidance: Guidance | None,
         shape: Sequence[int],
         seed: int | Tensor = 0,
         first_index: int | Tensor = 0,
@@ -67,10 +75,14 @@ class Request:
         count = self.shape[0]
         self.seeds = per_sample("seed", seed, count, device)
         self.samples = sample_indices(first_index, count, device)
-        self.condition = {
-            k: v.to(device) if isinstance(v, Tensor) else v
-            for k, v in check_condition(condition, count).items()
-        }
+        self.condition = check_condition(condition, count, device)
+        self.replacement = (
+            check_replacement(
+                self.condition, guidance.unconditional, count, device, guidance.batched
+            )
+            if isinstance(guidance, CFG)
+            else None
+        )
         self.x_T = self._like_x("x_T", x_T, self.shape)
         self.noise = self._like_x("noise", noise, (len(timesteps), *self.shape))
         self.image = self._like_x("image", image, self.shape)
@@ -106,6 +118,7 @@ class Request:
             seeds,
             samples,
             split_condition(self.condition, start, stop),
+            split_condition(self.replacement, start, stop),
             None if self.noise is None else self.noise[:, cut],
             image if self.mask is not None else None,
             drawn if self.mask is not None else None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepfuse.engine.condition import Staged
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.engine.optimize import Optimized
@@ -183,7 +184,11 @@ class Sampler:
             seed: 64 bit, one int or int64 [N].
             first_index: number of the first sample, or int64 [N].
             batch_size: most samples at a time; None for all at once.
-            condition: keyword arguments of the model; tensors have one entry per sample.
+            condition: keyword arguments of the model: tensors, NumPy arrays (which become tensors)
+                and settings, nested in dicts, lists, tuples and what else `torch.utils._pytree`
+                knows. Tensors have one entry per sample, wherever they are. A list of numbers as
+                the value of an argument, ``{"labels": [3, 7]}``, is such a tensor, too; a tuple of
+                numbers is a setting, as is anything but tensors: the same for every sample.
             x_T: where to start, [N, C, ...]; drawn from ``seed`` otherwise.
             noise: [S, N, C, ...] to use instead of drawing from ``seed`` (row i in step i).
             progress: show a progress bar.
@@ -243,7 +248,7 @@ class Sampler:
         """
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
         table = inversion_table(self.schedule, self.timesteps, update, convention)
-        request = self._request(x0.shape, condition=condition, x_T=x0)
+        request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     @torch.no_grad()
@@ -253,7 +258,7 @@ class Sampler:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
         table = step_table(self.schedule, self.timesteps, update)
-        request = self._request(z.shape, condition=condition, x_T=z)
+        request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     @property
@@ -349,7 +354,7 @@ class Sampler:
             self.denoiser,
             self.guidance,
             layout,
-            part.condition,
+            Staged(part.condition, part.replacement),
             # warming up a CUDA graph runs a few rows past the end
             capacity=self.schedule.num_train_timesteps + 4,
             learned_variance=self.update.uses_learned_variance,
@@ -358,16 +363,21 @@ class Sampler:
         )
 
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
-        return Request(
+        guidance = named.pop("guidance", self.guidance)
+        request = Request(
             self.timesteps,
             self.schedule.alphas_cumprod,
             self.device,
             self.dtype,
             self.backend,
+            guidance,
             shape,
             *arguments,
             **named,
         )
+        for condition in (request.condition, request.replacement or {}):
+            self.denoiser.check_labels(condition)
+        return request
 
 
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepfuse.engine.labels import check_range
 from stepfuse.engine.unet_blocks import (
     Downsample,
     EmbeddingOrder,
@@ -224,6 +225,8 @@ class UNet(nn.Module):
     Nothing in ``forward`` depends on the value of a tensor: it exports, compiles and captures.
     """
 
+    label_input = "labels"
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -309,10 +312,11 @@ class UNet(nn.Module):
             x: [N, C, H, W] in the dtype of the weights (or any, under autocast).
             t: [N], integer or floating: index on the training schedule.
             labels: [N] integers in 0..num_classes, num_classes being the null class; None is the
-                null class for all. The range is not checked here, see ``check_labels``.
+                null class for all. Where an index out of range is no error of PyTorch's (CUDA), the
+                range is not checked here, see ``check_labels``.
 
         Raises:
-            ValueError: wrong channels, size, or shape of t or labels.
+            ValueError: wrong channels, size, or shape of t or labels, labels out of range.
         """
         self._check_shapes(x, t, labels)
         embedding = F.silu(self.embed(t, labels))
@@ -339,21 +343,16 @@ class UNet(nn.Module):
             return embedding
         if labels is None:
             return embedding + self.class_embedding.weight[-1]
-        rows: Tensor = self.class_embedding(labels)
+        try:
+            rows: Tensor = self.class_embedding(labels)
+        except IndexError:
+            self.check_labels(labels)
+            raise
         return embedding + rows
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise ValueError unless every label is in 0..num_classes. Synchronises: call it once."""
-        if self.config.num_classes is None:
-            raise ValueError("labels given, but the network has no classes; accepted: None")
-        if labels.is_floating_point() or labels.dtype is torch.bool:
-            raise ValueError(f"labels have dtype {labels.dtype}; accepted: torch.int64")
-        wrong = labels[(labels < 0) | (labels > self.config.num_classes)]
-        if wrong.numel():
-            raise ValueError(
-                f"label {int(wrong[0])} is out of range; accepted: 0..{self.config.num_classes - 1}"
-                f", or {self.config.num_classes} for no class"
-            )
+        """Raise unless every label is in 0..num_classes, see `check_range`."""
+        check_range(labels, self.config.num_classes, (torch.int64, torch.int32))
 
     def _check_shapes(self, x: Tensor, t: Tensor, labels: Tensor | None) -> None:
         channels, divisor = self.config.in_channels, self.config.size_divisor
@@ -370,6 +369,8 @@ class UNet(nn.Module):
             return
         if self.class_embedding is None:
             raise ValueError("labels given, but the network has no classes; accepted: None")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor or None; got {type(labels).__name__}")
         if labels.dim() != 1 or labels.shape[0] != x.shape[0]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}; accepted: [{x.shape[0]}]")
 

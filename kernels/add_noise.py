@@ -9,13 +9,17 @@ from torch import Tensor
 
 from stepfuse.kernels.backends import function
 from stepfuse.kernels.checks import (
+    INDICES,
+    as_integer,
     check_float,
     check_like,
     check_out,
+    check_range,
     per_sample,
     sample_indices,
 )
-from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of
+from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of, resolved
+from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 
 Target = Literal["epsilon", "v_prediction"]
@@ -50,7 +54,8 @@ def add_noise(
             first sample (or int64 [N]); the timestep is part of the counter.
         inplace: write x_t over x0.
         out, target_out: where to write x_t and the target, of the shape and dtype of x0; ``out``
-            may be x0. Nothing is allocated where they are laid out like x0.
+            may be x0. Nothing is allocated where they are laid out like x0. They must not overlap
+            each other, themselves or an input, unless they are x0 or noise exactly.
         backend: "auto", "reference", "cpp" or "triton".
 
     Returns x_t, or (x_t, target). Differentiable in x0 and noise, twice too, unless it writes into
@@ -65,9 +70,14 @@ def add_noise(
         raise ValueError(f'target must be None, "epsilon" or "v_prediction"; got {target!r}')
     if (noise is None) == (seed is None):
         raise ValueError("give either noise or seed: noise=None draws it and needs a seed")
+    check_float("alphas_cumprod", alphas_cumprod)
+    if alphas_cumprod.dim() != 1:
+        raise ValueError(f"alphas_cumprod must be [T]; got shape {tuple(alphas_cumprod.shape)}")
     device, count = x0.device, x0.shape[0]
-    if isinstance(t, int) and not 0 <= t < len(alphas_cumprod):
-        raise IndexError(f"t must be in 0 .. {len(alphas_cumprod) - 1}; got {t}")
+    if not isinstance(t, Tensor):
+        t = as_integer("t", t, INDICES)
+        if not 0 <= t < len(alphas_cumprod):
+            raise IndexError(f"t must be in 0 .. {len(alphas_cumprod) - 1}; got {t}")
     t = per_sample("t", t, count, device)
     seeds = samples = None
     if noise is not None:
@@ -103,9 +113,10 @@ def add_noise(
     elif target is not None:
         target_out = torch.empty_like(x0)
     velocity = target == "v_prediction"
-    if direct:
+    if direct and written:
+        _write_out(*inputs, velocity, backend, out=out, target_out=target_out)
+    elif direct:
         _write(out, target_out, *inputs, velocity, backend)
-        raise_versions(written)
     elif out is x0:
         _OP_INPLACE(*inputs, velocity, backend, target_out)
     else:
@@ -126,11 +137,8 @@ def _write(
     backend: str,
 ) -> None:
     """Run a backend, on tensors of one layout and one dtype."""
-    if t.is_cpu:
-        # for a few numbers, a list costs a fraction of a reduction
-        ends = t.tolist() if len(t) <= 64 else [int(end) for end in torch.aminmax(t)]
-        if min(ends) < 0 or max(ends) >= len(abar):
-            raise IndexError(f"t must be in 0 .. {len(abar) - 1}; got {min(ends)} .. {max(ends)}")
+    x0, noise, t, abar, seed, sample = resolved(x0, noise, t, abar, seed, sample)
+    check_range("t", t, len(abar) - 1, IndexError)
     layout = layout_of(x0)
     if noise is not None:
         noise = laid_out(cast(noise, x0.dtype), layout)
@@ -154,6 +162,8 @@ def _write(
 
 
 def _write_out(*args: Any, out: Tensor, target_out: Tensor | None) -> None:
+    x0, noise, *others, _, _ = args
+    check_memory({"out": out, "target_out": target_out}, {"x0": x0, "noise": noise}, others)
     _write(out, target_out, *args)
     raise_versions([out] if target_out is None else [out, target_out])
 

@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAST = 2**63 - 1
+LARGEST = torch.finfo(torch.float32).max
+INDICES = "an int or an int64 tensor"  # what per-sample arguments accept
+
+
+def as_integer(name: str, value: Any, accepted: str = "an int") -> int:
+    """``value`` as an int: an integer of Python or NumPy; TypeError for all else, bools too.
+
+    The error says what is ``accepted``.
+    """
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {accepted}; got {received(value)}") from None
+
+
+def as_number(name: str, value: Any) -> float:
+    """``value`` as a float: an int or a float of Python or NumPy, finite in float32.
+
+    TypeError for all else, bools and tensors too; ValueError for NaN, for infinity, and for numbers
+    past 3.4e38, which become infinite where tables are rounded to float32.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be an int or a float; got {received(value)}")
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{name} must be finite, and at most {LARGEST:.3g}; got {value}")
+    return float(value)
+
+
+def check_real(name: str, x: Any) -> None:
+    """TypeError unless x is a tensor of real numbers: floats, integers or bools."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"{name} must be real; got {x.dtype}")
 
 
 def check_float(name: str, x: Tensor) -> None:
     """TypeError unless x holds floats of 16, 32 or 64 bits."""
     if x.dtype not in _FLOATS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-        raise TypeError(f"{name} must be one of {names}; got {x.dtype}")
+        raise TypeError(f"{name} must be one of {float_names()}; got {x.dtype}")
+
+
+def float_names() -> str:
+    """The dtypes that `check_float` accepts, in words."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether `check_float` accepts tensors of this dtype."""
+    return dtype in _FLOATS
 
 
 def check_like(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
@@ -35,6 +85,16 @@ def check_out(name: str, out: Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} must be {like.dtype} like the input; got {out.dtype}")
 
 
+def check_range(name: str, values: Tensor, last: int, error: type[Exception]) -> None:
+    """Raise ``error`` unless int64 ``values`` are in 0 .. last; not read where not on the CPU."""
+    if not values.is_cpu or not values.numel():
+        return
+    # for a few numbers, a list costs a fraction of a reduction
+    ends = values.tolist() if len(values) <= 64 else [int(end) for end in torch.aminmax(values)]
+    if min(ends) < 0 or max(ends) > last:
+        raise error(f"{name} must be in 0 .. {last}; got {min(ends)} .. {max(ends)}")
+
+
 def per_sample(name: str, value: int | Tensor, count: int, device: torch.device) -> Tensor:
     """``value`` as int64 [count] on ``device``: an int is repeated, a tensor checked.
 
@@ -45,7 +105,7 @@ def per_sample(name: str, value: int | Tensor, count: int, device: torch.device)
         if value.dtype is torch.int64 and value.shape == (count,) and value.device == device:
             return value.contiguous()
         if value.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} must be an int or an int64 tensor; got {value.dtype}")
+            raise TypeError(f"{name} must be {INDICES}; got {value.dtype}")
         if value.dim() > 1 or value.numel() not in (1, count):
             raise ValueError(
                 f"{name} must hold one value or one per sample ({count}); got {tuple(value.shape)}"
@@ -71,10 +131,17 @@ def sample_indices(first: int | Tensor, count: int, device: torch.device) -> Ten
     return torch.full((count,), start, device=device) + torch.arange(count, device=device)
 
 
-def _signed(name: str, value: int) -> int:
+def _signed(name: str, value: Any) -> int:
     """The int64 with the 64 bits of ``value``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or an int64 tensor; got {type(value).__name__}")
-    if not -(2**63) <= value < 2**64:
-        raise ValueError(f"{name} must fit in 64 bits; got {value}")
-    return value - 2**64 if value > _LAST else value
+    number = as_integer(name, value, INDICES)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"{name} must fit in 64 bits; got {number}")
+    return number - 2**64 if number > _LAST else number
+
+
+def received(value: Any) -> str:
+    """An argument in a message: its type, and simple values with it."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    return f"{kind} {value!r}" if isinstance(value, (bool, int, float, complex, str)) else kind

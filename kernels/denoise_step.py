@@ -10,13 +10,16 @@ from torch import Tensor
 from stepfuse.kernels import philox
 from stepfuse.kernels.backends import function
 from stepfuse.kernels.checks import (
+    INDICES,
+    as_integer,
     check_float,
     check_like,
     check_out,
     per_sample,
     sample_indices,
 )
-from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of
+from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of, resolved
+from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.reference.denoise_step import gradients
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -63,6 +66,8 @@ def denoise_step(
         inplace: write x_s over x.
         out, x0_out: where to write x_s and x0, of the shape and dtype of x; ``out`` may be x.
             Nothing is allocated where they are laid out like x. ``x0_out`` implies ``return_x0``.
+            They must not overlap each other, themselves or an input, unless they are x, a model
+            output or noise exactly.
         backend: "auto", "reference", "cpp" or "triton".
 
     Returns x_s, or (x_s, x0), of the dtype of x. Differentiable in x, the model outputs and the
@@ -75,11 +80,13 @@ def denoise_step(
     if len(shape) < 2 or x.numel() == 0:
         raise ValueError(f"x must have shape [N, C, ...] and hold something; got {tuple(shape)}")
     _check_outputs(x, model_output, uncond_output, learned_variance)
+    check_float("table", table)
     if table.dim() != 2 or table.shape[1] != COLUMNS:
         raise ValueError(f"table must have shape [S, {COLUMNS}]; got {tuple(table.shape)}")
     if table.device != device:
         raise ValueError(f"table must be on {device} like x; got {table.device}")
-    if isinstance(step, int):
+    if not isinstance(step, Tensor):
+        step = as_integer("step", step, INDICES)
         if not 0 <= step < table.shape[0]:
             raise IndexError(f"step must be in 0 .. {table.shape[0] - 1}; got {step}")
         step = torch.full((1,), step, dtype=torch.int64, device=device)
@@ -117,9 +124,10 @@ def denoise_step(
         check_out("x0_out", x0_out, x)
     elif return_x0:
         x0_out = torch.empty_like(x)
-    if direct:
+    if direct and written:
+        _write_out(*inputs, learned_variance, backend, out=out, x0_out=x0_out)
+    elif direct:
         _write(out, x0_out, *inputs, learned_variance, backend)
-        raise_versions(written)
     elif out is x:
         _OP_INPLACE(*inputs, learned_variance, backend, x0_out)
     else:
@@ -169,6 +177,9 @@ def _write(
     backend: str,
 ) -> None:
     """Run a backend, on tensors of one layout and one dtype."""
+    x, model_output, uncond_output, table, step, noise, seed, sample = resolved(
+        x, model_output, uncond_output, table, step, noise, seed, sample
+    )
     layout, dtype = layout_of(x), x.dtype
     cond, uncond = _halves(x, model_output, uncond_output)
     if cond.dtype is torch.float64:
@@ -202,6 +213,9 @@ def _write(
 
 
 def _write_out(*args: Any, out: Tensor, x0_out: Tensor | None) -> None:
+    x, output, uncond, table, step, noise, seed, sample, _, _ = args
+    elementwise = {"x": x, "model_output": output, "uncond_output": uncond, "noise": noise}
+    check_memory({"out": out, "x0_out": x0_out}, elementwise, (table, step, seed, sample))
     _write(out, x0_out, *args)
     raise_versions([out] if x0_out is None else [out, x0_out])
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stepfuse.kernels.backends import function
-from stepfuse.kernels.checks import check_float, check_like, check_out
-from stepfuse.kernels.layout import as_images, buffer_for, cast, laid_out, layout_of
+from stepfuse.kernels.checks import as_integer, as_number, check_float, check_like, check_out
+from stepfuse.kernels.layout import as_images, buffer_for, cast, laid_out, layout_of, resolved
+from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.reference.group_norm_silu import formula
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 
@@ -43,11 +44,13 @@ def group_norm_silu(
             channels-first or channels-last in memory, and y is laid out alike.
         weight, bias: [C], or None for 1 and 0.
         groups: a divisor of C.
-        eps: added to the variance, > 0.
+        eps: added to the variance: at least the smallest normal number of the arithmetic, 1.2e-38
+            in float32.
         scale, shift, add: [N, C], or None for 0.
         act: "silu" (y = h sigmoid(h)) or "none".
         backend: "auto", "reference", "cpp" or "triton".
-        out: where to write y, of the shape and dtype of x, and possibly x itself.
+        out: where to write y, of the shape and dtype of x, and possibly x itself; it must not
+            overlap itself or an input otherwise.
 
     Returns y, of the shape and dtype of x. Statistics and arithmetic are float32 (float64 for
     float64 input). Differentiable in every tensor, twice too (the second time by the reference's
@@ -56,7 +59,7 @@ def group_norm_silu(
     Raises ValueError or TypeError for arguments that do not fit together, `BackendUnavailable`
     where ``backend`` cannot run them.
     """
-    _check(x, weight, bias, groups, eps, scale, shift, add, act)
+    groups, eps = _check(x, weight, bias, groups, eps, scale, shift, add, act)
     tensors = (x, weight, bias, scale, shift, add)
     args = (x, weight, bias, groups, eps, scale, shift, add, act == "silu", backend)
     if out is None:
@@ -85,16 +88,19 @@ def _check(
     shift: Tensor | None,
     add: Tensor | None,
     act: str,
-) -> None:
+) -> tuple[int, float]:
+    """Raise unless the arguments fit together; groups and eps as an int and a float."""
     check_float("x", x)
     shape = x.shape
     if len(shape) < 2:
         raise ValueError(f"x must have shape [N, C, ...]; got {tuple(shape)}")
     count, channels = shape[0], shape[1]
+    groups, eps = as_integer("groups", groups), as_number("eps", eps)
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels; got {groups}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
+    least = least_eps(x.dtype)
+    if eps < least:
+        raise ValueError(f"eps must be at least {least:.3g} in {x.dtype}, and positive; got {eps}")
     if act not in ("silu", "none"):
         raise ValueError(f'act must be "silu" or "none"; got {act!r}')
     if weight is not None:
@@ -107,6 +113,16 @@ def _check(
         check_like("shift", shift, (count, channels), x)
     if add is not None:
         check_like("add", add, (count, channels), x)
+    return groups, eps
+
+
+def least_eps(dtype: torch.dtype) -> float:
+    """The smallest eps for x of this dtype.
+
+    A smaller one is 0 in the arithmetic, where subnormal numbers may be flushed, and a constant
+    group divides by it.
+    """
+    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).tiny
 
 
 def _write(
@@ -125,6 +141,7 @@ def _write(
     """Run a backend, on tensors of one layout."""
     if x.numel() == 0:
         return
+    x, weight, bias, scale, shift, add = resolved(x, weight, bias, scale, shift, add)
     x, y = as_images(x, out)
     layout = layout_of(x)
     target = buffer_for(y, layout)
@@ -160,6 +177,8 @@ def _functional(x: Tensor, *args: Any) -> Tensor:
 
 
 def _write_out(*args: Any, out: Tensor) -> None:
+    x, weight, bias, _, _, *modulation, _, _ = args
+    check_memory({"out": out}, {"x": x}, (weight, bias, *modulation))
     _write(out, *args)
     raise_versions((out,))
 
@@ -214,6 +233,7 @@ def _run_backward(
     )
     if x.numel() == 0:
         return tuple(result.zero_() for result in results)
+    grad, x, weight, bias, scale, shift, add = resolved(grad, x, weight, bias, scale, shift, add)
     dx = results[0] if wanted[0] else torch.empty_like(x)
     if grad.stride() != dx.stride() or grad.dtype != dx.dtype:
         grad = dx.copy_(grad).clone() if wanted[0] else dx.copy_(grad)

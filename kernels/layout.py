@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,18 @@ def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     if x.is_contiguous(memory_format=layout):
         return x
     return x.contiguous(memory_format=layout)
+
+
+def resolved(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors without a pending negation: kernels read memory, which lacks it until then.
+
+    A view such as ``z.conj().imag`` has one. Every op passes its inputs through here before any
+    backend sees them.
+    """
+    for x in tensors:
+        if x is not None and x.is_neg():
+            return tuple(None if x is None else x.resolve_neg() for x in tensors)
+    return tensors
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,16 @@ import torch
 from torch import Tensor
 
 from stepfuse.kernels.backends import BackendUnavailable, function, implementation, resolve
-from stepfuse.kernels.checks import check_float, check_like, per_sample
-from stepfuse.kernels.layout import buffer_for
+from stepfuse.kernels.checks import (
+    INDICES,
+    as_integer,
+    check_float,
+    check_like,
+    check_range,
+    per_sample,
+)
+from stepfuse.kernels.layout import buffer_for, resolved
+from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.registration import define, eager, raise_versions
 
 INITIAL = 2**32 - 1
@@ -81,7 +89,8 @@ def integers(
     """
     device = sample.device if isinstance(sample, Tensor) else torch.device("cpu")
     count = len(sample) if isinstance(sample, Tensor) else 1
-    counters = _counters(seed, sample, step, count, device)
+    counters = resolved(*_counters(seed, sample, step, count, device))
+    check_range("step", counters[2], INITIAL, ValueError)
     if backend == "triton":
         raise BackendUnavailable("the triton backend does not store integers; use the reference")
     chosen = resolve(backend, device)
@@ -93,8 +102,10 @@ def integers(
 def _counters(
     seed: int | Tensor, sample: int | Tensor, step: int | Tensor, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(step, int) and not 0 <= step <= INITIAL:
-        raise ValueError(f"step must be in 0 .. 2^32-1; got {step}")
+    if not isinstance(step, Tensor):
+        step = as_integer("step", step, INDICES)
+        if not 0 <= step <= INITIAL:
+            raise ValueError(f"step must be in 0 .. 2^32-1; got {step}")
     return (
         per_sample("seed", seed, count, device),
         per_sample("sample", sample, count, device),
@@ -105,6 +116,8 @@ def _counters(
 def _write(seed: Tensor, sample: Tensor, step: Tensor, backend: str, out: Tensor) -> None:
     if not out.numel():
         return
+    seed, sample, step = resolved(seed, sample, step)
+    check_range("step", step, INITIAL, ValueError)
     target = buffer_for(out, torch.contiguous_format)  # elements are numbered in C order
     function("philox", "fill", backend, out)(target, seed, sample, step)
     if target is not out:
@@ -112,6 +125,7 @@ def _write(seed: Tensor, sample: Tensor, step: Tensor, backend: str, out: Tensor
 
 
 def _write_out(seed: Tensor, sample: Tensor, step: Tensor, backend: str, *, out: Tensor) -> None:
+    check_memory({"out": out}, {}, (seed, sample, step))
     _write(seed, sample, step, backend, out)
     raise_versions((out,))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from stepfuse.engine.export.metadata import Metadata
+from stepfuse.engine.labels import check_range
 from stepfuse.engine.schedule import Schedule
 
 
@@ -39,6 +42,17 @@ class Described:
         """(C, H, W) of one sample."""
         shape: tuple[int, ...] = self._known("sample_shape")
         return shape
+
+    @property
+    def label_input(self) -> str | None:
+        """The input that takes class labels; None where there is none, or no number of classes."""
+        known = self.metadata
+        return None if known is None or known.num_classes is None else known.label_input
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise unless every label is in 0..num_classes, see `check_range`."""
+        assert self.metadata is not None
+        check_range(labels, self.metadata.num_classes)
 
     def _known(self, name: str) -> Any:
         value = None if self.metadata is None else getattr(self.metadata, name)

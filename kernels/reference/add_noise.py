@@ -34,7 +34,8 @@ def run(
     else:
         eps = noise.to(dtype)
     x = x0.to(dtype)
-    v = signal * eps - sigma * x  # before ``out`` is written, which may be x0 itself
-    out.copy_(signal * x + sigma * eps)
+    x_t, v = signal * x + sigma * eps, signal * eps - sigma * x
+    # only now is anything written: ``out`` may be x0 or noise, and so may ``target``
     if target is not None:
         target.copy_(v if velocity else eps)
+    out.copy_(x_t)
