@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import check_floats, check_kind, check_values
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.sampler import Sampler
 from stepfuse.kernels import philox
+from stepfuse.kernels.checks import as_integer, as_number
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
@@ -18,10 +20,12 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     taken over the whole tensor. ``weight`` 0 gives a, 1 gives b. Where a and b are (anti)parallel,
     or one of them is 0, the limit for theta -> 0 is taken, which is the straight line.
     """
+    check_floats("a", a)
+    check_floats("b", b)
+    w = _weight(weight, a.device)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     u, v = a.double().flatten(), b.double().flatten()
-    w = torch.as_tensor(weight, dtype=torch.float64, device=a.device)
     norms = u.norm() * v.norm()
     cosine = torch.where(norms > 0, (u @ v) / norms.clamp_min(1e-300), torch.ones_like(norms))
     theta = torch.acos(cosine.clamp(-1, 1))
@@ -31,6 +35,20 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     from_a = torch.where(straight, 1 - w, torch.sin((1 - w) * theta) / safe)
     from_b = torch.where(straight, w, torch.sin(w * theta) / safe)
     return (from_a * u + from_b * v).view(a.shape).to(a.dtype)
+
+
+def _weight(weight: float | Tensor, device: torch.device) -> Tensor:
+    """The weight as a float64 tensor of one number."""
+    if not isinstance(weight, Tensor):
+        return torch.tensor(as_number("weight", weight), dtype=torch.float64, device=device)
+    check_values("weight", weight)
+    if weight.is_complex() or weight.dtype is torch.bool:
+        raise TypeError(f"weight must be real; got {weight.dtype}")
+    if weight.numel() != 1:
+        raise ValueError(f"weight must be one number; got shape {tuple(weight.shape)}")
+    if not bool(torch.isfinite(weight)):
+        raise ValueError(f"weight must be finite; got {float(weight)}")
+    return weight.to(device, torch.float64).view(())
 
 
 @torch.no_grad()
@@ -55,10 +73,19 @@ def interpolate(
 
     Raises ValueError for images of different shapes or a t below the sampler's last timestep.
     """
+    check_kind("sampler", sampler, Sampler, "a Sampler")
+    check_floats("xa", xa)
+    check_floats("xb", xb)
+    weight, t, seed = as_number("weight", weight), as_integer("t", t), as_integer("seed", seed)
     if xa.shape != xb.shape:
         raise ValueError(
             f"xa and xb must have one shape; got {tuple(xa.shape)} and {tuple(xb.shape)}"
         )
+    if xa.dim() < 2 or not xa.numel():
+        raise ValueError(f"xa and xb must have shape [N, C, ...]; got {tuple(xa.shape)}")
+    last = sampler.schedule.num_train_timesteps - 1
+    if t > last:
+        raise ValueError(f"t must be at most {last}; got {t}")
     below = [index for index in sampler.timesteps if index <= t]
     if not below:
         raise ValueError(f"t must be at least {sampler.timesteps[-1]}; got {t}")

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from stepfuse.engine.capture import Captured, CaptureRefused, CudaGraph, Recording, check_replay
+from stepfuse.engine.checks import shown
 from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
+from stepfuse.kernels.checks import as_integer
 
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]
@@ -100,8 +102,10 @@ class Programs:
     def __init__(
         self, build: Build, denoiser: Denoiser, graph: GraphMode | None, limit: int
     ) -> None:
-        if graph is not None and graph not in get_args(GraphMode):
-            raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {graph!r}")
+        limit = as_integer("max_programs", limit)
+        modes = get_args(GraphMode)
+        if graph is not None and not (isinstance(graph, str) and graph in modes):
+            raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {shown(graph)}")
         if limit < 1:
             raise ValueError(f"max_programs must be at least 1; got {limit}")
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import as_real, as_sizes, check_floats, check_values
 from stepfuse.engine.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.kernels import philox
-from stepfuse.kernels.checks import per_sample, sample_indices
+from stepfuse.kernels.checks import as_integer, per_sample, sample_indices
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Request:
         self.device, self.dtype, self.backend = device, dtype, backend
         count = self.shape[0]
         self.seeds = per_sample("seed", seed, count, device)
-        self.samples = sample_indices(first_index, count, device)
+        self.samples = sample_indices(first_index, count, device, "first_index")
         self.condition = check_condition(condition, count, device)
         self.replacement = (
             check_replacement(
@@ -92,8 +93,10 @@ class Request:
     def parts(self, batch_size: int | None) -> Iterator[Part]:
         """Batches of at most ``batch_size`` samples, in order."""
         count = self.shape[0]
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size is not None:
+            batch_size = as_integer("batch_size", batch_size, "an int or None")
+            if batch_size < 1:
+                raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         size = min(batch_size or count, count)
         for start in range(0, count, size):
             yield self._part(start, min(start + size, count))
@@ -141,13 +144,16 @@ class Request:
         if start is not None:
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
+            start, last = as_integer("start", start, "an int or None"), len(self.alphas_cumprod) - 1
+            if start > last:
+                raise ValueError(f"start must be at most {last}; got {start}")
             if strength != 1:
                 raise ValueError(f"give start or strength, not both; got {start} and {strength}")
             reached = [i for i, t in enumerate(self.timesteps) if t <= start]
             if not reached:
                 raise ValueError(f"start must be at least {self.timesteps[-1]}; got {start}")
             return reached[0]
-        if not 0 < strength <= 1:
+        if not 0 < as_real("strength", strength) <= 1:
             raise ValueError(f"strength must be in (0, 1]; got {strength}")
         if strength < 1 and self.image is None:
             raise ValueError(f"strength={strength} needs an image to start from")
@@ -158,6 +164,9 @@ class Request:
             return None
         if self.image is None:
             raise ValueError("mask needs the image that is to be kept where mask is 0")
+        check_values("mask", mask)
+        if mask.is_complex():
+            raise TypeError(f"mask must be real; got {mask.dtype}")
         try:
             spread = mask.to(device=self.device, dtype=self.dtype).expand(self.shape)
         except RuntimeError:
@@ -171,8 +180,7 @@ class Request:
     def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if value is None:
             return None
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        check_floats(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
@@ -181,11 +189,7 @@ class Request:
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be (N, C, ...); got {shape!r}")
-    checked = tuple(int(n) for n in shape)
-    if checked != tuple(shape):
-        raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}")
-    if len(checked) < 2 or min(checked) < 1:
-        raise ValueError(f"shape must be (N, C, ...) with every entry at least 1; got {checked}")
+    checked = as_sizes("shape", shape)
+    if len(checked) < 2:
+        raise ValueError(f"shape must be (N, C, ...); got {checked}")
     return checked

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.condition import Staged
+from stepfuse.engine.checks import (
+    as_integers,
+    check_callable,
+    check_flag,
+    check_float_dtype,
+    check_floats,
+    check_kind,
+    check_precision,
+)
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.engine.optimize import Optimized
@@ -108,10 +117,12 @@ class Sampler:
         dtype: torch.dtype = torch.float32,
         max_programs: int = 4,
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, Schedule.linear() say; got {schedule!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point type; got {dtype!r}")
+        check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
+        check_float_dtype("dtype", dtype)
+        if not isinstance(optimize, torch.dtype):
+            check_flag("optimize", optimize)
+        check_flag("rederive_epsilon", rederive_epsilon)
+        check_flag("final_alpha_one", final_alpha_one)
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -146,7 +157,7 @@ class Sampler:
         total = self.schedule.num_train_timesteps
         update = self.update if eta is None else replace(self.update, eta=eta)
         chosen = (
-            check_timesteps(list(timesteps), total)
+            check_timesteps(as_integers("timesteps", timesteps, "a list of indices"), total)
             if timesteps is not None
             else spaced_timesteps(total, steps, spacing, steps_offset)
         )
@@ -214,15 +225,21 @@ class Sampler:
         condition: Condition | None = None,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
-        **start: Any,
+        *,
+        start: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
     ) -> Iterator[Step]:
         """`sample`, one `Step` at a time (progressive generation, DDPM section 4.3).
 
-        ``start`` takes the other keywords of `sample`: start, image, strength, mask. From the first
-        step until the iterator is finished or closed the sampler does nothing else: other threads
-        wait, and a call in the same thread raises RuntimeError.
+        From the first step until the iterator is finished or closed the sampler does nothing else:
+        other threads wait, and a call in the same thread raises RuntimeError.
         """
-        return self._walk(self._request(shape, seed, first_index, condition, x_T, noise, **start))
+        request = self._request(
+            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+        )
+        return self._walk(request)
 
     def _walk(self, request: Request) -> Iterator[Step]:
         with self._lock:
@@ -246,6 +263,7 @@ class Sampler:
         ``convention`` says where the model is evaluated, see `inversion_table`; x0 is not clipped
         on the way unless ``clip_sample`` is given. Guidance is left out.
         """
+        _check_images("x0", x0)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
         table = inversion_table(self.schedule, self.timesteps, update, convention)
         request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
@@ -256,6 +274,7 @@ class Sampler:
         self, z: Tensor, condition: Condition | None = None, *, progress: bool = False
     ) -> Tensor:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
+        _check_images("z", z)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
         table = step_table(self.schedule, self.timesteps, update)
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
@@ -317,6 +336,9 @@ class Sampler:
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
         """Every part of a request, one after the other, into one tensor."""
+        check_flag("progress", progress)
+        if callback is not None:
+            check_callable("callback", callback, "callable as callback(step), or None")
         result = torch.empty(request.shape, dtype=self.dtype, device=self.device)
         parts = list(request.parts(batch_size))
         steps = sum(len(plan.timesteps) - part.first_row for part in parts)
@@ -383,11 +405,17 @@ class Sampler:
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
     if isinstance(model, Optimized):
         return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize needs an nn.Module; got {type(model).__name__}")
+    check_kind("model", model, nn.Module, "an nn.Module where optimize is asked for")
     dtype = optimize if isinstance(optimize, torch.dtype) else None
+    check_precision("optimize", dtype)
     # guidance may need two shapes for each of the sampler's
     return Optimized(model, dtype, (), 2 * max_programs)
+
+
+def _check_images(name: str, x: Tensor) -> None:
+    check_floats(name, x)
+    if x.dim() < 2 or not x.numel():
+        raise ValueError(f"{name} must have shape [N, C, ...]; got {tuple(x.shape)}")
 
 
 def _snapshot(index: int, plan: Plan, program: Program) -> Step:

@@ -13,6 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import as_vector, check_flag, check_text
+from stepfuse.kernels.checks import as_integer, as_number
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -26,11 +29,8 @@ class Schedule:
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
-        betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu").clone()
-        if betas.dim() != 1 or len(betas) == 0:
-            raise ValueError(f"betas must be a vector of at least one; got {tuple(betas.shape)}")
-        if not bool(torch.isfinite(betas).all()):
-            raise ValueError("betas must be finite; got NaN or infinity")
+        check_text("name", self.name)
+        betas = as_vector("betas", self.betas)
         if not bool(((betas >= 0) & (betas <= 1)).all()) or not bool((betas[:-1] < 1).all()):
             low, high = float(betas.min()), float(betas.max())
             raise ValueError(
@@ -64,15 +64,23 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], name: str = "custom") -> Schedule:
         """The schedule of the given betas, [T]."""
-        return cls(torch.as_tensor(betas, dtype=torch.float64), name)
+        return cls(as_vector("betas", betas), name)
 
     @classmethod
     def from_alphas_cumprod(
         cls, alphas_cumprod: Tensor | Sequence[float], name: str = "custom"
     ) -> Schedule:
-        """The schedule whose ``alphas_cumprod`` are given, [T], non-increasing in [0, 1]."""
-        abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        """The schedule whose ``alphas_cumprod`` are given, [T], non-increasing in [0, 1].
+
+        0 is accepted at the end only (zero terminal signal-to-noise ratio).
+        """
+        abar = as_vector("alphas_cumprod", alphas_cumprod)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        if bool((abar < 0).any() or (abar > previous).any() or (abar[:-1] == 0).any()):
+            raise ValueError(
+                "alphas_cumprod must not increase, in (0, 1], the last may be 0; got "
+                f"{float(abar[0]):g} .. {float(abar[-1]):g}"
+            )
         return cls(1 - abar / previous, name)
 
     @classmethod
@@ -88,7 +96,9 @@ class Schedule:
         The ends are for T = 1000; for another T they are scaled by 1000 / T, as improved DDPM does,
         so that abar_T stays comparable. ``rescale=False`` takes them as they are.
         """
-        _check_steps(num_train_timesteps)
+        num_train_timesteps = _checked_steps(num_train_timesteps)
+        check_flag("rescale", rescale)
+        _check_betas(beta_start, beta_end)
         ratio = 1000 / num_train_timesteps if rescale else 1.0
         if num_train_timesteps > 1 and beta_end * ratio > 1:
             raise ValueError(
@@ -103,7 +113,8 @@ class Schedule:
         cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Schedule:
         """sqrt(beta) in equal steps (latent diffusion, Rombach et al. 2022; Stable Diffusion)."""
-        _check_steps(num_train_timesteps)
+        num_train_timesteps = _checked_steps(num_train_timesteps)
+        _check_betas(beta_start, beta_end)
         return cls(
             _line(beta_start**0.5, beta_end**0.5, num_train_timesteps).square(), "scaled_linear"
         )
@@ -111,6 +122,8 @@ class Schedule:
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, offset: float = 0.008) -> Schedule:
         """abar(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999 (Nichol & Dhariwal, eq. 17)."""
+        if not 0 <= as_number("offset", offset) < _FLAT:
+            raise ValueError(f"offset must be in [0, {_FLAT:g}); got {offset}")
         return _from_curve(
             lambda u: math.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2,
             num_train_timesteps,
@@ -122,7 +135,8 @@ class Schedule:
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> Schedule:
         """beta = sigmoid(r) (beta_end - beta_start) + beta_start, r from -6 to 6 (GeoDiff)."""
-        _check_steps(num_train_timesteps)
+        num_train_timesteps = _checked_steps(num_train_timesteps)
+        _check_betas(beta_start, beta_end)
         ramp = torch.sigmoid(_line(-6, 6, num_train_timesteps))
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_beta")
 
@@ -139,6 +153,16 @@ class Schedule:
         def sigmoid(value: float) -> float:
             return 1 / (1 + math.exp(-value))
 
+        for name, value in (("start", start), ("end", end)):
+            if abs(as_number(name, value)) > _STEEP:
+                raise ValueError(f"{name} must be in [-{_STEEP:g}, {_STEEP:g}]; got {value}")
+        if not max(abs(start), abs(end)) / _STEEP <= as_number("tau", tau) < _FLAT:
+            raise ValueError(
+                f"tau must be positive, at most {_FLAT:g}, and start / tau and end / tau in "
+                f"[-{_STEEP:g}, {_STEEP:g}]; got tau={tau}"
+            )
+        if not start < end:
+            raise ValueError(f"start must be below end; got start={start} and end={end}")
         first, last = sigmoid(start / tau), sigmoid(end / tau)
         return _from_curve(
             lambda u: (last - sigmoid((u * (end - start) + start) / tau)) / (last - first),
@@ -157,7 +181,18 @@ class Schedule:
 
         Index i is the diffusion time u = (i + 1) / T, theta = a0 + u (a1 - a0).
         """
-        _check_steps(num_train_timesteps)
+        num_train_timesteps = _checked_steps(num_train_timesteps)
+        for name, value in (
+            ("max_signal_rate", max_signal_rate),
+            ("min_signal_rate", min_signal_rate),
+        ):
+            if not 0 <= as_number(name, value) <= 1:
+                raise ValueError(f"{name} must be in [0, 1]; got {value}")
+        if not min_signal_rate < max_signal_rate:
+            raise ValueError(
+                f"max_signal_rate must be above min_signal_rate; got {max_signal_rate} and "
+                f"{min_signal_rate}"
+            )
         first, last = math.acos(max_signal_rate), math.acos(min_signal_rate)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         return cls.from_alphas_cumprod((first + u * (last - first)).cos().square(), "keras")
@@ -175,20 +210,29 @@ class Schedule:
         return Schedule.from_alphas_cumprod(root.square(), f"{self.name}, zero terminal SNR")
 
 
+_FLAT = 1e6  # beyond it differences of the curve drown in float64's rounding
+_STEEP = 30.0  # beyond it the sigmoid is 0 or 1 in float64
+
+
 def _line(start: float, end: float, count: int) -> Tensor:
     return torch.linspace(start, end, count, dtype=torch.float64)
 
 
-def _check_steps(num_train_timesteps: int) -> None:
-    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int):
-        kind = type(num_train_timesteps).__name__
-        raise TypeError(f"num_train_timesteps must be an int; got {kind}")
-    if not 1 <= num_train_timesteps < 2**24:
-        raise ValueError(f"num_train_timesteps must be in 1 .. 2^24-1; got {num_train_timesteps}")
+def _checked_steps(num_train_timesteps: int) -> int:
+    steps = as_integer("num_train_timesteps", num_train_timesteps)
+    if not 1 <= steps < 2**24:
+        raise ValueError(f"num_train_timesteps must be in 1 .. 2^24-1; got {steps}")
+    return steps
+
+
+def _check_betas(beta_start: float, beta_end: float) -> None:
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 <= as_number(name, value) <= 1:
+            raise ValueError(f"{name} must be in [0, 1]; got {value}")
 
 
 def _from_curve(abar: Callable[[float], float], steps: int, name: str) -> Schedule:
     """beta_i = min(1 - abar((i+1)/T) / abar(i/T), 0.999)."""
-    _check_steps(steps)
+    steps = _checked_steps(steps)
     betas = [min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]
     return Schedule.from_betas(betas, name)

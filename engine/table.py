@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import check_literal
 from stepfuse.engine.guidance import Guidance
 from stepfuse.engine.schedule import Schedule
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -48,11 +49,7 @@ class Update:
             ("variance_type", VarianceType),
             ("variance_at_zero", VarianceAtZero),
         ):
-            value = getattr(self, name)
-            if value not in get_args(accepted):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(accepted))}; got {value!r}"
-                )
+            check_literal(name, getattr(self, name), accepted)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
         if self.eta and self.method != "ddim":
@@ -120,9 +117,7 @@ def inversion_table(
     abar = 1: S rows (as diffusers' inverse scheduler). ``update.clip_sample`` says whether x0 is
     clipped on the way.
     """
-    if convention not in get_args(Inversion):
-        names = ", ".join(get_args(Inversion))
-        raise ValueError(f"convention must be one of {names}; got {convention!r}")
+    check_literal("convention", convention, Inversion)
     abar = schedule.alphas_cumprod
     up = list(reversed(timesteps))
     if convention == "current":

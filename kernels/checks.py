@@ -116,16 +116,18 @@ def per_sample(name: str, value: int | Tensor, count: int, device: torch.device)
     return torch.full((count,), _signed(name, value), dtype=torch.int64, device=device)
 
 
-def sample_indices(first: int | Tensor, count: int, device: torch.device) -> Tensor:
+def sample_indices(
+    first: int | Tensor, count: int, device: torch.device, name: str = "sample"
+) -> Tensor:
     """Sample numbers as int64 [count]: first, first+1, ... for an int, the tensor itself otherwise.
 
     Numbers are 64-bit patterns too: the one after 2^63 - 1 is -2^63, that is 2^63.
     """
     if isinstance(first, Tensor):
         if first.shape != (count,):
-            raise ValueError(f"sample indices must have shape ({count},); got {tuple(first.shape)}")
-        return per_sample("sample indices", first, count, device)
-    start = _signed("first sample index", first)
+            raise ValueError(f"{name} must have shape ({count},); got {tuple(first.shape)}")
+        return per_sample(name, first, count, device)
+    start = _signed(name, first)
     if start + count <= _LAST:
         return torch.arange(start, start + count, dtype=torch.int64, device=device)
     return torch.full((count,), start, device=device) + torch.arange(count, device=device)

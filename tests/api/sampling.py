@@ -17,6 +17,10 @@ from stepfuse.engine.lint import check_capturable
 SEED = {"-1", "0"}
 # whatever keyword arguments the model takes; it is asked for by name
 CONDITION = {"labels": torch.tensor([1, 2])}
+# an argument that the model has not is refused by the model, in Python's words
+UNKNOWN = {"a dict"}
+# images of any number of axes are sampled: which of them the model takes, it says itself
+OTHER_IMAGES = {"a tensor", "of one axis more"}
 IMAGE = world.images()
 STEPS: dict[str, Any] = {"steps": 2, "spacing": "leading", "steps_offset": 1}
 LIST_OF_STEPS = {"as an iterator"}
@@ -36,6 +40,7 @@ def constructor() -> Call:
             "timesteps": LIST_OF_STEPS,
             "eta": {"0"},
             "clip_sample": {"1.5"},
+            "max_programs": {"2 ** 70"},
         },
         instead={
             "timesteps": [9, 5, 1], "clip_sample": 1.0, "max_programs": 4,
@@ -59,8 +64,11 @@ def drawing(function: Any, **more: Any) -> Call:
         function,
         {"shape": SHAPE, "seed": 3, "first_index": 1, **more},
         {
+            "shape": {"as a list"},
             "seed": SEED,
             "first_index": SEED,
+            "batch_size": {"2 ** 70"},
+            "start": {"0"},
             "mask": {"as integers", "as truth values", "without its first axis"},
         },
         instead={
@@ -70,6 +78,7 @@ def drawing(function: Any, **more: Any) -> Call:
         beside={
             "start": {"x_T": IMAGE}, "strength": {"image": IMAGE}, "mask": {"image": IMAGE},
         },
+        undefined={"condition": UNKNOWN},
     )  # fmt: skip
 
 
@@ -82,10 +91,14 @@ CALLS = {
         world.sampler().encode,
         {"x0": IMAGE},
         {"clip_sample": {"1.5"}},
+        undefined={"x0": OTHER_IMAGES, "condition": UNKNOWN},
         instead={"condition": CONDITION, "clip_sample": 1.0},
     ),
     "Sampler.decode": lambda: Call(
-        world.sampler().decode, {"z": IMAGE}, instead={"condition": CONDITION}
+        world.sampler().decode,
+        {"z": IMAGE},
+        instead={"condition": CONDITION},
+        undefined={"z": OTHER_IMAGES, "condition": UNKNOWN},
     ),
     "Sampler.explain": lambda: Call(world.sampler().explain, {}),
     "Sampler.refresh": lambda: Call(world.sampler().refresh, {}),
@@ -115,13 +128,16 @@ CALLS = {
     "interpolate": lambda: Call(
         sf.interpolate,
         {"sampler": world.sampler(), "xa": IMAGE, "xb": IMAGE.flip(0), "weight": 0.5, "t": 15},
-        {"weight": {"-1", "0", "1.5"}, "seed": SEED},
+        {"weight": {"-1", "0", "1.5", "2 ** 70"}, "seed": SEED, "t": {"0"}},
         named={"xb": ("xa",)},
+        undefined={"condition": UNKNOWN},
         instead={"condition": CONDITION, "seed": 1},
     ),
     "lint.check_capturable": lambda: Call(
         check_capturable,
         {"sampler": world.sampler(), "shape": SHAPE},
+        {"shape": {"as a list"}},
+        undefined={"condition": UNKNOWN},
         instead={"condition": CONDITION},
     ),
 }

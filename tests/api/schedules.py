@@ -9,11 +9,8 @@ import stepfuse as sf
 
 BETAS = torch.linspace(0.01, 0.2, 6, dtype=torch.float64)
 # betas may be numbers of any kind that are in [0, 1): zeros in whole numbers are, in one axis
-VECTOR = {"as a list", "as an array", "as integers", "an array of one"}
+VECTOR = {"as a list", "as an array", "as integers", "of twice the entries"}
 NAME = {"a text", "an empty text"}
-# T = 1 is a schedule; a text is none of the numbers a float may be given as
-COUNT: dict[str, set[str]] = {"num_train_timesteps": set()}
-UNIT_RATES = {"0", "2 ** 70", "1.5"}
 
 CALLS = {
     "Schedule": lambda: Call(
@@ -25,7 +22,7 @@ CALLS = {
     "Schedule.from_alphas_cumprod": lambda: Call(
         sf.Schedule.from_alphas_cumprod,
         {"alphas_cumprod": 1 - BETAS, "name": "mine"},
-        {"alphas_cumprod": {"as a list", "as an array"}, "name": NAME},
+        {"alphas_cumprod": {"as a list", "as an array", "an array"}, "name": NAME},
     ),
     "Schedule.linear": lambda: Call(
         sf.Schedule.linear,

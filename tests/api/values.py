@@ -55,7 +55,7 @@ def _made_from(valid: Any) -> dict[str, Callable[[], Any]]:
         made: dict[str, Callable[[], Any]] = {
             "of one axis more": lambda: valid[None].expand(2, *valid.shape).clone(),
             "without its first axis": lambda: valid.flatten()[0].clone(),
-            "of one entry more": lambda: torch.cat([valid.flatten(), valid.flatten()]),
+            "of twice the entries": lambda: torch.cat([valid.flatten(), valid.flatten()]),
             "without entries": lambda: valid.flatten()[:0].clone(),
             "as complex numbers": lambda: valid.to(torch.complex64),
             "as truth values": lambda: valid.bool(),

@@ -72,7 +72,7 @@ def test_models_that_cannot_be_called(model: Any) -> None:
         ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed .*\(2\); got \(3,\)"),
         ({"seed": torch.zeros(2)}, TypeError, "seed .* got torch.float32"),
-        ({"first_index": 1.5}, TypeError, "sample index must be an int"),
+        ({"first_index": 1.5}, TypeError, "first_index must be an int"),
         ({"first_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"\(2,\); got \(3,\)"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1; got 0"),
         ({"x_T": ZEROS[:1]}, ValueError, r"x_T must have shape \(2, 3, 4, 4\); got \(1, 3"),

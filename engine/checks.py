@@ -1,0 +1,210 @@
+"""Argument checks of the engine; every message names the argument, what came and what is accepted.
+
+Those of numbers and of the ops' tensors are in `stepfuse.kernels.checks`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from stepfuse.kernels.checks import as_integer, float_names, is_float, received
+
+PathLike = str | os.PathLike[str]
+PRECISIONS = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {received(value)}")
+
+
+def check_word(name: str, value: Any, accepted: Collection[str], *more: str) -> None:
+    """ValueError unless ``value`` is one of the ``accepted`` words; ``more`` is accepted besides."""
+    if not isinstance(value, str) or value not in accepted:
+        words = ", ".join((*accepted, *more))
+        raise ValueError(f"{name} must be one of {words}; got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A word in a message: itself in quotes, or what came in its place."""
+    return repr(value) if isinstance(value, str) else received(value)
+
+
+def check_literal(name: str, value: Any, accepted: Any) -> None:
+    """ValueError unless ``value`` is one of the words of a Literal."""
+    check_word(name, value, get_args(accepted))
+
+
+def check_text(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string; got {received(value)}")
+
+
+def check_kind(name: str, value: Any, kind: Any, accepted: str) -> None:
+    """TypeError unless ``value`` is a ``kind``, which the message calls ``accepted``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {accepted}; got {received(value)}")
+
+
+def check_callable(name: str, value: Any, accepted: str) -> None:
+    """TypeError unless ``value`` can be called as it is meant to be; a class makes an instance."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be {accepted}; got {received(value)}")
+
+
+def check_mapping(name: str, value: Any, accepted: str = "a dict") -> None:
+    """TypeError unless ``value`` is a dict with strings for keys, or another mapping."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be {accepted}; got {received(value)}")
+
+
+def check_path(name: str, value: Any) -> str:
+    """``value`` as a string; TypeError unless it is a path, ValueError for one nothing can have."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} must be a path, a string or a pathlib.Path; got {received(value)}")
+    path = os.fspath(value)
+    if not path or "\0" in path:
+        raise ValueError(f"{name} must name a file; got {path!r}")
+    return path
+
+
+def check_precision(name: str, value: Any) -> None:
+    """Raise unless ``value`` is None or a dtype that networks are compiled for."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None; got {received(value)}")
+    if value not in PRECISIONS:
+        names = ", ".join(map(str, PRECISIONS))
+        raise ValueError(f"{name} must be one of {names}; got {value}")
+
+
+def check_float_dtype(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a dtype that the ops compute in."""
+    if not isinstance(value, torch.dtype) or not is_float(value):
+        what = value if isinstance(value, torch.dtype) else received(value)
+        raise TypeError(f"{name} must be one of {float_names()}, a floating-point type; got {what}")
+
+
+def as_real(name: str, value: Any) -> float:
+    """``value`` as a float, NaN and infinity too; TypeError unless it is a number."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be an int or a float; got {received(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """``value`` as a device. Raises TypeError or ValueError for what names none."""
+    if isinstance(value, torch.device):
+        return value
+    check_kind(name, value, str, "a torch.device or its name")
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"{name} must name a device, 'cpu' or 'cuda:0' say; got {value!r}") from None
+
+
+def as_integers(name: str, values: Any, accepted: str) -> list[int]:
+    """Whole numbers of any iterable but text, sets and dicts, whose order means nothing.
+
+    TypeError for anything else, with what is ``accepted``.
+    """
+    if isinstance(values, Tensor):
+        check_values(name, values)
+        if values.dim() == 1 and not values.is_floating_point() and values.dtype != torch.bool:
+            return [int(n) for n in values.tolist()]
+        raise TypeError(
+            f"{name} must be {accepted}; got a {values.dtype} tensor of shape {tuple(values.shape)}"
+        )
+    unordered = isinstance(values, (str, bytes, set, frozenset, Mapping))
+    if unordered or not isinstance(values, (Iterable, np.ndarray)) or isinstance(values, type):
+        raise TypeError(f"{name} must be {accepted}; got {received(values)}")
+    if isinstance(values, np.ndarray) and values.ndim != 1:
+        raise TypeError(f"{name} must be {accepted}; got an array of shape {values.shape}")
+    found = tuple(values)
+    try:
+        return [as_integer(name, value) for value in found]
+    except TypeError:
+        what = repr(found if len(found) <= 20 else found[:20])
+        raise TypeError(
+            f"{name} must be {accepted}, whole numbers; got {' '.join(what.split())}"
+        ) from None
+
+
+def as_sizes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
+    """``values`` as a shape; TypeError for what is none, ValueError for a size below ``least``."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be a tuple of sizes; got {received(values)}")
+    sizes = tuple(as_integers(name, values, "a tuple of sizes"))
+    if any(not least <= size < 2**62 for size in sizes):
+        raise ValueError(f"{name} must have every entry at least {least}; got {sizes}")
+    return sizes
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {received(value)}")
+
+
+def check_values(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a dense tensor with numbers in it: not on "meta", not a fake."""
+    check_tensor(name, value)
+    if isinstance(value, FakeTensor) or value.is_meta:
+        raise ValueError(f"{name} must hold numbers; got a tensor that has a shape only")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got one of {value.layout}")
+
+
+def check_floats(name: str, value: Any) -> None:
+    """`check_values`, and TypeError unless the numbers are floats that the ops take."""
+    check_values(name, value)
+    if not is_float(value.dtype):
+        raise TypeError(f"{name} must be one of {float_names()}; got {value.dtype}")
+
+
+def as_vector(name: str, values: Any) -> Tensor:
+    """A list, an array or a tensor of real numbers as float64 [T], on the CPU and not shared.
+
+    Raises TypeError for anything else, ValueError for a shape that is no vector, for none at all
+    and for numbers that are not finite.
+    """
+    if isinstance(values, Tensor):
+        check_values(name, values)
+        kind = "b" if values.dtype is torch.bool else "c" if values.is_complex() else "f"
+        vector = values.detach().to("cpu")
+    else:
+        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
+            raise TypeError(f"{name} must be a tensor or a list of numbers; got {received(values)}")
+        try:
+            array = np.asarray(values)
+            kind = array.dtype.kind
+            vector = torch.from_numpy(array.astype(np.float64)) if kind in "fiu" else torch.empty(0)
+        except ValueError:  # lists of several lengths
+            kind = "O"
+    if kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers; got {_contents(values)}")
+    if vector.dim() != 1 or len(vector) == 0:
+        raise ValueError(f"{name} must be a vector of at least one; got {tuple(vector.shape)}")
+    vector = vector.to(torch.float64).clone()
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"{name} must be finite; got NaN or infinity")
+    return vector
+
+
+def _contents(values: Any) -> str:
+    if isinstance(values, (Tensor, np.ndarray)):
+        return f"a {values.dtype} {type(values).__name__.lower()}"
+    return repr(values) if len(values) <= 10 else type(values).__name__
