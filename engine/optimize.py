@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import functools
+import inspect
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
+
+import numpy as np
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
 from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
+from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.released import Released, WeightsReleased
-from stepfuse.engine.passes.replacement import with_fused_norms
-from stepfuse.engine.passes.trace import CannotTrace
 from stepfuse.engine.passes.weights import Holding
+from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
 
 _HOLDINGS = get_args(Holding)
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+_RESTLESS = 8  # changes of one attribute after which nothing more is compiled for its next value
+_ANY = -1  # the number of a state in which the model runs itself
 
 
 class WeightsChanged(RuntimeError):
@@ -73,8 +82,13 @@ def optimize(
             With the other two the process peaks no higher than where the model itself runs
             (measured in bench/NOTES.md).
 
-    Raises TypeError or ValueError for arguments that cannot be meant. A model that cannot be traced
-    is not an error: its GroupNorms are exchanged instead, and `Optimized.explain` says why.
+    The model stays bitwise what it is, whatever happens: a mirror of it is traced. A change of its
+    weights is noticed, and so is one of the Python state its forward reads (the scale of an adapter,
+    which one is active, a method put over another): the network is compiled for each such state.
+
+    Raises TypeError or ValueError for arguments that cannot be meant, and what the model itself
+    raises for them. A pass that fails is left out and named; a model that cannot be traced has its
+    GroupNorms exchanged instead, and `Optimized.explain` says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -121,24 +135,33 @@ class Optimized(nn.Module):
         self.weights = weights
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
-        self._networks: OrderedDict[Any, Network | _Exchanged] = OrderedDict()
         self._workspace = Workspace()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is compiled, and nothing is known of the model."""
+        self._networks: OrderedDict[Any, Compiled | Numbered] = OrderedDict()
+        # number, dtype and device of the weights, the rest; the latest that held comes first
+        self._states: list[tuple[int, Any, PythonState]] = []
+        self._count = 0
+        self._ignored: frozenset[str] = frozenset()  # what the forward builds once and keeps
+        self._changes: Counter[str] = Counter()
+        self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``model(x, t, **condition)``.
+        """``model(x, t, **condition)``; t may be a tensor or a number.
 
         Where a gradient with respect to an input is wanted, the original runs: the compiled
-        networks have none.
+        networks have none. Threads may call at the same time.
 
         Raises `WeightsChanged` after a weight was changed.
         """
-        leaves, _ = _flatten(args, kwargs)
         if torch.is_grad_enabled() and any(
-            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves
+            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _flatten(args, kwargs)[0]
         ):
             return self.original(*args, **kwargs)
         with torch.no_grad():
-            network = self._network(args, kwargs)
+            network, leaves = self._network(args, kwargs)
             self._check(network)
             return network(leaves)
 
@@ -157,25 +180,37 @@ class Optimized(nn.Module):
         Raises ValueError for a timestep that is negative or above 4095.
         """
         wanted = [int(t) for t in timesteps]
-        with torch.no_grad():
+        with torch.no_grad(), self._lock:
             for network in self._networks.values():
                 network.prepare(wanted)
-        self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
+            self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
 
     def refresh(self) -> None:
         """Read the weights again after they were changed (EMA, LoRA) or replaced.
 
-        Packed copies and tables are rewritten in place, so that recorded steps follow. Raises
+        Packed copies and tables are rewritten in place, so that recorded steps follow. Networks of
+        another state of the model are compiled again when it comes back to that. Raises
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        for network in self._networks.values():
-            network.refresh()
+        with self._lock:
+            state = self._state()
+            for key in [k for k in self._networks if k[0] != state]:
+                del self._networks[key]
+            for network in self._networks.values():
+                network.refresh()
 
     def check_weights(self) -> None:
         """Raise `WeightsChanged` where a weight is not what the compiled networks hold."""
-        for network in self._networks.values():
-            self._check(network)
+        with self._lock:
+            state = self._state()
+            for key, network in self._networks.items():
+                if key[0] == state:
+                    self._check(network)
+
+    def watched_instead(self) -> tuple[Any, ...]:
+        """Whose Python state decides what this computes."""
+        return (self.original,)
 
     def explain(self) -> str:
         """Per compiled shape, what every pass matched, and why not the rest."""
@@ -186,48 +221,99 @@ class Optimized(nn.Module):
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
+        restless = [path for path, count in self._changes.items() if count >= _RESTLESS]
+        if restless:
+            parts.append(
+                f"as it is               {', '.join(restless)} changed {_RESTLESS} times: for other "
+                "values the model itself runs"
+            )
         if self.without:
             parts.append(f"left out               {', '.join(self.without)}")
         return "\n\n".join(parts) or "nothing compiled yet"
 
-    def _check(self, network: Network | _Exchanged) -> None:
+    def _check(self, network: Compiled | Numbered) -> None:
         name = network.changed()
         if name is not None:
             raise WeightsChanged(
                 f"weight {name!r} was changed after the network was compiled; call refresh()"
             )
 
-    def _network(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | _Exchanged:
+    def _network(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Compiled | Numbered, list[Any]]:
+        """What runs for these arguments, compiled where nothing does, and the leaves to give it."""
+        args, kwargs = self._as_declared(args, kwargs)
         leaves, spec = _flatten(args, kwargs)
-        key = (spec, tuple(_key(leaf) for leaf in leaves))
-        network = self._networks.get(key)
-        if network is None:
-            self._refuse_if_released(f"inputs of {_shapes(key)} need the weights again")
-            # nothing of this belongs into a step that is being recorded
-            with _disable_current_modes(), _fakeness(leaves):
-                network = self._build(args, kwargs)
-            self._networks[key] = network
-            while len(self._networks) > self.max_networks:
-                self._networks.popitem(last=False)
-        self._networks.move_to_end(key)
-        return network
+        number = args[1] if len(args) > 1 and _is_number(args[1]) else None
+        described = tuple(_key(leaf) for leaf in leaves)
+        if number is not None:
+            described = (described[0], ("timestep", type(number)), *described[2:])
+        with self._lock:
+            key = (self._state(), spec, described)
+            network = self._networks.get(key)
+            if network is None:
+                self._refuse_if_released(f"inputs of {_shapes(key)} need the weights again")
+                # nothing of this belongs into a step that is being recorded
+                with _disable_current_modes(), _fakeness(leaves):
+                    network = self._build(key[0], args, kwargs)
+                key = (self._state(), spec, described)
+                self._networks[key] = network
+                while len(self._networks) > self.max_networks:
+                    self._networks.popitem(last=False)
+            self._networks.move_to_end(key)
+        if number is not None and isinstance(network, Numbered):
+            leaves[1] = network.tensor(number, leaves[0])
+        return network, leaves
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | _Exchanged:
-        network: Network | _Exchanged
-        with _evaluating(self.original):
-            try:
-                ordered = dict(sorted(kwargs.items()))
-                network = Network(
-                    self.original,
-                    args,
-                    ordered,
-                    self.dtype,
-                    self.without,
-                    self.weights,
-                    self._workspace,
-                )
-            except CannotTrace as reason:
-                network = _Exchanged(self.original, args, kwargs, self.dtype, str(reason))
+    def _as_declared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments, x and the timestep by position, whatever they were given by."""
+        if len(args) < 2 and kwargs and "forward" not in vars(self.original):
+            for name in _declared(type(self.original))[len(args) :]:
+                if name not in kwargs:
+                    break
+                kwargs = dict(kwargs)
+                args = (*args, kwargs.pop(name))
+        return args, kwargs
+
+    def _state(self) -> int:
+        """The number of the state that the model is in, a new one where it was in none of them."""
+        first = next(self.original.parameters(), None)
+        kind = None if first is None else (first.dtype, first.device)
+        for i, (number, known, state) in enumerate(self._states):
+            if known == kind and state.holds():
+                if i:
+                    self._states.insert(0, self._states.pop(i))
+                return number
+        for path in self._states[0][2].changes() if self._states else ():
+            self._changes[path] += 1
+            if self._changes[path] > _RESTLESS:
+                return _ANY
+        self._count += 1
+        self._states.insert(0, (self._count, kind, self._look()))
+        for number, *_ in self._states[self.max_networks :]:
+            for key in [k for k in self._networks if k[0] == number]:
+                del self._networks[key]
+        del self._states[self.max_networks :]
+        return self._count
+
+    def _look(self) -> PythonState:
+        return PythonState({"model": self.original}, training=False, ignored=self._ignored)
+
+    def _build(self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled | Numbered:
+        kwargs = dict(sorted(kwargs.items()))
+        settings = Settings(self.dtype, self.without, self.weights)
+        network: Compiled | Numbered
+        if state == _ANY:
+            reason = "an attribute changes again and again"
+            network = WithoutGraph(self.original, args, kwargs, self.dtype, reason, alone=True)
+        elif len(args) > 1 and _is_number(args[1]):
+            network = numbered(self.original, args, kwargs, settings, self._workspace)
+        else:
+            network = compiled(self.original, args, kwargs, settings, self._workspace)
+        if not network.written <= self._ignored:
+            # it is in the model from the first call on
+            self._ignored |= network.written
+            self._states = [(n, k, self._look() if n == state else s) for n, k, s in self._states]
         network.prepare(self.timesteps)
         return network
 
@@ -240,53 +326,12 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_if_released("a copy or pickle compiles from the weights again")
-        return {**self.__dict__, "_networks": OrderedDict()}
+        compiled_here = ("_networks", "_states", "_ignored", "_changes", "_lock", "_count")
+        return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
-
-class _Exchanged:
-    """The fallback with the interface of a `Network`: the modules run, some of them exchanged."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None,
-        reason: str,
-    ) -> None:
-        self._source, self._dtype = model, dtype
-        self._names = list(dict(sorted(kwargs.items())))
-        self._spec = _flatten(args, kwargs)[1]
-        self.model, report = with_fused_norms(model)
-        self.model.eval()
-        report.note = f"no graph: {reason}"
-        self.reports = [report]
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        args, named = pytree.tree_unflatten(list(leaves), self._spec)
-        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        if self._dtype is None:
-            return self.model(*args, **dict(named))
-        with torch.autocast(x.device.type, self._dtype):
-            result = self.model(*args, **dict(named))
-        return pytree.tree_map(
-            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
-            result,
-        )
-
-    def prepare(self, timesteps: Iterable[int]) -> None:
-        """There is no table."""
-
-    def refresh(self) -> None:
-        """Take over replaced parameters; changed ones are shared already."""
-        self.model = with_fused_norms(self._source)[0].eval()
-
-    def nbytes(self) -> int:
-        """Nothing is held beside the parameters of the original."""
-        return 0
-
-    def changed(self) -> None:
-        """Parameters are shared with the original, so that they never differ."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -305,6 +350,18 @@ def _key(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+@functools.cache
+def _declared(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the first two positional parameters of the forward, x and the timestep."""
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:3]
+    return tuple(p.name for p in parameters if p.kind is by_position)
+
+
 def _fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     """The mode of fake tensors among ``leaves``: what is made for them must be fake too."""
     fakes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
@@ -312,10 +369,10 @@ def _fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def _shapes(key: Any) -> str:
-    return ", ".join(_described(part) for part in key[1])
+    return ", ".join(_described(part) for part in key[2])
 
 
-def _held_memory(model: nn.Module, network: Network | _Exchanged) -> str:
+def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
     """What is held for a network: constants of its own, and the model's weights, where they are."""
     weights = [*model.parameters(), *model.buffers()]
     freed = sum(w.nbytes for w in _released(model))
@@ -325,7 +382,8 @@ def _held_memory(model: nn.Module, network: Network | _Exchanged) -> str:
     text += f"; model {(sum(w.nbytes for w in weights) - freed - filed) / _MB:.1f} MB"
     text += f", {filed / _MB:.1f} MB in a file" if filed else ""
     text += f", {freed / _MB:.1f} MB released" if freed else ""
-    note = network.weights.note if isinstance(network, Network) else ""
+    inner = network.network if isinstance(network, Numbered) else network
+    note = inner.weights.note if isinstance(inner, Network) else ""
     return f"{text} ({note})" if note else text
 
 
@@ -340,16 +398,3 @@ def _described(part: Any) -> str:
     if isinstance(part, tuple) and len(part) == 3:
         return f"{list(part[0])} {str(part[1]).removeprefix('torch.')}"
     return repr(part[1]) if isinstance(part, tuple) else "..."
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards back in its own."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,6 +11,7 @@ import torch
 from stepfuse.engine.capture import Captured, CaptureRefused, CudaGraph, Recording, check_replay
 from stepfuse.engine.checks import shown
 from stepfuse.engine.denoiser import Denoiser
+from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
 from stepfuse.kernels.checks import as_integer
@@ -27,7 +28,20 @@ class Runner:
         self.captured: dict[tuple[bool, int], Captured] = {}
         self.refused = "" if graph is not None else "not asked for (graph=None)"
         self._weights = program.denoiser.fingerprint()
+        self._state = self._look()
         self._pool: Any = None
+
+    def _look(self) -> PythonState:
+        """What the step decides from, beside tensors; tensors are read anew at every replay."""
+        roots = {"model": self.program.denoiser.model, "guidance": self.program.guidance}
+        return PythonState(roots, contents=False)
+
+    def check_state(self) -> None:
+        """Forget what was captured where the Python state that the step read is another now."""
+        if self.captured and not self._state.holds():
+            self.captured.clear()
+            self._state = self._look()
+            self._weights = self.program.denoiser.fingerprint()
 
     def check_weights(self) -> None:
         """RuntimeError where a weight is no longer the tensor that was captured."""
@@ -123,6 +137,7 @@ class Programs:
                 self._runners.popitem(last=False)
                 self._counts["evictions"] += 1
         self._runners.move_to_end(layout)
+        runner.check_state()
         runner.check_weights()
         return runner
 

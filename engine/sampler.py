@@ -363,6 +363,7 @@ class Sampler:
                     runner.program.take_noise(part.noise[i])
                 runner.run_step(plan.guided[i])
             yield i
+            runner.check_state()  # whoever had the step may have changed the model
 
     def _load(self, part: Part, plan: Plan) -> Runner:
         """The runner for a part, its buffers filled."""

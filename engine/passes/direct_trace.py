@@ -10,28 +10,42 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.passes.python_state import PythonState
+
 _PLAIN = (Tensor, nn.Parameter)
 _SCALARS = (bool, int, float, str, type(None))
-Recorded = tuple[GraphModule, list[Node], pytree.TreeSpec]
+Recorded = tuple[GraphModule, list[Node], pytree.TreeSpec, frozenset[str]]
+
+
+class ChangesItself(RuntimeError):
+    """The forward writes to its module at every call, which a graph would not do."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"forward changes {path!r} at every call")
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
-    """(graph, its inputs, how its results are put together); None where torch.export is needed.
+    """(graph, its inputs, how its results are put together, what the forward keeps); None where
+    torch.export is needed.
 
-    ``meta["weight"]`` names the weight that a placeholder stands for. None for subclasses of
-    tensors, constants made on the way, operators that write to an argument, modules that keep a
-    tensor of the forward, for whatever fails, and so for control flow on values.
+    ``model`` is a mirror: it is left in any state. ``meta["weight"]`` names the weight that a
+    placeholder stands for. None for subclasses of tensors, constants made on the way, operators
+    that write to an argument, for whatever fails, and so for control flow on values.
+
+    What a forward builds at its first call and finds at the second is a cache: the graph builds it
+    at every call. Raises `ChangesItself` where the second call writes again.
     """
     weights = dict([*model.named_parameters(), *model.named_buffers()])
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -54,7 +68,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         results[:] = [flat, out_spec]
         return tuple(flat)
 
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    state = PythonState({"model": model}, training=False)
     try:
         fakes = [mode.from_tensor(tensor) for tensor in (*weights.values(), *tensors)]
         # nobody runs the graph's own code, so that it is not written
@@ -63,37 +77,33 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
             gm = make_fx(forward, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too
         return None
-    finally:
-        kept = _restore(before)
     flat, out_spec = results
+    written = frozenset(state.changes())
+    if written:
+        _check_again(model, lambda: forward(*fakes), mode, min(written))
     nodes = list(gm.graph.nodes)
-    if kept or not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in flat):
+    if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in flat):
         return None
     if not all(_is_functional(node) for node in nodes):
         return None
     placeholders = [node for node in nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=False):
         node.meta["weight"] = name
-    return gm, _with_scalars(gm, leaves, placeholders[len(names) :]), out_spec
+    return gm, _with_scalars(gm, leaves, placeholders[len(names) :]), out_spec, written
 
 
-def _restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
-    """Undo assignments of tensors without data to attributes; whether there were any."""
-    kept = False
-    for module, held in before:
-        for name, now in list(vars(module).items()):
-            if now is held.get(name) or not _holds_fake(now):
-                continue
-            kept = True
-            if name in held:
-                module.__dict__[name] = held[name]
-            else:
-                del module.__dict__[name]
-    return kept
-
-
-def _holds_fake(kept: Any) -> bool:
-    return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(kept))
+def _check_again(
+    model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode, path: str
+) -> None:
+    """Raise `ChangesItself` where a second call writes to the module, as the first did at path."""
+    state = PythonState({"model": model}, training=False)
+    try:
+        with mode:
+            call()
+    except Exception:
+        raise ChangesItself(path) from None
+    for changed in state.changes():
+        raise ChangesItself(changed)
 
 
 def _is_functional(node: Node) -> bool:

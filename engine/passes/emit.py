@@ -42,6 +42,21 @@ def emit(
     return Planned(_Emitter(inputs, bound, plan.index).function(line, results), plan, workspace)
 
 
+def maker(error: BaseException) -> str:
+    """The pass that wrote the line in which a function made here failed, "" where it is unknown."""
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        makers = frame.f_globals.get(_MAKERS, {}).get(frame.f_code.co_filename, {})
+        found = makers.get(trace.tb_lineno, found)
+        trace = trace.tb_next
+    return found
+
+
+_MAKERS = "_k_makers"
+
+
 def _as_call(node: Node) -> Call:
     reads = [n.name for n in node.all_input_nodes]
     like = blank(node.target, node.meta.get("val"))
@@ -58,9 +73,11 @@ class _Emitter:
     def function(self, nodes: list[Node], results: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         last = {n.name: i for i, node in enumerate(nodes) for n in node.all_input_nodes}
         kept = {r.name for r in results if isinstance(r, Node)}
-        body = []
+        body: list[str] = []
+        makers: dict[int, str] = {}  # line of the source -> the pass that wrote it
         for i, node in enumerate(nodes):
             body.append(self._line(node))
+            makers[len(body) + 1] = node.meta.get("made_by", "")
             self.made.add(node.name)
             reads = {n.name for n in node.all_input_nodes if n.name in self.made} | {node.name}
             dead = sorted(n for n in reads if last.get(n, i) == i and n not in kept)
@@ -70,7 +87,10 @@ class _Emitter:
         arguments = [node.name for node in self.inputs] + ["_k_places"] * bool(self.places)
         header = f"def run({', '.join(arguments)}):\n"
         source = header + "".join(f"    {line}\n" for line in body)
-        exec(compile(source, "<optimized network>", "exec"), self.bound)
+        sources = self.bound.setdefault(_MAKERS, {})
+        name = f"<optimized network, part {len(sources)}>"
+        sources[name] = makers
+        exec(compile(source, name, "exec"), self.bound)
         run: Callable[..., tuple[Any, ...]] = self.bound.pop("run")
         return run
 

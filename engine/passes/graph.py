@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 def infer(node: Node) -> None:
     """Compute ``val`` by running the node's operator on the ``val`` of its arguments."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = _fake_mode(args, kwargs)
+    mode = fake_mode(args, kwargs)
     with torch.no_grad():
         if mode is None:
             node.meta["val"] = _target(node)(*args, **kwargs)
@@ -126,7 +126,8 @@ def _target(node: Node) -> Callable[..., Any]:
     return node.target
 
 
-def _fake_mode(*trees: Iterable[Any]) -> FakeTensorMode | None:
+def fake_mode(*trees: Any) -> FakeTensorMode | None:
+    """The mode of the first tensor without data among the leaves, None where there is none."""
     for leaf in torch.utils._pytree.tree_leaves(trees):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode

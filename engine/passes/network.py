@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from stepfuse.engine.passes.fold_group_norm import fold_group_norm
 from stepfuse.engine.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.passes.fuse_residual_add import fuse_residual_add
 from stepfuse.engine.passes.gather_attention import gather_attention
-from stepfuse.engine.passes.graph import PassReport, finish, stage, value
+from stepfuse.engine.passes.graph import PassReport, fake_mode, finish, stage, value
 from stepfuse.engine.passes.heap import trim
 from stepfuse.engine.passes.hoist_timestep import hoist_timestep, time_frontier
 from stepfuse.engine.passes.lower_precision import lower_precision
@@ -58,12 +59,28 @@ PASSES = (
 )
 
 
+class PassFailed(RuntimeError):
+    """What a pass made of the graph cannot run; ``name`` is the pass, "" where it is not known."""
+
+    def __init__(self, name: str, error: BaseException) -> None:
+        text = str(error).strip().partition("\n")[0]
+        super().__init__(f"{type(error).__name__}: {text}")
+        self.name = name
+
+
 def rewrite(
-    traced: Traced, dtype: torch.dtype | None, without: Collection[str], plain: bool = False
+    traced: Traced,
+    dtype: torch.dtype | None,
+    without: Collection[str],
+    plain: bool = False,
+    careful: bool = False,
 ) -> list[PassReport]:
     """Apply the passes in order, all but ``without``; the graph is changed in place.
 
-    With ``plain`` constants take no more memory than the weights they are made of.
+    With ``plain`` constants take no more memory than the weights they are made of. With ``careful``
+    the graph is run on tensors without data after every pass.
+
+    Raises `PassFailed` where a pass raises, or leaves what does not run if that is looked for.
     """
     gm = traced.gm
     passes = {
@@ -86,13 +103,54 @@ def rewrite(
     if dtype is not None:
         passes["lower_precision"] = lambda gm: lower_precision(gm, dtype, pays)
     assign(gm)
+    expected = _results(gm)
+    # an operator may not know its own result
+    watched = careful and check(gm, "", expected) is None
     reports = []
     for name in PASSES:
         if name in passes and name not in without:
-            reports.append(passes[name](gm))
-            assign(gm)
+            known = set(gm.graph.nodes)
+            try:
+                reports.append(passes[name](gm))
+                assign(gm)
+            except Exception as error:
+                raise PassFailed(name, error) from error
+            for node in gm.graph.nodes:
+                if node not in known:
+                    node.meta["made_by"] = name
+            if watched and (failure := check(gm, name, expected)) is not None:
+                raise failure
     gm.graph.lint()
     return reports
+
+
+def check(gm: GraphModule, name: str, expected: Any = None) -> PassFailed | None:
+    """What goes wrong where the graph runs on the tensors without data that stand for its values;
+    None where nothing does and its results are ``expected``.
+    """
+    held: dict[Node, Any] = {}
+    mode = next((m for n in gm.graph.nodes if (m := fake_mode(n.meta.get("val")))), None)
+    with torch.no_grad(), mode or contextlib.nullcontext():
+        for node in gm.graph.nodes:
+            if node.op != "call_function" or stage(node) == "weights":
+                held[node] = node.meta.get("val")
+                continue
+            try:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+                held[node] = node.target(*args, **kwargs)
+            except Exception as error:
+                return PassFailed(name, error)
+    made = [held[node] for node in gm.graph.output_node().all_input_nodes]
+    now = [(tuple(v.shape), v.dtype) for v in made if isinstance(v, Tensor)]
+    if expected is not None and now != expected:
+        return PassFailed(name, ValueError(f"results are {now}, not {expected}"))
+    return None
+
+
+def _results(gm: GraphModule) -> list[Any]:
+    """Shapes and dtypes of what the graph returns."""
+    made = [node.meta.get("val") for node in gm.graph.output_node().all_input_nodes]
+    return [(tuple(v.shape), v.dtype) for v in made if isinstance(v, Tensor)]
 
 
 class Network:
@@ -112,13 +170,15 @@ class Network:
         without: Collection[str],
         holding: Holding = "kept",
         workspace: Workspace | None = None,
+        careful: bool = False,
     ) -> None:
         self._workspace = workspace or Workspace()
         traced = trace(model, args, kwargs)
         with reading([*model.parameters(), *model.buffers()]):
-            self.reports = rewrite(traced, dtype, without, plain=holding != "kept")
+            self.reports = rewrite(traced, dtype, without, holding != "kept", careful)
         finish(traced.gm)
         self.out_spec = traced.out_spec
+        self.written = traced.written
         self._traced_constants = traced.constants
         self._compile(traced, model, holding)
         del traced

@@ -1,11 +1,17 @@
 """From a module to a graph: weights as named placeholders, nothing decomposed.
 
-Recorded directly where that is possible (`direct_trace`), by torch.export otherwise.
+Recorded directly where that is possible (`direct_trace`), by torch.export otherwise; always on a
+mirror of the module, so that whatever happens the module itself stays what it was. One trace runs
+at a time in a process: tracers exchange methods of classes that all threads use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +22,24 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
-from stepfuse.engine.passes.direct_trace import record
+from stepfuse.engine.passes.direct_trace import ChangesItself, record
 from stepfuse.engine.passes.graph import is_tensor
+from stepfuse.engine.passes.mirror import CannotMirror, mirrored
+from stepfuse.engine.passes.python_state import PythonState
+
+_one_at_a_time = threading.RLock()
 
 
 class CannotTrace(RuntimeError):
-    """The module has no graph; the message says why."""
+    """The module has no graph; the message says why.
+
+    ``alone`` is True where only the module itself does what its forward does: nothing may run in
+    its place.
+    """
+
+    def __init__(self, reason: str, alone: bool = False) -> None:
+        super().__init__(reason)
+        self.alone = alone
 
 
 @dataclass
@@ -29,7 +47,8 @@ class Traced:
     """A network as a graph.
 
     ``gm`` has one placeholder per weight (``meta["weight"]`` names it) and one per leaf of
-    (args, kwargs); ``constants`` are tensors the module made while it was traced.
+    (args, kwargs); ``constants`` are tensors the module made while it was traced. ``written`` are
+    the paths, as in `PythonState`, of what the forward builds at its first call and keeps.
     """
 
     gm: GraphModule
@@ -37,33 +56,79 @@ class Traced:
     constants: dict[str, Tensor]
     out_spec: TreeSpec
     time: Node | None
+    written: frozenset[str] = frozenset()
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """The graph of ``model(*args, **kwargs)`` for exactly these shapes.
+    """The graph of ``model(*args, **kwargs)`` in evaluation mode, for exactly these shapes.
 
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
-    with torch.no_grad():
-        recorded = record(model, args, kwargs)
+    with _one_at_a_time, _quietly(), torch.no_grad():
+        reachable = PythonState({"model": model}, training=False)
+        try:
+            return _traced(model, args, kwargs)
+        except (CannotMirror, RecursionError) as error:
+            raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
+        except ChangesItself as error:
+            raise CannotTrace(str(error), alone=True) from error
+        finally:
+            reachable.forget_fakes()
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    recorded = record(evaluating(mirrored(model)), args, kwargs)
     if recorded is not None:
-        gm, inputs, out_spec = recorded
-        return Traced(gm, inputs, {}, out_spec, _time(inputs, args))
+        gm, inputs, out_spec, written = recorded
+        return Traced(gm, inputs, {}, out_spec, _time(inputs, args), written)
+    twin = evaluating(mirrored(model))
+    before = PythonState({"model": twin}, training=False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, kwargs, strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})
+        program = torch.export.export(twin, args, kwargs, strict=False)
+        if any(_mutates(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})
     # torch.export raises exceptions of many kinds, user code of any kind
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
+    for path in before.changes():
+        raise ChangesItself(path)
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
             raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
     return _with_named_weights(program, args)
+
+
+def evaluating(model: nn.Module) -> nn.Module:
+    """``model`` with every module in it in evaluation mode, whatever ``eval`` of a class does."""
+    for module in model.modules():
+        module.training = False
+    return model
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings, and without what tracers log in this thread of what they cannot do."""
+    here = threading.get_ident()
+
+    def pass_on(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    loggers = [
+        logger
+        for name, logger in list(logging.root.manager.loggerDict.items())
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger)
+    ]
+    for logger in loggers:
+        logger.addFilter(pass_on)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(pass_on)
 
 
 def _mutates(node: Node) -> bool:

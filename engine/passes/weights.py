@@ -20,7 +20,12 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def find(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that owns the parameter or buffer ``name``, and its name there."""
     path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+    owner: nn.Module = model
+    for part in path.split(".") if path else ():
+        child = owner._modules[part]  # not by attribute, which a class may define otherwise
+        assert child is not None
+        owner = child
+    return owner, leaf
 
 
 class Weights:
@@ -130,7 +135,7 @@ def _watch(owner: nn.Module, leaf: str, tensor: Tensor) -> tuple[Any, ...]:
     probe.
     """
     counted, address = not tensor.is_inference(), tensor.data_ptr()
-    return _table(owner, leaf), leaf, tensor, counted, address, _probe(tensor)
+    return _table(owner, leaf), leaf, tensor, counted, address, probe(tensor)
 
 
 def _table(owner: nn.Module, leaf: str) -> Any:
@@ -139,12 +144,12 @@ def _table(owner: nn.Module, leaf: str) -> Any:
 
 
 def _held(owner: nn.Module, leaf: str) -> Tensor:
-    tensor = getattr(owner, leaf)
+    tensor = _table(owner, leaf)[leaf]
     assert isinstance(tensor, Tensor)
     return tensor
 
 
-def _probe(tensor: Tensor) -> Any:
+def probe(tensor: Tensor) -> Any:
     """An indexable view of one element's bits; of nothing where they cannot be read cheaply."""
     if tensor.device.type != "cpu" or tensor.numel() == 0 or tensor.is_complex():
         return (0,)

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.optimize import Optimized, WeightsChanged
+from stepfuse.engine.passes.python_state import PythonState
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
 _TAKEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "return_dict")
 _CONDITION = ("encoder_hidden_states", "class_labels")
-# attributes that diffusers' switches write on a submodule and its forward reads: attention
-# processors, feed-forward chunking, the factors of FreeU
-_SWITCHES = ("processor", "_chunk_size", "_chunk_dim", "s1", "s2", "b1", "b2")
 # attention that is a function of its inputs alone, so that one trace of it holds for ever
 _STATELESS = (
     "AttnProcessor",
@@ -173,10 +171,8 @@ class Forward:
         reason = self._not_taken(args, kwargs, given) or _not_now(self.unet, given)
         if reason is None:
             if self._state is None or not self._state.holds():
-                # what was compiled was another network
-                self._state, self._fast = _State(self.unet), None
-                self._announced = set()
-            reason = self._state.reason()
+                self._state = _State(self.unet)
+            reason = self._state.reason
         if reason is not None:
             self.originals[reason] += 1
             return None
@@ -255,59 +251,28 @@ def _wants_gradient(unet: nn.Module, given: dict[str, Any]) -> bool:
 
 
 class _State:
-    """What a compiled network took for granted, besides the values of the weights.
+    """Why the modules of a U-Net must run as they are, asked again when something has changed.
 
-    A few list comparisons a call; what they would miss is a switch of a submodule that is neither
-    among `_SWITCHES` nor new.
+    What else a change means (another adapter, its scale, a switch of a submodule) is noticed by the
+    compiled network, see `stepfuse.engine.passes.python_state`.
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self._modules = list(unet.modules())
-        self._children = [module._modules for module in self._modules if module._modules]
-        inner = self._modules[1:]  # hooks of the U-Net itself run around its forward
-        self._dicts: list[dict[str, Any]] = [vars(module) for module in inner]
-        self._hooks = [
-            hooks
-            for module in inner
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
-        self._dropouts = [m for m in self._modules if getattr(m, "p", 0) and "Dropout" in _name(m)]
-        self._places = [(held, name) for held in self._dicts for name in _SWITCHES if name in held]
-        self._weight = next(
-            ((m._parameters, n) for m in self._modules for n in m._parameters), ({}, "")
-        )
-        self._foreign = self._foreign_processor()
-        self._now = self._look()
+        self.holds = PythonState({"unet": unet}, contents=False).holds
+        self.reason = _reason(unet)
 
-    def holds(self) -> bool:
-        """Whether nothing of that was changed."""
-        return self._look() == self._now
 
-    def reason(self) -> str | None:
-        """Why the modules must run as they are, or None."""
-        if any(self._hooks):
-            return "a submodule has a forward hook"
-        if any(module.training for module in self._dropouts):
-            return "dropout is on; call unet.eval() for the compiled network"
-        return self._foreign
-
-    def _look(self) -> tuple[Any, ...]:
-        weights, name = self._weight
-        weight = weights.get(name)
-        return (
-            [list(children.values()) for children in self._children],
-            [*map(len, self._dicts)],  # a method put over that of the class, a factor of FreeU
-            [*map(type, self._modules)],
-            [held.get(name) for held, name in self._places],
-            None if weight is None else (weight.dtype, weight.device),
-        )
-
-    def _foreign_processor(self) -> str | None:
-        for module in self._modules:
-            processor = getattr(module, "processor", None)
-            if processor is not None and _name(processor) not in _STATELESS:
-                return f"attention by {_name(processor)}"
-        return None
+def _reason(unet: nn.Module) -> str | None:
+    inner = [module for module in unet.modules() if module is not unet]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in inner):
+        return "a submodule has a forward hook"  # those of the U-Net itself run around its forward
+    if any(m.training and getattr(m, "p", 0) and "Dropout" in _name(m) for m in inner):
+        return "dropout is on; call unet.eval() for the compiled network"
+    for module in inner:
+        processor = getattr(module, "processor", None)
+        if processor is not None and _name(processor) not in _STATELESS:
+            return f"attention by {_name(processor)}"
+    return None
 
 
 def _name(obj: Any) -> str:

@@ -1,0 +1,162 @@
+"""What runs where a module has no graph: its modules, with fused GroupNorms, or the module itself.
+
+    Sequential(GroupNorm, SiLU) ──► Sequential(FusedGroupNorm with SiLU, Identity)
+    GroupNorm                   ──► FusedGroupNorm
+
+in a mirror of the module tree, which shares every parameter and buffer with the original. A forward
+that writes to its module, or does what no mirror can do, runs on the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stepfuse.engine.passes.graph import PassReport
+from stepfuse.engine.passes.mirror import CannotMirror, mirrored
+from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.trace import evaluating
+from stepfuse.kernels.group_norm_silu import group_norm_silu
+
+
+class FusedGroupNorm(nn.Module):
+    """act(GroupNorm(x)), x [N, C, ...], with the parameters of another GroupNorm."""
+
+    def __init__(self, norm: nn.GroupNorm, act: Literal["silu", "none"]) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.groups, self.eps, self.act = norm.num_groups, norm.eps, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Result like x, in its dtype."""
+        act: Literal["silu", "none"] = "silu" if self.act == "silu" else "none"
+        return group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, act=act)
+
+
+class WithoutGraph:
+    """``model`` for the shapes of (args, kwargs), with the interface of a `Network`.
+
+    Args:
+        reason: why there is no graph.
+        alone: nothing but the model itself may run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None,
+        reason: str,
+        alone: bool = False,
+    ) -> None:
+        self._source, self._dtype = model, dtype
+        self._spec = pytree.tree_flatten((args, kwargs))[1]
+        self._twin: nn.Module | None = None
+        self.written: frozenset[str] = frozenset()
+        self.reports = [PassReport("module replacement", note=f"no graph: {reason}")]
+        if not alone:
+            self.refresh()
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if self._dtype is None:
+            return self._run(args, kwargs)
+        with torch.autocast(x.device.type, self._dtype):
+            result = self._run(args, kwargs)
+        return pytree.tree_map(
+            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
+            result,
+        )
+
+    def run_alone(self, why: str) -> None:
+        """Let the model itself run from here on."""
+        self._twin = None
+        report = self.reports[0]
+        report.matched = report.candidates = 0
+        report.note += f"; the model runs as it is: {why}"
+
+    def prepare(self, timesteps: Iterable[int]) -> None:
+        """There is no table."""
+
+    def refresh(self) -> None:
+        """Take over replaced parameters; changed ones are shared already."""
+        report = PassReport("module replacement", note=self.reports[0].note)
+        try:
+            twin = mirrored(self._source)
+        except (CannotMirror, RecursionError) as error:
+            self.run_alone(str(error))
+            return
+        self._twin = evaluating(_with_fused_norms(twin, report, {}))
+        self._state = PythonState({"model": self._twin})
+        self.reports = [report]
+
+    def nbytes(self) -> int:
+        """Nothing is held beside the parameters of the original."""
+        return 0
+
+    def changed(self) -> None:
+        """Parameters are shared with the original, so that they never differ."""
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        twin = self._twin
+        if twin is not None:
+            result = twin(*args, **kwargs)
+            if self._state.holds():
+                return result
+            # what the forward wrote belongs into the original
+            self.run_alone(f"forward changes {next(self._state.changes(), 'the module')!r}")
+        with _evaluating(self._source):
+            return self._source(*args, **kwargs)
+
+
+def _with_fused_norms(
+    module: nn.Module, report: PassReport, done: dict[int, nn.Module]
+) -> nn.Module:
+    """``module`` with its GroupNorms exchanged, in place; each one once."""
+    if id(module) in done:
+        return done[id(module)]
+    if type(module) is nn.GroupNorm and not _is_hooked(module):
+        report.count()
+        done[id(module)] = FusedGroupNorm(module, "none")
+        return done[id(module)]
+    done[id(module)] = module
+    children = list(module._modules.items())
+    for i, (name, child) in enumerate(children):
+        if child is None:
+            continue
+        before = children[i - 1][1] if i else None
+        after = children[i + 1][1] if i + 1 < len(children) else None
+        plain = type(module) is nn.Sequential and not _is_hooked(child)
+        if plain and type(child) is nn.GroupNorm and type(after) is nn.SiLU:
+            report.count()
+            module._modules[name] = FusedGroupNorm(child, "silu")
+        elif plain and type(child) is nn.SiLU and type(before) is nn.GroupNorm:
+            module._modules[name] = nn.Identity()
+        else:
+            module._modules[name] = _with_fused_norms(child, report, done)
+    return module
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards back in its own."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
