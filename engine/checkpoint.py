@@ -17,14 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from stepfuse.engine.checks import as_sizes, check_kind, check_mapping, check_path, check_text, check_word
 from stepfuse.engine.files import write_file
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.kernels.checks import received
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 FORMAT = "stepfuse-unet-1"
 SUFFIX = ".safetensors"
 BETAS = "schedule.betas"
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Checkpoint:
         labels: names of the classes; empty for an unconditional network.
         training: steps, images, loss and the like, as recorded by the trainer.
         card: the model card, markdown.
+
+    Raises TypeError or ValueError for an attribute that is none of these.
     """
 
     model: UNet
@@ -48,6 +53,19 @@ class Checkpoint:
     labels: tuple[str, ...]
     training: dict[str, Any]
     card: str
+
+    def __post_init__(self) -> None:
+        check_kind("model", self.model, UNet, "a UNet")
+        check_kind("schedule", self.schedule, Schedule, "a Schedule")
+        check_word("prediction_type", self.prediction_type, _PREDICTIONS)
+        sizes = as_sizes("sample_shape", self.sample_shape)
+        if len(sizes) != 3:
+            raise ValueError(f"sample_shape must be (C, H, W); got {sizes}")
+        names = self.labels
+        if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"labels must be a tuple of strings; got {received(names)}")
+        check_mapping("training", self.training)
+        check_text("card", self.card)
 
     @property
     def num_classes(self) -> int | None:
@@ -68,7 +86,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         ValueError: unknown name, missing, truncated or foreign file.
     """
-    path = _locate(name_or_path)
+    path = _locate(check_path("name_or_path", name_or_path))
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

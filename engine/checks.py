@@ -35,6 +35,15 @@ def check_word(name: str, value: Any, accepted: Collection[str], *more: str) -> 
         raise ValueError(f"{name} must be one of {words}; got {shown(value)}")
 
 
+def check_words(name: str, values: Any, accepted: Collection[str]) -> tuple[str, ...]:
+    """``values`` as a tuple. Raises unless they are a collection of the ``accepted`` words."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Collection):
+        raise TypeError(f"{name} must be a list of words; got {received(values)}")
+    for value in values:
+        check_word(name, value, accepted)
+    return tuple(values)
+
+
 def shown(value: Any) -> str:
     """A word in a message: itself in quotes, or what came in its place."""
     return repr(value) if isinstance(value, str) else received(value)
@@ -105,6 +114,20 @@ def as_real(name: str, value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def as_seed(name: str, value: Any) -> int:
+    """``value`` as the seed of a generator. Raises unless it is an int of 64 bits."""
+    seed = as_integer(name, value)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} must fit in 64 bits; got {seed}")
+    return seed
+
+
+def check_clip(value: Any) -> None:
+    """Raise unless ``clip_sample`` is a positive number or None."""
+    if value is not None and not 0 < as_real("clip_sample", value) < math.inf:
+        raise ValueError(f"clip_sample must be positive or None; got {value}")
+
+
 def as_device(name: str, value: Any) -> torch.device:
     """``value`` as a device. Raises TypeError or ValueError for what names none."""
     if isinstance(value, torch.device):
@@ -116,8 +139,8 @@ def as_device(name: str, value: Any) -> torch.device:
         raise ValueError(f"{name} must name a device, 'cpu' or 'cuda:0' say; got {value!r}") from None
 
 
-def as_integers(name: str, values: Any, accepted: str) -> list[int]:
-    """Whole numbers of any iterable but text, sets and dicts, whose order means nothing.
+def as_integers(name: str, values: Any, accepted: str, ordered: bool = True) -> list[int]:
+    """Whole numbers of any iterable but text and dicts, and sets where the order means something.
 
     TypeError for anything else, with what is ``accepted``.
     """
@@ -128,8 +151,10 @@ def as_integers(name: str, values: Any, accepted: str) -> list[int]:
         raise TypeError(
             f"{name} must be {accepted}; got a {values.dtype} tensor of shape {tuple(values.shape)}"
         )
-    unordered = isinstance(values, (str, bytes, set, frozenset, Mapping))
-    if unordered or not isinstance(values, (Iterable, np.ndarray)) or isinstance(values, type):
+    if not ordered and isinstance(values, (set, frozenset)):
+        values = list(values)
+    unfit = isinstance(values, (str, bytes, set, frozenset, Mapping, type))
+    if unfit or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be {accepted}; got {received(values)}")
     if isinstance(values, np.ndarray) and values.ndim != 1:
         raise TypeError(f"{name} must be {accepted}; got an array of shape {values.shape}")
@@ -153,10 +178,43 @@ def as_sizes(name: str, values: Any, least: int = 1) -> tuple[int, ...]:
     return sizes
 
 
+def as_call(name: str, values: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(x, t, ...) as arguments, a dict at the end as keyword arguments of a model.
+
+    TypeError unless they start with a tensor.
+    """
+    listed = isinstance(values, (tuple, list))
+    if not listed or not values or not isinstance(values[0], Tensor):
+        kinds = ", ".join(type(value).__name__ for value in values) if listed else ""
+        got = f"({kinds})" if listed else received(values)
+        raise TypeError(f"{name} must be (x, t, ...) and start with the tensor x; got {got}")
+    if not isinstance(values[-1], dict):
+        return tuple(values), {}
+    check_mapping(f"the last of {name}", values[-1], "a dict of keyword arguments")
+    return tuple(values[:-1]), values[-1]
+
+
 def check_tensor(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {received(value)}")
+
+
+def check_on_device(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a tensor that is somewhere: not on "meta", though it may be fake."""
+    check_tensor(name, value)
+    if value.device.type == "meta":
+        raise ValueError(f"{name} must hold numbers; got a tensor on {value.device}")
+
+
+def check_dtype_kind(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """TypeError unless ``value`` holds floats, integers or truth values, as ``dtype`` does."""
+    if _number_kind(value.dtype) != _number_kind(dtype):
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted: {dtype}")
+
+
+def _number_kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool
 
 
 def check_values(name: str, value: Any) -> None:

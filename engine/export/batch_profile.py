@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stepfuse.kernels.checks import as_integer
+
+LARGEST = 2**31 - 1  # as sizes are counted by the runtimes
+_FORMS = "'1:8:64' (MIN:OPT:MAX), or one size"
+
 
 @dataclass(frozen=True)
 class BatchProfile:
@@ -14,17 +19,22 @@ class BatchProfile:
     maximum: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX; got {self}")
+        for size in (self.minimum, self.optimum, self.maximum):
+            as_integer("batch", size, "MIN:OPT:MAX in whole numbers")
+        if not 1 <= self.minimum <= self.optimum <= self.maximum <= LARGEST:
+            raise ValueError(
+                f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= {LARGEST}; got {self}"
+            )
 
     @classmethod
     def parse(cls, text: str | int | BatchProfile) -> BatchProfile:
         """ "1:8:64"; "8" is the fixed batch "8:8:8". Raises ValueError for anything else."""
         if isinstance(text, BatchProfile):
             return text
-        words = str(text).split(":")
+        known = isinstance(text, str)
+        words = text.split(":") if known else [str(as_integer("batch", text, _FORMS))]
         if len(words) not in (1, 3) or not all(w.isascii() and w.isdecimal() for w in words):
-            raise ValueError(f"batch must read like '1:8:64' (MIN:OPT:MAX) or '8'; got {text!r}")
+            raise ValueError(f"batch must be {_FORMS}; got {text!r}")
         sizes = [int(word) for word in words]
         return cls(*sizes) if len(sizes) == 3 else cls(*sizes * 3)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from stepfuse.engine.checkpoint import Checkpoint
+from stepfuse.engine.checks import check_flag
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.network import Network
 from stepfuse.engine.export.onnx_graph import build
@@ -71,6 +72,7 @@ def onnx(
         BackendUnavailable: onnx or onnxscript is not installed.
         OSError: the file cannot be written.
     """
+    check_flag("dynamic_size", dynamic_size)
     job = prepare(
         model,
         path,

@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.checks import (
+    as_device,
+    check_dtype_kind,
+    check_on_device,
+    check_path,
+    check_tensor,
+)
 from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.tensorrt_file import TensorSpec, check_library, read_engine
 from stepfuse.engine.export.tensorrt_library import Messages, find_library
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import as_integer
+
+
+MOST_RESULTS = 1024
 
 
 class TensorRTDenoiser(Described, nn.Module):
@@ -52,9 +63,10 @@ class TensorRTDenoiser(Described, nn.Module):
         results: int = 2,
     ) -> None:
         super().__init__()
-        if results < 1:
-            raise ValueError(f"results must be at least 1; got {results}")
-        self.path = Path(path)
+        if not 1 <= as_integer("results", results) <= MOST_RESULTS:
+            raise ValueError(f"results must be in 1 .. {MOST_RESULTS}; got {results}")
+        self.path = Path(check_path("path", path))
+        as_device("device", device)
         self.info, plan = read_engine(path)
         library = find_library(self.info.library)
         check_library(path, self.info, library.name, library.version)
@@ -90,6 +102,8 @@ class TensorRTDenoiser(Described, nn.Module):
 
         Raises ValueError for shapes, a batch or names that the engine does not take.
         """
+        check_tensor("x", x)
+        check_tensor("t", t)
         count = x.shape[0] if x.dim() else 0
         self.info.batch.check(count)
         context = self._context(count)
@@ -125,6 +139,8 @@ class TensorRTDenoiser(Described, nn.Module):
         if value is None:
             assert self.metadata is not None
             return self._copy_of(spec)[:count].fill_(self.metadata.num_classes or 0)
+        check_on_device(spec.name, value)
+        check_dtype_kind(spec.name, value, dtype)
         if tuple(value.shape) != shape:
             raise ValueError(f"{spec.name} has shape {tuple(value.shape)}; accepted: {shape}")
         if value.dtype is dtype and value.device == self.device and value.is_contiguous():
@@ -172,7 +188,7 @@ class TensorRTDenoiser(Described, nn.Module):
 
 def _gpu(device: torch.device | str) -> torch.device:
     """The device with its number. Raises BackendUnavailable where it is not there."""
-    asked = torch.device(device)
+    asked = as_device("device", device)
     if asked.type != "cuda":
         raise ValueError(f"device must be a CUDA device; got {device!r}")
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,17 +12,20 @@ import torch
 from tests.api import world
 from tests.api.case import Call
 from tests.engine.export.export_case import exported
-from tests.engine.export.onnx_case import SCHEDULE, Small, inputs
+from tests.engine.export.onnx_case import SCHEDULE, Small, build_once, inputs
 from tests.engine.export.test_tensorrt_engine import save_graph
 from tests.engine.export.test_tensorrt_runtime import FAKE, STREAM, info
 from tests.engine.export.test_tensorrt_runtime import inputs as engine_inputs
 
 import stepfuse as sf
-from stepfuse.engine.export import tensorrt_runtime
+from stepfuse.engine.export import loop_file, onnx_file, tensorrt_runtime
 from stepfuse.engine.export.tensorrt_file import write_engine
 
 PATH = ("is not there", "cannot read", "No such file", "is a folder")
-BATCH = {"a numpy integer"}
+# what only some networks say themselves has to be given for this one
+UNKNOWN_NETWORK = {"None"}
+# a denoiser is traced with fake tensors, all of them or none
+FAKE_TENSORS = {"as a fake tensor"}
 _numbers = itertools.count()
 
 
@@ -30,31 +34,43 @@ def target(ending: str) -> Path:
     return Path(world.folder.name) / f"{next(_numbers)}{ending}"
 
 
+def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, the graph of a network built only once."""
+
+    def call(**arguments: Any) -> Any:
+        with (
+            mock.patch.object(onnx_file, "build", build_once),
+            mock.patch.object(loop_file, "build", build_once),
+        ):
+            return function(**arguments)
+
+    return call
+
+
 def exporting() -> Call:
     return Call(
-        sf.export.onnx,
+        remembering(sf.export.onnx),
         {
             "model": Small(), "path": target(".onnx"), "example_inputs": inputs(),
             "batch": 2, "verify": False,
         },
         {"example_inputs": {"as a list"}, "path": {"a text"}},
         named={"path": PATH},
-        instead={
-            "schedule": SCHEDULE, "sample_shape": (2, 6, 6), "opset": 21,
-        },
+        instead={"schedule": SCHEDULE, "sample_shape": (2, 6, 6), "opset": 21},
+        undefined={"example_inputs": UNKNOWN_NETWORK},
     )  # fmt: skip
 
 
 def looping() -> Call:
     return Call(
-        sf.export.onnx_loop,
+        remembering(sf.export.onnx_loop),
         {
             "model": Small(), "path": target(".onnx"), "steps": 2, "eta": 0.5,
             "schedule": SCHEDULE, "prediction_type": "epsilon", "example_inputs": inputs(),
             "verify": False, "batch": 2,
         },
         {
-            "path": {"a text"}, "eta": {"0"}, "steps_offset": {"0"}, "clip_sample": {"1.5"},
+            "path": {"a text"}, "eta": {"0"}, "steps_offset": {"0"}, "clip_sample": {"1.5", "2 ** 70"},
             "timesteps": {"as an iterator"}, "example_inputs": {"as a list"},
         },
         named={"path": PATH},
@@ -62,6 +78,7 @@ def looping() -> Call:
             "timesteps": [9, 5, 1], "clip_sample": 1.0, "steps_offset": 1,
             "guidance": sf.CFG(2.0, {"labels": torch.tensor([3])}),
         },
+        undefined={"example_inputs": UNKNOWN_NETWORK},
     )  # fmt: skip
 
 
@@ -77,11 +94,12 @@ def checking() -> Call:
             "images": 2, "batch": 2, "precision": "fp32", "tolerance": 0.5,
         },
         {
-            "example_inputs": {"as a list"}, "tolerance": {"1.5"}, "seed": {"-1", "0"},
-            "clip_sample": {"1.5"},
+            "example_inputs": {"as a list"}, "tolerance": {"1.5", "2 ** 70"}, "seed": {"-1", "0"},
+            "clip_sample": {"1.5", "2 ** 70"},
         },
         named={"candidate": PATH},
         instead={"sample_shape": (2, 6, 6), "clip_sample": 1.0, "seed": 3},
+        undefined={"example_inputs": UNKNOWN_NETWORK, "schedule": UNKNOWN_NETWORK},
     )  # fmt: skip
 
 
@@ -95,7 +113,7 @@ def building() -> Call:
         },
         {"engine_path": {"a text"}, "timing_cache": {"a text"}},
         named={"onnx_path": PATH, "engine_path": PATH, "timing_cache": PATH},
-        instead={"workspace": 2**20, "timing_cache": target(".cache"), "precision": "fp32"},
+        instead={"workspace": 2**30, "timing_cache": target(".cache"), "precision": "fp32"},
     )  # fmt: skip
 
 
@@ -131,13 +149,25 @@ def running_engine() -> Call:
             return denoiser(**arguments)
 
     x, t, labels = engine_inputs(2)
-    return Call(forward, {"x": x, "t": t, "labels": labels}, {"labels": {"None"}})
+    return Call(
+        forward,
+        {"x": x, "t": t, "labels": labels},
+        {"labels": {"None"}},
+        named={"x": ("batch",)},
+        undefined=dict.fromkeys(("x", "t", "labels"), FAKE_TENSORS),
+    )
 
 
 def running_onnx() -> Call:
     denoiser = sf.OnnxDenoiser(exported())
     x, t, named = torch.randn(2, 1, 8, 8), torch.tensor([3, 4]), {"labels": torch.tensor([1, 2])}
-    return Call(denoiser.forward, {"x": x, "t": t, **named}, {"labels": {"None"}})
+    return Call(
+        denoiser.forward,
+        {"x": x, "t": t, **named},
+        {"labels": {"None"}},
+        named={"x": ("batch",)},
+        undefined=dict.fromkeys(("x", "t", "labels"), FAKE_TENSORS),
+    )
 
 
 CALLS = {
@@ -155,12 +185,12 @@ CALLS = {
     "export.Tolerance": lambda: Call(
         sf.export.Tolerance,
         {"relative_l2": 0.1, "psnr": 30.0},
-        {"relative_l2": {"1.5"}, "psnr": {"1.5", "-1", "0"}},
+        {"relative_l2": {"1.5", "2 ** 70"}, "psnr": {"1.5", "-1", "0", "2 ** 70"}},
     ),
     "OnnxDenoiser": lambda: Call(
         sf.OnnxDenoiser,
         {"path": exported(), "threads": 1, "providers": ["CPUExecutionProvider"]},
-        named={"path": PATH},
+        named={"path": PATH, "providers": ("provider",)},
     ),
     "OnnxDenoiser.forward": running_onnx,
     "TensorRTDenoiser": lambda: Call(

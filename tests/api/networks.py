@@ -30,6 +30,7 @@ def checkpoint() -> Call:
         },
         {
             "sample_shape": {"as a list"},
+            "labels": {"an empty list", "as a list", "with a text inside"},
             "training": {"a dict"},
             "card": {"a text", "an empty text"},
         },
@@ -41,12 +42,18 @@ def optimizing() -> Call:
         sf.optimize,
         {"model": world.net(), "example_inputs": INPUTS, "weights": "kept"},
         {
-            "example_inputs": {"as a list"},
-            "without": {"an empty list", "as a list"},
+            "without": {"an empty list"},
             "timesteps": {"an empty list", "as an iterator", "a set"},
+            "max_networks": {"2 ** 70"},
         },
         instead={"without": ("channels_last",), "timesteps": [3, 4], "max_networks": 8},
-    )
+        # what follows x are the model's own arguments
+        undefined={
+            "example_inputs": {
+                "with None inside", "with a text inside", "with a fraction inside", "as a list",
+            }
+        },
+    )  # fmt: skip
 
 
 def fast() -> Any:

@@ -39,7 +39,7 @@ def constructor() -> Call:
             "steps_offset": {"0"},
             "timesteps": LIST_OF_STEPS,
             "eta": {"0"},
-            "clip_sample": {"1.5"},
+            "clip_sample": {"1.5", "2 ** 70"},
             "max_programs": {"2 ** 70"},
         },
         instead={
@@ -90,7 +90,7 @@ CALLS = {
     "Sampler.encode": lambda: Call(
         world.sampler().encode,
         {"x0": IMAGE},
-        {"clip_sample": {"1.5"}},
+        {"clip_sample": {"1.5", "2 ** 70"}},
         undefined={"x0": OTHER_IMAGES, "condition": UNKNOWN},
         instead={"condition": CONDITION, "clip_sample": 1.0},
     ),
