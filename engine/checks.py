@@ -139,32 +139,35 @@ def as_device(name: str, value: Any) -> torch.device:
         raise ValueError(f"{name} must name a device, 'cpu' or 'cuda:0' say; got {value!r}") from None
 
 
-def as_integers(name: str, values: Any, accepted: str, ordered: bool = True) -> list[int]:
-    """Whole numbers of any iterable but text and dicts, and sets where the order means something.
+def as_list(name: str, values: Any, accepted: str, ordered: bool = True) -> list[Any]:
+    """The entries of an iterable but text and dicts, and sets where the order means something.
 
     TypeError for anything else, with what is ``accepted``.
     """
     if isinstance(values, Tensor):
         check_values(name, values)
-        if values.dim() == 1 and not values.is_floating_point() and values.dtype != torch.bool:
-            return [int(n) for n in values.tolist()]
-        raise TypeError(
-            f"{name} must be {accepted}; got a {values.dtype} tensor of shape {tuple(values.shape)}"
-        )
-    if not ordered and isinstance(values, (set, frozenset)):
+    elif not ordered and isinstance(values, (set, frozenset)):
         values = list(values)
     unfit = isinstance(values, (str, bytes, set, frozenset, Mapping, type))
     if unfit or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be {accepted}; got {received(values)}")
-    if isinstance(values, np.ndarray) and values.ndim != 1:
-        raise TypeError(f"{name} must be {accepted}; got an array of shape {values.shape}")
-    found = tuple(values)
+    if isinstance(values, (Tensor, np.ndarray)):
+        if values.ndim != 1:
+            raise TypeError(f"{name} must be {accepted}; got shape {tuple(values.shape)}")
+        found: list[Any] = values.tolist()
+        return found
+    return list(values)
+
+
+def as_integers(name: str, values: Any, accepted: str, ordered: bool = True) -> list[int]:
+    """`as_list` of whole numbers; TypeError for others."""
+    found = as_list(name, values, accepted, ordered)
     try:
         return [as_integer(name, value) for value in found]
     except TypeError:
-        what = repr(found if len(found) <= 20 else found[:20])
+        few = tuple(found[:20])
         raise TypeError(
-            f"{name} must be {accepted}, whole numbers; got {' '.join(what.split())}"
+            f"{name} must be {accepted}, whole numbers; got {' '.join(repr(few).split())}"
         ) from None
 
 
@@ -231,38 +234,3 @@ def check_floats(name: str, value: Any) -> None:
     check_values(name, value)
     if not is_float(value.dtype):
         raise TypeError(f"{name} must be one of {float_names()}; got {value.dtype}")
-
-
-def as_vector(name: str, values: Any) -> Tensor:
-    """A list, an array or a tensor of real numbers as float64 [T], on the CPU and not shared.
-
-    Raises TypeError for anything else, ValueError for a shape that is no vector, for none at all
-    and for numbers that are not finite.
-    """
-    if isinstance(values, Tensor):
-        check_values(name, values)
-        kind = "b" if values.dtype is torch.bool else "c" if values.is_complex() else "f"
-        vector = values.detach().to("cpu")
-    else:
-        if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
-            raise TypeError(f"{name} must be a tensor or a list of numbers; got {received(values)}")
-        try:
-            array = np.asarray(values)
-            kind = array.dtype.kind
-            vector = torch.from_numpy(array.astype(np.float64)) if kind in "fiu" else torch.empty(0)
-        except ValueError:  # lists of several lengths
-            kind = "O"
-    if kind not in "fiu":
-        raise TypeError(f"{name} must be real numbers; got {_contents(values)}")
-    if vector.dim() != 1 or len(vector) == 0:
-        raise ValueError(f"{name} must be a vector of at least one; got {tuple(vector.shape)}")
-    vector = vector.to(torch.float64).clone()
-    if not bool(torch.isfinite(vector).all()):
-        raise ValueError(f"{name} must be finite; got NaN or infinity")
-    return vector
-
-
-def _contents(values: Any) -> str:
-    if isinstance(values, (Tensor, np.ndarray)):
-        return f"a {values.dtype} {type(values).__name__.lower()}"
-    return repr(values) if len(values) <= 10 else type(values).__name__

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from stepfuse.kernels.checks import as_number, received
+
+_ROUNDINGS = 4  # what a mixture and its mean are rounded to, at most, in units of the last place
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class CFG:
             elsewhere one evaluation does.
         batched: evaluate both halves in one call of twice the batch; needs tensors on both sides.
             Two calls otherwise.
+
+    Raises TypeError or ValueError for numbers that are not finite or out of range.
     """
 
     scale: float
@@ -34,9 +40,21 @@ class CFG:
     batched: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
+        object.__setattr__(self, "rescale", as_number("rescale", self.rescale, finite=False))
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be in [0, 1]; got {self.rescale}")
-        if self.interval is not None and self.interval[0] > self.interval[1]:
+        if not isinstance(self.unconditional, Mapping):
+            raise TypeError(
+                'unconditional must be a mapping, {"labels": None} say; got '
+                f"{received(self.unconditional)}"
+            )
+        if self.interval is None:
+            return
+        if not isinstance(self.interval, Sequence) or len(self.interval) != 2:
+            raise TypeError(f"interval must be (low, high) or None; got {self.interval!r}")
+        low, high = (as_number("interval", end) for end in self.interval)
+        if low > high:
             raise ValueError(f"interval must be (low, high); got {self.interval}")
 
     def scale_at(self, t: int) -> float:
@@ -49,11 +67,23 @@ class CFG:
         return self.scale_at(t) != 1
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
-        """The rescaled mixture, [N, C, ...]; a learned variance stays that of ``cond``."""
-        mixed = uncond + scale * (cond - uncond)
+        """The rescaled mixture, [N, C, ...]; a learned variance stays that of ``cond``.
+
+        Computed in float32 at least. A mixture that has no standard deviation to rescale is left
+        as it is: a constant one, a single number, or one of which rounding is all that remains.
+        """
+        dtype, precise = cond.dtype, torch.promote_types(cond.dtype, torch.float32)
+        cond, uncond, scale = cond.to(precise), uncond.to(precise), scale.to(precise)
+        change = scale * (cond - uncond)
+        mixed = uncond + change
+        if cond[0].numel() == 1:
+            return mixed.to(dtype)
         dims = tuple(range(1, cond.dim()))
-        ratio = cond.std(dim=dims, keepdim=True) / mixed.std(dim=dims, keepdim=True)
-        return mixed * (1 + self.rescale * (ratio - 1))
+        spread = mixed.std(dim=dims, keepdim=True)
+        rounding = torch.finfo(precise).eps * (uncond.abs() + change.abs()).amax(dims, keepdim=True)
+        ratio = cond.std(dim=dims, keepdim=True) / spread
+        ratio = torch.where(spread > _ROUNDINGS * rounding, ratio, torch.ones_like(ratio))
+        return (mixed * (1 + self.rescale * (ratio - 1))).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,9 @@ class ClassifierGuidance:
         fn: called as fn(x, t, **condition) with x [N, C, ...] and t int64 [N].
         scale: strength; 0 switches it off.
         returns: "log_probability" (log p(y | x_t), [N], differentiated here) or "gradient".
+
+    Raises TypeError or ValueError for a function that cannot be called or a scale that is not
+    finite.
     """
 
     fn: Callable[..., Tensor]
@@ -74,6 +107,11 @@ class ClassifierGuidance:
     returns: Literal["log_probability", "gradient"] = "log_probability"
 
     def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(
+                f"fn must be callable as fn(x, t, **condition); got {received(self.fn)}"
+            )
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
         if self.returns not in ("log_probability", "gradient"):
             raise ValueError(
                 f"returns must be 'log_probability' or 'gradient'; got {self.returns!r}"
@@ -99,3 +137,10 @@ class ClassifierGuidance:
 
 
 Guidance = CFG | ClassifierGuidance
+
+
+def check_guidance(guidance: object) -> None:
+    """TypeError unless ``guidance`` is one that the sampler knows how to run, or None."""
+    if guidance is not None and not isinstance(guidance, CFG | ClassifierGuidance):
+        given = repr(guidance) if isinstance(guidance, type) else received(guidance)
+        raise TypeError(f"guidance must be a CFG, a ClassifierGuidance or None; got {given}")

@@ -18,14 +18,17 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
         sin((1-w) theta)/sin(theta) a + sin(w theta)/sin(theta) b,   theta = acos(<a,b> / |a||b|)
 
     taken over the whole tensor. ``weight`` 0 gives a, 1 gives b. Where a and b are (anti)parallel,
-    or one of them is 0, the limit for theta -> 0 is taken, which is the straight line.
+    or one of them is 0, the limit for theta -> 0 is taken, which is the straight line. ``weight``
+    may be a tensor of one number, which is not read on the host.
+
+    Raises ValueError or TypeError for different shapes, or numbers that are not real and finite.
     """
     check_floats("a", a)
     check_floats("b", b)
-    w = _weight(weight, a.device)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     u, v = a.double().flatten(), b.double().flatten()
+    w = _weight(weight, a.device)
     norms = u.norm() * v.norm()
     cosine = torch.where(norms > 0, (u @ v) / norms.clamp_min(1e-300), torch.ones_like(norms))
     theta = torch.acos(cosine.clamp(-1, 1))
@@ -38,17 +41,13 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def _weight(weight: float | Tensor, device: torch.device) -> Tensor:
-    """The weight as a float64 tensor of one number."""
+    """float64 []; a tensor is not read."""
     if not isinstance(weight, Tensor):
         return torch.tensor(as_number("weight", weight), dtype=torch.float64, device=device)
-    check_values("weight", weight)
-    if weight.is_complex() or weight.dtype is torch.bool:
-        raise TypeError(f"weight must be real; got {weight.dtype}")
+    check_floats("weight", weight)
     if weight.numel() != 1:
         raise ValueError(f"weight must be one number; got shape {tuple(weight.shape)}")
-    if not bool(torch.isfinite(weight)):
-        raise ValueError(f"weight must be finite; got {float(weight)}")
-    return weight.to(device, torch.float64).view(())
+    return weight.to(device=device, dtype=torch.float64).reshape(())
 
 
 @torch.no_grad()
@@ -71,7 +70,8 @@ def interpolate(
         seed: of the noise, which is that of samples 0 .. N-1 for xa and N .. 2N-1 for xb.
         condition: of the model, for the N results.
 
-    Raises ValueError for images of different shapes or a t below the sampler's last timestep.
+    Raises ValueError or TypeError for images of different shapes, numbers that are not real and
+    finite, or a t below the sampler's last timestep.
     """
     check_kind("sampler", sampler, Sampler, "a Sampler")
     check_floats("xa", xa)

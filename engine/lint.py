@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -67,14 +68,48 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
 
+class _NoAutograd(TorchFunctionMode):
+    """Refuses a step that records gradients, before PyTorch does.
+
+    A node of the graph wants a stream of its tensor's device, and without CUDA that ends the
+    process: there is no exception to catch. Gradients therefore stay off inside, and what would
+    have been recorded is refused with its line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wanted = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self._wanted = bool(args[0])
+            return None
+        # the other way to switch them on is inference_mode(False)
+        if self._wanted or torch.is_grad_enabled() or func in _BACKWARD:
+            leaves = tree_leaves((args, kwargs))
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+                name = getattr(func, "__name__", func)
+                raise CaptureRefused(
+                    f"autograd runs inside the step ({name} of a tensor that requires a gradient), "
+                    f"which cannot be examined without a GPU, {calling_line()}"
+                )
+        return func(*args, **kwargs)
+
+
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
 def check_capturable(
     sampler: Sampler, shape: Sequence[int], condition: Condition | None = None
 ) -> None:
     """Run one step of ``sampler`` for ``shape`` as it would run on CUDA, and look at it.
 
     Raises TypeError or ValueError for arguments that `Sampler.sample` does not take, and
-    `CaptureRefused` with one line for each host sync, CPU operand and allocation that
-    outlives the step.
+    `CaptureRefused` with one line for each host sync, CPU operand and allocation that outlives the
+    step, and where the model calls autograd, which cannot be looked at here.
     """
     check_kind("sampler", sampler, Sampler, "a Sampler")
     shape = as_sizes("shape", shape)
@@ -82,7 +117,8 @@ def check_capturable(
         raise ValueError(f"shape must be (N, C, ...); got {shape}")
     problems: list[str] = []
     conditions = _conditions(sampler, shape[0], condition)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), without_bindings():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), fake, without_bindings(), _NoAutograd():
         program = _fake_program(sampler, tuple(shape), conditions)
         for guided in sorted(set(sampler.plan.guided)):
             try:

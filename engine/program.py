@@ -128,7 +128,8 @@ class Program:
         if isinstance(guidance, CFG):
             output, uncond = self._guided_outputs(guidance)
         else:
-            output, uncond = self.denoiser(self.x, self.t, self.staged.condition), None
+            output = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = None
         gradient = None
         if isinstance(guidance, ClassifierGuidance):
             condition = self.staged.condition
@@ -174,14 +175,19 @@ class Program:
             halves = self.denoiser(x, t, self.staged.both)
             uncond, cond = halves.chunk(2)
         else:
-            cond = self.denoiser(self.x, self.t, self.staged.condition)
-            uncond = self.denoiser(self.x, self.t, self.staged.unconditional)
+            cond = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = self._apart(self.denoiser(self.x, self.t, self.staged.unconditional))
         if not guidance.rescale:
             return cond, uncond
         channels = self.x.shape[1]
         scale = self._row()[Column.GUIDANCE].to(cond.dtype)
         mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
         return torch.cat([mixed, cond[:, channels:]], dim=1), None
+
+    def _apart(self, output: Tensor) -> Tensor:
+        """A model's output, copied where it is another view of x, over which the update writes."""
+        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        return output.clone() if one_memory and output.stride() != self.x.stride() else output
 
     def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
         """eps - sqrt(1-abar) g, said in the model's own terms.

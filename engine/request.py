@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import as_real, as_sizes, check_floats, check_values
+from stepfuse.engine.checks import as_sizes, check_floats, check_values
 from stepfuse.engine.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.kernels import philox
-from stepfuse.kernels.checks import as_integer, per_sample, sample_indices
+from stepfuse.kernels.checks import as_integer, as_number, per_sample, sample_indices
 
 
 @dataclass
@@ -139,12 +139,14 @@ class Request:
 
     def _first_row(self, start: int | None, strength: float) -> int:
         rows = len(self.timesteps)
+        strength = as_number("strength", strength, finite=False)
         if self.image is not None and self.x_T is not None and self.mask is None:
             raise ValueError("give image or x_T to start from, not both; with a mask both have use")
         if start is not None:
+            start = as_integer("start", start, "an int or None")
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
-            start, last = as_integer("start", start, "an int or None"), len(self.alphas_cumprod) - 1
+            last = len(self.alphas_cumprod) - 1
             if start > last:
                 raise ValueError(f"start must be at most {last}; got {start}")
             if strength != 1:
@@ -153,7 +155,7 @@ class Request:
             if not reached:
                 raise ValueError(f"start must be at least {self.timesteps[-1]}; got {start}")
             return reached[0]
-        if not 0 < as_real("strength", strength) <= 1:
+        if not 0 < strength <= 1:
             raise ValueError(f"strength must be in (0, 1]; got {strength}")
         if strength < 1 and self.image is None:
             raise ValueError(f"strength={strength} needs an image to start from")
@@ -165,17 +167,15 @@ class Request:
         if self.image is None:
             raise ValueError("mask needs the image that is to be kept where mask is 0")
         check_values("mask", mask)
-        if mask.is_complex():
-            raise TypeError(f"mask must be real; got {mask.dtype}")
+        check_real("mask", mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must hold 0 (keep) and 1 (generate) only")
         try:
-            spread = mask.to(device=self.device, dtype=self.dtype).expand(self.shape)
+            return mask.to(device=self.device, dtype=self.dtype).expand(self.shape)
         except RuntimeError:
             raise ValueError(
                 f"mask must be broadcastable to {self.shape}; got shape {tuple(mask.shape)}"
             ) from None
-        if not bool(((spread == 0) | (spread == 1)).all()):
-            raise ValueError("mask must hold 0 (keep) and 1 (generate) only")
-        return spread
 
     def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if value is None:
@@ -185,7 +185,14 @@ class Request:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} must be finite; it holds NaN or infinity")
-        return value.detach().to(device=self.device, dtype=self.dtype)
+        cast = value.detach().to(device=self.device, dtype=self.dtype)
+        if cast.dtype != value.dtype and not bool(torch.isfinite(cast).all()):
+            largest = torch.finfo(self.dtype).max
+            raise ValueError(
+                f"{name} must be at most {largest:.3g} to be finite in {self.dtype}, the sampler's "
+                f"dtype; it holds {float(value.abs().max()):.3g}"
+            )
+        return cast
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from stepfuse.engine.condition import Staged
 from stepfuse.engine.checks import (
-    as_integers,
     check_callable,
     check_flag,
     check_float_dtype,
@@ -21,7 +20,7 @@ from stepfuse.engine.checks import (
     check_precision,
 )
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.guidance import CFG, Guidance
+from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
@@ -41,6 +40,7 @@ from stepfuse.engine.table import (
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
+from stepfuse.kernels.checks import as_integer, float_names, is_float
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,12 @@ class Sampler:
     ) -> None:
         check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
         check_float_dtype("dtype", dtype)
+        check_guidance(guidance)
         if not isinstance(optimize, torch.dtype):
             check_flag("optimize", optimize)
         check_flag("rederive_epsilon", rederive_epsilon)
         check_flag("final_alpha_one", final_alpha_one)
+        max_programs = as_integer("max_programs", max_programs)
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -157,7 +159,7 @@ class Sampler:
         total = self.schedule.num_train_timesteps
         update = self.update if eta is None else replace(self.update, eta=eta)
         chosen = (
-            check_timesteps(as_integers("timesteps", timesteps, "a list of indices"), total)
+            check_timesteps(timesteps, total)
             if timesteps is not None
             else spaced_timesteps(total, steps, spacing, steps_offset)
         )

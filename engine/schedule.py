@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import as_vector, check_flag, check_text
-from stepfuse.kernels.checks import as_integer, as_number
+from stepfuse.engine.checks import check_flag, check_text
+from stepfuse.kernels.checks import as_integer, as_number, check_real
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,8 @@ class Schedule:
     """A discrete noise schedule. Frozen; every table is a float64 CPU tensor [T].
 
     Build it with one of the named constructors. ``betas`` are checked there: 0 <= beta <= 1, and
-    beta = 1 only at the end (zero terminal signal-to-noise ratio).
+    beta = 1 only at the end (zero terminal signal-to-noise ratio); before it, ``alphas_cumprod``
+    must not underflow to 0.
     """
 
     betas: Tensor
@@ -30,13 +32,23 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
-        betas = as_vector("betas", self.betas)
+        betas = _floats("betas", self.betas).clone()
+        if betas.dim() != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be a vector of at least one; got {tuple(betas.shape)}")
+        if not bool(torch.isfinite(betas).all()):
+            raise ValueError("betas must be finite; got NaN or infinity")
         if not bool(((betas >= 0) & (betas <= 1)).all()) or not bool((betas[:-1] < 1).all()):
             low, high = float(betas.min()), float(betas.max())
             raise ValueError(
                 f"betas must be in [0, 1), the last may be 1; got values in [{low:g}, {high:g}]"
             )
         object.__setattr__(self, "betas", betas)
+        gone = self.alphas_cumprod[:-1] < torch.finfo(torch.float64).tiny
+        if bool(gone.any()):
+            raise ValueError(
+                "betas must leave some signal until the last timestep; alphas_cumprod underflows "
+                f"to 0 at {int(gone.nonzero()[0])} of 0 .. {len(betas) - 1}"
+            )
 
     @property
     def num_train_timesteps(self) -> int:
@@ -64,22 +76,25 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], name: str = "custom") -> Schedule:
         """The schedule of the given betas, [T]."""
-        return cls(as_vector("betas", betas), name)
+        return cls(_floats("betas", betas), name)
 
     @classmethod
     def from_alphas_cumprod(
         cls, alphas_cumprod: Tensor | Sequence[float], name: str = "custom"
     ) -> Schedule:
-        """The schedule whose ``alphas_cumprod`` are given, [T], non-increasing in [0, 1].
-
-        0 is accepted at the end only (zero terminal signal-to-noise ratio).
-        """
-        abar = as_vector("alphas_cumprod", alphas_cumprod)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        if bool((abar < 0).any() or (abar > previous).any() or (abar[:-1] == 0).any()):
+        """The schedule whose ``alphas_cumprod`` are given, [T], non-increasing in [0, 1]."""
+        abar = _floats("alphas_cumprod", alphas_cumprod)
+        if abar.dim() != 1 or len(abar) == 0:
             raise ValueError(
-                "alphas_cumprod must not increase, in (0, 1], the last may be 0; got "
-                f"{float(abar[0]):g} .. {float(abar[-1]):g}"
+                f"alphas_cumprod must be a vector of at least one; got {tuple(abar.shape)}"
+            )
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        # written so that NaN fails
+        if not bool(((abar >= 0) & (abar <= previous)).all()) or not bool((previous > 0).all()):
+            low, high = float(abar.min()), float(abar.max())
+            raise ValueError(
+                "alphas_cumprod must fall from at most 1, with betas in [0, 1), and only the last "
+                f"may be 0; got values in [{low:g}, {high:g}]"
             )
         return cls(1 - abar / previous, name)
 
@@ -97,8 +112,8 @@ class Schedule:
         so that abar_T stays comparable. ``rescale=False`` takes them as they are.
         """
         num_train_timesteps = _checked_steps(num_train_timesteps)
+        beta_start, beta_end = _betas(beta_start, beta_end)
         check_flag("rescale", rescale)
-        _check_betas(beta_start, beta_end)
         ratio = 1000 / num_train_timesteps if rescale else 1.0
         if num_train_timesteps > 1 and beta_end * ratio > 1:
             raise ValueError(
@@ -114,7 +129,7 @@ class Schedule:
     ) -> Schedule:
         """sqrt(beta) in equal steps (latent diffusion, Rombach et al. 2022; Stable Diffusion)."""
         num_train_timesteps = _checked_steps(num_train_timesteps)
-        _check_betas(beta_start, beta_end)
+        beta_start, beta_end = _betas(beta_start, beta_end)
         return cls(
             _line(beta_start**0.5, beta_end**0.5, num_train_timesteps).square(), "scaled_linear"
         )
@@ -122,8 +137,9 @@ class Schedule:
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, offset: float = 0.008) -> Schedule:
         """abar(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999 (Nichol & Dhariwal, eq. 17)."""
-        if not 0 <= as_number("offset", offset) < _FLAT:
-            raise ValueError(f"offset must be in [0, {_FLAT:g}); got {offset}")
+        offset = as_number("offset", offset)
+        if not 0 <= offset < _NOT_CURVED:
+            raise ValueError(f"offset must be in [0, {_NOT_CURVED:g}); got {offset}")
         return _from_curve(
             lambda u: math.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2,
             num_train_timesteps,
@@ -136,7 +152,7 @@ class Schedule:
     ) -> Schedule:
         """beta = sigmoid(r) (beta_end - beta_start) + beta_start, r from -6 to 6 (GeoDiff)."""
         num_train_timesteps = _checked_steps(num_train_timesteps)
-        _check_betas(beta_start, beta_end)
+        beta_start, beta_end = _betas(beta_start, beta_end)
         ramp = torch.sigmoid(_line(-6, 6, num_train_timesteps))
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_beta")
 
@@ -150,20 +166,21 @@ class Schedule:
     ) -> Schedule:
         """abar a scaled sigmoid of time, beta <= 0.999 (Jabri et al. 2022; Chen 2023)."""
 
-        def sigmoid(value: float) -> float:
-            return 1 / (1 + math.exp(-value))
+        start, end, tau = (
+            as_number(name, value) for name, value in (("start", start), ("end", end), ("tau", tau))
+        )
+        if not tau > 0:
+            raise ValueError(f"tau must be positive; got {tau}")
 
-        for name, value in (("start", start), ("end", end)):
-            if abs(as_number(name, value)) > _STEEP:
-                raise ValueError(f"{name} must be in [-{_STEEP:g}, {_STEEP:g}]; got {value}")
-        if not max(abs(start), abs(end)) / _STEEP <= as_number("tau", tau) < _FLAT:
-            raise ValueError(
-                f"tau must be positive, at most {_FLAT:g}, and start / tau and end / tau in "
-                f"[-{_STEEP:g}, {_STEEP:g}]; got tau={tau}"
-            )
-        if not start < end:
-            raise ValueError(f"start must be below end; got start={start} and end={end}")
+        def sigmoid(value: float) -> float:
+            return 1 / (1 + math.exp(min(-value, 700)))  # e^710 overflows
+
         first, last = sigmoid(start / tau), sigmoid(end / tau)
+        if first == last:
+            raise ValueError(
+                "sigmoid(start / tau) and sigmoid(end / tau) must differ; got start, end, tau = "
+                f"{start}, {end}, {tau}"
+            )
         return _from_curve(
             lambda u: (last - sigmoid((u * (end - start) + start) / tau)) / (last - first),
             num_train_timesteps,
@@ -182,18 +199,14 @@ class Schedule:
         Index i is the diffusion time u = (i + 1) / T, theta = a0 + u (a1 - a0).
         """
         num_train_timesteps = _checked_steps(num_train_timesteps)
-        for name, value in (
-            ("max_signal_rate", max_signal_rate),
-            ("min_signal_rate", min_signal_rate),
-        ):
-            if not 0 <= as_number(name, value) <= 1:
-                raise ValueError(f"{name} must be in [0, 1]; got {value}")
-        if not min_signal_rate < max_signal_rate:
+        high = as_number("max_signal_rate", max_signal_rate)
+        low = as_number("min_signal_rate", min_signal_rate)
+        if not 0 <= low < high <= 1:
             raise ValueError(
-                f"max_signal_rate must be above min_signal_rate; got {max_signal_rate} and "
-                f"{min_signal_rate}"
+                "signal rates must be 0 <= min_signal_rate < max_signal_rate <= 1; got "
+                f"{low} and {high}"
             )
-        first, last = math.acos(max_signal_rate), math.acos(min_signal_rate)
+        first, last = math.acos(high), math.acos(low)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         return cls.from_alphas_cumprod((first + u * (last - first)).cos().square(), "keras")
 
@@ -210,12 +223,35 @@ class Schedule:
         return Schedule.from_alphas_cumprod(root.square(), f"{self.name}, zero terminal SNR")
 
 
-_FLAT = 1e6  # beyond it differences of the curve drown in float64's rounding
-_STEEP = 30.0  # beyond it the sigmoid is 0 or 1 in float64
-
-
 def _line(start: float, end: float, count: int) -> Tensor:
     return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+_NOT_CURVED = 1e6  # an offset past which the cosine's curve is lost in rounding
+
+
+def _floats(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    """float64 on the CPU, without history; TypeError for numbers that are not real."""
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {values!r}")
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {kind}") from None
+    check_real(name, tensor)
+    if not isinstance(values, Tensor):  # Python's floats are not rounded to float32 first
+        tensor = torch.as_tensor(values, dtype=torch.float64)
+    return tensor.detach().to(dtype=torch.float64, device="cpu")
+
+
+def _betas(start: float, end: float) -> tuple[float, float]:
+    """The ends of a line of betas; ValueError unless both are in [0, 1]."""
+    checked = (as_number("beta_start", start), as_number("beta_end", end))
+    for name, value in zip(("beta_start", "beta_end"), checked, strict=True):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1]; got {value}")
+    return checked
 
 
 def _checked_steps(num_train_timesteps: int) -> int:
@@ -225,14 +261,11 @@ def _checked_steps(num_train_timesteps: int) -> int:
     return steps
 
 
-def _check_betas(beta_start: float, beta_end: float) -> None:
-    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0 <= as_number(name, value) <= 1:
-            raise ValueError(f"{name} must be in [0, 1]; got {value}")
-
-
 def _from_curve(abar: Callable[[float], float], steps: int, name: str) -> Schedule:
     """beta_i = min(1 - abar((i+1)/T) / abar(i/T), 0.999)."""
     steps = _checked_steps(steps)
-    betas = [min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)]
+    curve = [abar(i / steps) for i in range(steps + 1)]
+    if not all(before > 0 for before in curve[:-1]):
+        raise ValueError(f"the {name} curve must be positive until its end; got {min(curve):g}")
+    betas = [min(1 - after / before, 0.999) for before, after in pairwise(curve)]
     return Schedule.from_betas(betas, name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from stepfuse.engine.checks import check_literal
 from stepfuse.engine.guidance import Guidance
 from stepfuse.engine.schedule import Schedule
+from stepfuse.kernels.checks import LARGEST, as_number
 from stepfuse.kernels.step_row import COLUMNS, Column
 
 Method = Literal["ddim", "ddpm", "ddim_hat", "ddgan"]
@@ -50,14 +51,19 @@ class Update:
             ("variance_at_zero", VarianceAtZero),
         ):
             check_literal(name, getattr(self, name), accepted)
+        object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
         if self.eta and self.method != "ddim":
             raise ValueError(
                 f"eta belongs to method 'ddim'; got eta={self.eta} with {self.method!r}"
             )
-        if self.clip_sample is not None and not self.clip_sample > 0:
-            raise ValueError(f"clip_sample must be positive or None; got {self.clip_sample}")
+        if self.clip_sample is not None:
+            clip = as_number("clip_sample", self.clip_sample, finite=False)
+            # a smaller one is 0 in float32, and so would every image be
+            if not torch.finfo(torch.float32).tiny <= clip <= LARGEST:
+                raise ValueError(f"clip_sample must be positive or None; got {self.clip_sample}")
+            object.__setattr__(self, "clip_sample", clip)
         if self.method == "ddgan" and self.prediction_type != "sample":
             raise ValueError(
                 f"method 'ddgan' needs prediction_type 'sample'; got {self.prediction_type!r}"
@@ -94,7 +100,8 @@ def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> 
 
     The last row goes to x_0 (b = 1), or to b = abar_0 with ``final_alpha_one=False``.
 
-    Raises ValueError where abar_t = 0 and the model predicts epsilon.
+    Raises ValueError where abar_t = 0 and the model predicts epsilon, or is so small that a
+    coefficient is infinite in float32.
     """
     abar = schedule.alphas_cumprod
     ends = [float(abar[s]) for s in timesteps[1:]]
@@ -104,7 +111,7 @@ def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> 
         _row(schedule, t, b, update, last=i == len(timesteps) - 1, log_small=float(variances[i]))
         for i, (t, b) in enumerate(zip(timesteps, ends, strict=True))
     ]
-    return torch.tensor(rows, dtype=torch.float64)
+    return _finite(rows, update, schedule)
 
 
 def inversion_table(
@@ -138,7 +145,7 @@ def inversion_table(
         _add_epsilon(row, update, a, math.sqrt(1 - b), p_x, p_o)
         row[Column.C_0] += math.sqrt(b)
         rows.append(row)
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, COLUMNS)
+    return _finite(rows, update, schedule)
 
 
 def posterior_log_variance(
@@ -158,6 +165,20 @@ def posterior_log_variance(
     if at_zero == "next" and len(variance) > 1:
         variance[-1] = variance[-2]
     return variance.clamp_min(_SMALLEST_VARIANCE).log()
+
+
+def _finite(rows: list[list[float]], update: Update, schedule: Schedule) -> Tensor:
+    """The rows as float64 [S, 16]; ValueError where a coefficient overflows float32."""
+    for row in rows:
+        coefficients = (*row[: Column.CLIP], *row[Column.CLIP + 1 :])
+        if not all(abs(c) <= LARGEST for c in coefficients):
+            t = int(row[Column.TIMESTEP])
+            raise ValueError(
+                f"a coefficient of the step at timestep {t} is not finite in float32: abar is "
+                f"{float(schedule.alphas_cumprod[t]):.3g} there, too small for a model that "
+                f"predicts {update.prediction_type!r}"
+            )
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, COLUMNS)
 
 
 def _row(

@@ -6,8 +6,14 @@ indices in a row would evaluate the network twice for one step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal
+
+from torch import Tensor
+
+from stepfuse.engine.checks import as_list, check_literal
+from stepfuse.kernels.checks import as_integer, as_number, received
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 
@@ -31,20 +37,35 @@ def spaced_timesteps(
     steps from 0 to T-1, "10,15,20" does so in three equal sections, "ddim50" takes every c-th and
     refuses where no whole stride gives that many.
 
-    Raises ValueError for S < 1, S > T, an unknown spacing or an offset outside 0 .. T-1.
+    Raises ValueError for S < 1, S > T, an unknown spacing or an offset outside 0 .. T-1, or with
+    which the last timestep would be past T-1; TypeError for numbers that are not ints.
     """
-    total = num_train_timesteps
-    if isinstance(steps, str):
-        return sorted(set(_sections(total, steps)), reverse=True)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an int or a string like 'ddim50'; got {steps!r}")
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be in 1 .. {total} (num_train_timesteps); got {steps}")
+    total = as_integer("num_train_timesteps", num_train_timesteps)
+    if total < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1; got {total}")
+    check_literal("spacing", spacing, Spacing)
+    steps_offset = as_integer("steps_offset", steps_offset)
     if not 0 <= steps_offset < total:
         raise ValueError(f"steps_offset must be in 0 .. {total - 1}; got {steps_offset}")
+    if isinstance(steps, str):
+        return sorted(set(_sections(total, steps)), reverse=True)
+    try:
+        steps = as_integer("steps", steps)
+    except TypeError:
+        raise TypeError(
+            f"steps must be an int or a string like 'ddim50'; got {received(steps)}"
+        ) from None
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in 1 .. {total} (num_train_timesteps); got {steps}")
     if spacing == "leading":
         stride = total // steps
-        chosen = [min(i * stride + steps_offset, total - 1) for i in range(steps)]
+        largest = total - 1 - (steps - 1) * stride
+        if steps_offset > largest:
+            raise ValueError(
+                f"steps_offset must be in 0 .. {largest} for {steps} of {total} timesteps: those "
+                f"past {total - 1} would be lost; got {steps_offset}"
+            )
+        chosen = [i * stride + steps_offset for i in range(steps)]
     elif spacing == "trailing":
         # the stride that numpy.arange finds for diffusers: it decides which way a half is rounded
         stride_back = total - (total - total / steps)
@@ -52,20 +73,18 @@ def spaced_timesteps(
     elif spacing == "linspace":
         stride_exact = (total - 1) / max(steps - 1, 1)
         chosen = [round(i * stride_exact) for i in range(steps)]
-    elif spacing == "quadratic":
+    else:  # quadratic
         last = max(steps - 1, 1) ** 2
         chosen = [(total - 1) * i * i // last for i in range(steps)]
-    else:
-        names = ", ".join(get_args(Spacing))
-        raise ValueError(f"spacing must be one of {names}; got {spacing!r}")
     return sorted(set(chosen), reverse=True)
 
 
-def check_timesteps(timesteps: list[int], num_train_timesteps: int) -> list[int]:
-    """A caller's own timesteps: whole numbers, descending, in 0 .. T-1; ValueError otherwise."""
-    chosen = [int(t) for t in timesteps]
-    if any(a != b for a, b in zip(chosen, timesteps, strict=True)):
-        raise ValueError(f"timesteps must be whole numbers; got {list(timesteps)}")
+def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+    """A caller's own timesteps: whole numbers, descending, in 0 .. T-1; ValueError otherwise.
+
+    Numbers of arrays and tensors will do, floats too where they are whole.
+    """
+    chosen = [_whole(t) for t in as_list("timesteps", timesteps, "a list of indices")]
     if not chosen:
         raise ValueError("timesteps must name at least one index; got an empty list")
     if any(a <= b for a, b in pairwise(chosen)):
@@ -75,6 +94,14 @@ def check_timesteps(timesteps: list[int], num_train_timesteps: int) -> list[int]
             f"timesteps must be in 0 .. {num_train_timesteps - 1}; got {chosen[-1]} .. {chosen[0]}"
         )
     return chosen
+
+
+def _whole(timestep: Any) -> int:
+    number = timestep.item() if isinstance(timestep, Tensor) else timestep
+    value = as_number("timesteps", number)
+    if value != int(value):
+        raise ValueError(f"timesteps must be whole numbers; got {received(number)}")
+    return int(value)
 
 
 def _sections(total: int, spec: str) -> list[int]:
@@ -107,7 +134,8 @@ def _sections(total: int, spec: str) -> list[int]:
 
 
 def _whole_stride(total: int, counts: list[int], spec: str) -> list[int]:
-    for stride in range(1, total + 1):
+    # a stride of T, which leaves index 0 alone, is none: guided-diffusion refuses it too
+    for stride in range(1, total):
         chosen = range(0, total, stride)
         if counts == [len(chosen)]:
             return list(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
@@ -31,17 +32,21 @@ def as_integer(name: str, value: Any, accepted: str = "an int") -> int:
         raise TypeError(f"{name} must be {accepted}; got {received(value)}") from None
 
 
-def as_number(name: str, value: Any) -> float:
+def as_number(name: str, value: Any, finite: bool = True) -> float:
     """``value`` as a float: an int or a float of Python or NumPy, finite in float32.
 
     TypeError for all else, bools and tensors too; ValueError for NaN, for infinity, and for numbers
-    past 3.4e38, which become infinite where tables are rounded to float32.
+    past 3.4e38, which become infinite where tables are rounded to float32. ``finite=False`` leaves
+    values to a caller that has a range to name.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be an int or a float; got {received(value)}")
-    if not abs(value) <= LARGEST:
+    number: Any = value
+    if abs(number) <= LARGEST:
+        return float(number)
+    if finite:
         raise ValueError(f"{name} must be finite, and at most {LARGEST:.3g}; got {value}")
-    return float(value)
+    return math.nan if number != number else math.copysign(math.inf, number)
 
 
 def check_real(name: str, x: Any) -> None:

@@ -26,15 +26,22 @@ def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def resolved(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors without a pending negation: kernels read memory, which lacks it until then.
+    """The tensors with their values in memory, which is all that kernels read.
 
-    A view such as ``z.conj().imag`` has one. Every op passes its inputs through here before any
+    A view such as ``z.conj().imag`` has a pending negation, and the zeros that forward-mode
+    differentiation makes have no memory at all. Every op passes its inputs through here before any
     backend sees them.
     """
     for x in tensors:
-        if x is not None and x.is_neg():
-            return tuple(None if x is None else x.resolve_neg() for x in tensors)
+        if x is not None and (x.is_neg() or x._is_zerotensor()):
+            return tuple(None if x is None else _in_memory(x) for x in tensors)
     return tensors
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_neg()
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

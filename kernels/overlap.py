@@ -49,6 +49,8 @@ def check_memory(
                 f"{tuple(out.shape)} with strides {out.stride()}"
             )
         first, end = place = _range(out)
+        if not first and end:
+            raise ValueError(f"{name} must have memory to write to; got a tensor of implied zeros")
         for other, x, (start, stop) in before:
             if first < stop and start < end and shares_memory(out, x):
                 raise ValueError(f"{name} must not overlap {other} in memory")

@@ -33,14 +33,14 @@ def define(
 
     ``run`` serves CPU and CUDA tensors, ``fake`` gives the shapes, ``setup`` and ``backward`` are
     those of `torch.library.register_autograd`. A ``run`` that writes into its arguments raises
-    their versions itself, and each resolves the negations of its tensors (`layout.resolved`).
+    their versions itself, and each has its tensors `resolved`.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     name = schema[: schema.index("(")]
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
-    # a pending negation is the op's own to resolve, whether it was dispatched or not
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Negative")  # type: ignore[no-untyped-call]
+    for key in ("Negative", "ZeroTensor"):  # the op's own to resolve, dispatched or not
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, key)  # type: ignore[no-untyped-call]
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:

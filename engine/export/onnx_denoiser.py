@@ -26,6 +26,7 @@ from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.runtime import Provider, check_providers, device_of, quiet_options
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.checks import as_integer, received
+from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define
 
 MOST_THREADS = 1024
@@ -169,6 +170,7 @@ class OnnxDenoiser(Described, nn.Module):
         on_gpu = output.device.type == "cuda"
         place = (output.device.type, output.device.index or 0)
         binding = self._session.io_binding()
+        values = resolved(*values)
         for port, value in zip(self.inputs, values, strict=True):
             binding.bind_input(port.name, *place, port.numpy, list(value.shape), value.data_ptr())
         binding.bind_output(

@@ -143,7 +143,8 @@ class TensorRTDenoiser(Described, nn.Module):
         check_dtype_kind(spec.name, value, dtype)
         if tuple(value.shape) != shape:
             raise ValueError(f"{spec.name} has shape {tuple(value.shape)}; accepted: {shape}")
-        if value.dtype is dtype and value.device == self.device and value.is_contiguous():
+        ready = value.is_contiguous() and not value.is_neg()
+        if ready and value.dtype is dtype and value.device == self.device:
             return value
         return self._copy_of(spec)[:count].copy_(value)
 

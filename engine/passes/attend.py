@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.engine.passes.convolve import native, why_not
+from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define, eager
 
 if native is not None:
@@ -36,7 +37,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = Non
         raise ValueError(f"scale must be positive; got {scale}")
     if q.dtype is torch.bfloat16 and q.shape[3] % 2:
         raise ValueError(f"bfloat16 needs an even width; got {q.shape[3]}")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in resolved(q, k, v))
     n, heads, queries, width = q.shape
     keys, values = k.shape[2], v.shape[3]
     if out is None or out.shape != (n, heads, queries, values) or out.dtype != q.dtype:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.convolve import native
 from stepfuse.engine.passes.graph import PassReport, aten, calls, finish, replace, stage, value
+from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define, eager
 
 if native is not None:
@@ -50,7 +51,8 @@ def _problem(node: Node) -> str:
 
 
 def _run(images: list[Tensor], out: Tensor | None = None) -> Tensor:
-    parts = [image.contiguous(memory_format=torch.channels_last) for image in images]
+    whole = resolved(*images)
+    parts = [image.contiguous(memory_format=torch.channels_last) for image in whole]
     first = parts[0]
     n, _, h, w = first.shape
     if any(p.dtype != first.dtype or p.shape[::2] != (n, h) or p.shape[3] != w for p in parts):

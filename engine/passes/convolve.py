@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.engine.passes.stopwatch import filler
+from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define, eager
 
 native: Any
@@ -201,6 +202,7 @@ class _Prepared:
         if groups and c % groups:
             raise ValueError(f"groups must divide the {c} channels; got {groups}")
         self.given, self.shape, self.dtype = (u, bias, weight, offset), x.shape, x.dtype
+        u, bias, weight, offset = resolved(u, bias, weight, offset)
         added = None if bias is None else bias.to(torch.float32).contiguous()
         self.held = (u.contiguous(), added, _plain(weight), _plain(offset))
         self.modulation = tuple(map(_plain, modulation))
@@ -231,6 +233,7 @@ class _Prepared:
         beside: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
+        x, residual, beside, *modulation = resolved(x, residual, beside, *modulation)
         image = x.contiguous(memory_format=self.format)
         images = [image.data_ptr(), 0]
         if beside is not None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-import stepfuse.kernels.group_norm_silu  # noqa: F401  registers the operator
 from stepfuse.engine.passes.graph import (
     PassReport,
     aten,
@@ -30,6 +29,7 @@ from stepfuse.engine.passes.graph import (
     replace,
     value,
 )
+from stepfuse.kernels.group_norm_silu import least_eps  # and registers the operator
 
 OP = torch.ops.stepfuse.group_norm_silu.default
 _ADDS = (aten.add.Tensor,)
@@ -81,6 +81,8 @@ def _problem(norm: Node) -> str:
     assert isinstance(x, Node)
     if value(x).dim() < 2 or not value(x).is_floating_point():
         return "not an image"
+    if _norm_arguments(norm)[3] < least_eps(value(x).dtype):
+        return "an eps that is 0 in float32"
     return ""
 
 

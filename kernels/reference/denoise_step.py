@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepfuse.kernels.checks import check_range
 from stepfuse.kernels.reference import philox
 from stepfuse.kernels.step_row import Column
 
@@ -55,6 +56,7 @@ def run(
     ``out`` may be ``x``.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_range("step", step.view(1), len(table) - 1, IndexError)
     row = table.index_select(0, step.view(1))[0].to(dtype)
     if noise is None and seed is not None:
         assert sample is not None

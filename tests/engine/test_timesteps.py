@@ -55,11 +55,14 @@ def test_equals_diffusers_with_an_offset() -> None:
         assert spaced_timesteps(1000, steps, "leading", steps_offset=1) == expected
 
 
-def test_an_offset_past_the_end_is_held_back_and_not_repeated() -> None:
+def test_an_offset_past_the_end_is_refused() -> None:
     # diffusers gives index 1000 of 0 .. 999 here
     assert theirs(1000, 1000, timestep_spacing="leading", steps_offset=1)[0] == 1000
-    ours = spaced_timesteps(1000, 1000, "leading", steps_offset=1)
-    assert ours == list(range(999, 0, -1))
+    for steps, offset, largest in ((1000, 1, 0), (50, 999, 19), (50, 20, 19), (333, 5, 3)):
+        message = rf"steps_offset must be in 0 \.\. {largest} for {steps} of 1000.*got {offset}"
+        with pytest.raises(ValueError, match=message):
+            spaced_timesteps(1000, steps, "leading", steps_offset=offset)
+        assert len(spaced_timesteps(1000, steps, "leading", steps_offset=largest)) == steps
 
 
 @pytest.mark.parametrize(
@@ -146,13 +149,14 @@ def test_the_sections_of_the_adm_string() -> None:
 @settings(max_examples=200, deadline=None)
 def test_descending_unique_in_range(total: int, data: st.DataObject, spacing: str) -> None:
     steps = data.draw(st.integers(1, total))
-    offset = data.draw(st.integers(0, total - 1)) if spacing == "leading" else 0
+    past_the_last = total - 1 - (steps - 1) * (total // steps)
+    offset = data.draw(st.integers(0, past_the_last)) if spacing == "leading" else 0
     chosen = spaced_timesteps(total, steps, spacing, offset)
     assert chosen == sorted(set(chosen), reverse=True)
     assert 0 <= chosen[-1] <= chosen[0] < total
     assert 1 <= len(chosen) <= steps
-    if spacing != "quadratic" and offset == 0:
-        assert len(chosen) == steps  # only these can meet an index twice
+    if spacing != "quadratic":
+        assert len(chosen) == steps  # only that one can meet an index twice
     assert check_timesteps(chosen, total) == chosen
 
 
@@ -175,6 +179,7 @@ def test_strings_space_exactly_as_many_as_they_say(total: int, data: st.DataObje
         ("ddim300", "no whole stride over 1000 timesteps gives 'ddim300'"),
         ("ddim0", "at least 1"),
         ("ddim10,20", "no whole stride"),
+        ("ddim1", "no whole stride over 1000 timesteps gives 'ddim1'"),  # it would be index 0
         ("0", "at least 1"),
         ("1001", "section 0 of '1001' has 1000 timesteps, not 1001"),
         ("10,600", "section 1 .* has 500 timesteps, not 600"),
@@ -193,6 +198,42 @@ def test_steps_that_are_refused(steps: int | str, message: str) -> None:
 def test_steps_of_another_type_are_refused(steps: object) -> None:
     with pytest.raises(TypeError, match="int or a string"):
         spaced_timesteps(1000, steps)  # type: ignore[arg-type]
+
+
+def test_a_whole_stride_leaves_more_than_one_index() -> None:
+    for total in (1, 2, 7, 1000):
+        with pytest.raises(ValueError, match="no whole stride"):
+            spaced_timesteps(total, "ddim1")
+    assert spaced_timesteps(3, "ddim2") == [2, 0]
+    assert spaced_timesteps(1000, "ddim2") == [500, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1000, 10, "leading", 0.5), TypeError, r"steps_offset must be an int; got float 0\.5"),
+        ((1000, 10, "leading", 1.0), TypeError, r"steps_offset must be an int; got float 1\.0"),
+        ((1000, 10, "leading", True), TypeError, "steps_offset must be an int; got bool True"),
+        ((1000, "10", "leading", 0.5), TypeError, "steps_offset must be an int; got float"),
+        ((1000, "10", "leading", 5000), ValueError, r"steps_offset must be in 0 \.\. 999"),
+        ((1000, "10", "even"), ValueError, "spacing must be one of .*got 'even'"),
+        ((1000.0, 10), TypeError, "num_train_timesteps must be an int; got float"),
+        ((True, 1), TypeError, "num_train_timesteps must be an int; got bool"),
+        ((0, "1"), ValueError, "num_train_timesteps must be at least 1; got 0"),
+        ((1000, np.float64(10)), TypeError, "int or a string"),
+    ],
+)
+def test_numbers_that_are_refused(
+    arguments: tuple[object, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        spaced_timesteps(*arguments)  # type: ignore[arg-type]
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    chosen = spaced_timesteps(np.int64(1000), np.int32(5), "leading", np.uint8(1))
+    assert chosen == [801, 601, 401, 201, 1]
+    assert all(type(t) is int for t in chosen)
 
 
 @pytest.mark.parametrize("offset", [-1, 1000])
@@ -215,10 +256,18 @@ def test_an_unknown_spacing_names_the_known_ones() -> None:
         ([1000, 1], r"0 \.\. 999; got 1 \.\. 1000"),
         ([5, -1], r"got -1 \.\. 5"),
         ([5.5, 1], "whole numbers"),
+        ([float("nan"), 1], "timesteps must be finite.*got nan"),
+        ([float("inf"), 1], "timesteps must be finite.*got inf"),
     ],
 )
 def test_a_callers_timesteps_that_are_refused(timesteps: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        check_timesteps(timesteps, 1000)
+
+
+@pytest.mark.parametrize("timesteps", [["5"], [True], [None], [torch.tensor(True)], [5 + 0j]])
+def test_a_callers_timesteps_of_another_type(timesteps: list[int]) -> None:
+    with pytest.raises(TypeError, match="timesteps must be an int or a float; got"):
         check_timesteps(timesteps, 1000)
 
 

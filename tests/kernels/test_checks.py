@@ -35,6 +35,8 @@ DENOISE = [
     ({"noise": torch.zeros(2, 3, 4, device="meta")}, ValueError, "on cpu .*; got meta"),
     ({"step": 5}, IndexError, r"0 \.\. 4; got 5"),
     ({"step": -1}, IndexError, r"0 \.\. 4; got -1"),
+    ({"step": torch.tensor(5), "backend": "reference"}, IndexError, r"step .*0 \.\. 4; got 5"),
+    ({"step": torch.tensor([-1])}, IndexError, r"step .*0 \.\. 4; got -1"),
     ({"step": INTS}, ValueError, r"int64 \[1\]; got .*\(3,\)"),
     ({"step": torch.zeros(1)}, ValueError, "got torch.float32"),
     ({"seed": 2**64}, ValueError, f"64 bits; got {2**64}"),

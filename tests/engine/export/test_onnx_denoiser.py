@@ -61,6 +61,15 @@ def test_digits_are_the_same_pictures(
     assert "a recording of its operations" in theirs.explain()
 
 
+def test_views_with_a_pending_negation(denoiser: sf.OnnxDenoiser) -> None:
+    x, t, labels = inputs(2)
+    expected = denoiser(x, t, labels=labels)
+    view = torch._neg_view(-x)
+    assert torch.equal(denoiser(view, t, labels=labels), expected)
+    given = [torch._neg_view(-t), torch._neg_view(-labels)]
+    assert torch.equal(denoiser(view, given[0], labels=given[1]), expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_one_evaluation(denoiser: sf.OnnxDenoiser, count: int) -> None:
     x, t, labels = inputs(count)

@@ -1,4 +1,4 @@
-"""Views with a pending negation, whose memory holds the opposite of their values."""
+"""Tensors whose memory does not hold their values: negated views, and implied zeros."""
 
 from __future__ import annotations
 
@@ -95,6 +95,24 @@ def test_gradients(backend: str) -> None:
         found.append(torch.autograd.grad(y, leaves, change(grad)))
     for plain, view in zip(*found, strict=True):
         assert torch.equal(plain, view)
+
+
+@everywhere(MODES)
+def test_implied_zeros(backend: str) -> None:
+    """What forward-mode differentiation has for the gradients of constants: no memory at all."""
+    x, zeros, implied = torch.randn(SHAPE), torch.zeros(SHAPE), torch._efficientzerotensor(SHAPE)
+    assert implied.data_ptr() == 0
+    ops: list[Any] = [
+        lambda a, b, **more: add_noise(a, b, 3, ABAR, **more),
+        lambda a, b, **more: denoise_step(a, b, ROW, 1, **more),
+        lambda a, b, **more: group_norm_silu(a, None, None, 2, add=b[:, :, 0, 0], **more),
+    ]
+    for op in ops:
+        for a, b in ((implied, x), (x, implied), (implied, implied)):
+            plain = [zeros if v is implied else v for v in (a, b)]
+            assert torch.equal(op(a, b, backend=backend), op(*plain, backend=backend))
+        with pytest.raises(ValueError, match="out must have memory to write to"):
+            op(x, x, out=implied, backend=backend)
 
 
 def test_the_imaginary_part_of_a_conjugate() -> None:
