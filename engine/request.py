@@ -14,7 +14,13 @@ from stepfuse.engine.condition import check_condition, check_replacement, split_
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
 from stepfuse.kernels import philox
-from stepfuse.kernels.checks import as_integer, as_number, per_sample, sample_indices
+from stepfuse.kernels.checks import (
+    as_integer,
+    as_number,
+    check_real,
+    per_sample,
+    sample_indices,
+)
 
 
 @dataclass

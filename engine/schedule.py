@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import check_flag, check_text
+from stepfuse.engine.checks import check_flag, check_text, check_values
 from stepfuse.kernels.checks import as_integer, as_number, check_real
 
 
@@ -234,12 +234,16 @@ def _floats(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """float64 on the CPU, without history; TypeError for numbers that are not real."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {values!r}")
+    if isinstance(values, Tensor):
+        check_values(name, values)
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         kind = type(values).__name__
         raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {kind}") from None
     check_real(name, tensor)
+    if tensor.dtype is torch.bool:
+        raise TypeError(f"{name} must be numbers; got truth values")
     if not isinstance(values, Tensor):  # Python's floats are not rounded to float32 first
         tensor = torch.as_tensor(values, dtype=torch.float64)
     return tensor.detach().to(dtype=torch.float64, device="cpu")

@@ -72,6 +72,7 @@ def looping() -> Call:
         {
             "path": {"a text"}, "eta": {"0"}, "steps_offset": {"0"}, "clip_sample": {"1.5", "2 ** 70"},
             "timesteps": {"as an iterator"}, "example_inputs": {"as a list"},
+            "verify": {"True"}, "batch": {"a numpy integer"},
         },
         named={"path": PATH},
         instead={

@@ -111,7 +111,7 @@ CALLS = {
             "scale": {"-1", "0", "1.5", "2 ** 70"},
             "unconditional": {"a dict"},
             "rescale": {"0"},
-            "interval": {"as a list"},
+            "interval": {"as a list", "a list", "with a fraction inside"},
         },
     ),
     "ClassifierGuidance": lambda: Call(

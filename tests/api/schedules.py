@@ -48,7 +48,7 @@ CALLS = {
     "Schedule.sigmoid_alpha": lambda: Call(
         sf.Schedule.sigmoid_alpha,
         {"num_train_timesteps": 10, "start": -3.0, "end": 3.0, "tau": 1.0},
-        {"start": {"-1", "0", "1.5"}, "end": {"-1", "0", "1.5"}, "tau": {"1.5"}},
+        {"start": {"-1", "0", "1.5", "2 ** 70"}, "end": {"-1", "0", "1.5"}, "tau": {"1.5"}},
     ),
     "Schedule.keras": lambda: Call(
         sf.Schedule.keras,

@@ -32,7 +32,7 @@ def with_nan() -> Tensor:
     [
         ({"steps": 0}, ValueError, r"steps must be in 1 \.\. 1000.*got 0"),
         ({"steps": 1001}, ValueError, r"steps must be in 1 \.\. 1000.*got 1001"),
-        ({"steps": 2.5}, TypeError, "steps must be an int.*got 2.5"),
+        ({"steps": 2.5}, TypeError, "steps must be an int.*got float 2.5"),
         ({"steps": "ddim300"}, ValueError, "no whole stride .* 'ddim300'"),
         ({"spacing": "even"}, ValueError, "leading, trailing, linspace, quadratic; got 'even'"),
         ({"timesteps": [5, 5]}, ValueError, r"without repetition; got \[5, 5\]"),
