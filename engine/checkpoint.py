@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from stepfuse.engine.checks import as_sizes, check_kind, check_mapping, check_path, check_text, check_word
+from stepfuse.engine.checks import as_sizes, check_kind, check_mapping, check_path, check_text
 from stepfuse.engine.files import write_file
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet, UNetConfig
-from stepfuse.kernels.checks import received
+from stepfuse.kernels.checks import check_word, received
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 FORMAT = "stepfuse-unet-1"

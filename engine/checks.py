@@ -16,23 +16,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stepfuse.kernels.checks import as_integer, float_names, is_float, received
+from stepfuse.kernels.checks import as_integer, check_word, float_names, is_float, received
 
 PathLike = str | os.PathLike[str]
 PRECISIONS = (None, torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_flag(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False; got {received(value)}")
-
-
-def check_word(name: str, value: Any, accepted: Collection[str], *more: str) -> None:
-    """ValueError unless ``value`` is one of the ``accepted`` words; ``more`` is accepted besides."""
-    if not isinstance(value, str) or value not in accepted:
-        words = ", ".join((*accepted, *more))
-        raise ValueError(f"{name} must be one of {words}; got {shown(value)}")
 
 
 def check_words(name: str, values: Any, accepted: Collection[str]) -> tuple[str, ...]:
@@ -42,11 +29,6 @@ def check_words(name: str, values: Any, accepted: Collection[str]) -> tuple[str,
     for value in values:
         check_word(name, value, accepted)
     return tuple(values)
-
-
-def shown(value: Any) -> str:
-    """A word in a message: itself in quotes, or what came in its place."""
-    return repr(value) if isinstance(value, str) else received(value)
 
 
 def check_literal(name: str, value: Any, accepted: Any) -> None:
@@ -97,13 +79,6 @@ def check_precision(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be one of {names}; got {value}")
 
 
-def check_float_dtype(name: str, value: Any) -> None:
-    """TypeError unless ``value`` is a dtype that the ops compute in."""
-    if not isinstance(value, torch.dtype) or not is_float(value):
-        what = value if isinstance(value, torch.dtype) else received(value)
-        raise TypeError(f"{name} must be one of {float_names()}, a floating-point type; got {what}")
-
-
 def as_real(name: str, value: Any) -> float:
     """``value`` as a float, NaN and infinity too; TypeError unless it is a number."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
@@ -126,17 +101,6 @@ def check_clip(value: Any) -> None:
     """Raise unless ``clip_sample`` is a positive number or None."""
     if value is not None and not 0 < as_real("clip_sample", value) < math.inf:
         raise ValueError(f"clip_sample must be positive or None; got {value}")
-
-
-def as_device(name: str, value: Any) -> torch.device:
-    """``value`` as a device. Raises TypeError or ValueError for what names none."""
-    if isinstance(value, torch.device):
-        return value
-    check_kind(name, value, str, "a torch.device or its name")
-    try:
-        return torch.device(value)
-    except RuntimeError:
-        raise ValueError(f"{name} must name a device, 'cpu' or 'cuda:0' say; got {value!r}") from None
 
 
 def as_list(name: str, values: Any, accepted: str, ordered: bool = True) -> list[Any]:

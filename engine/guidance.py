@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import check_flag, check_word
-from stepfuse.kernels.checks import as_number, received
+from stepfuse.kernels.checks import as_number, check_flag, check_word, received
 
 _ROUNDINGS = 4  # what a mixture and its mean are rounded to, at most, in units of the last place
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import check_floats, check_kind, check_values
+from stepfuse.engine.checks import check_floats, check_kind
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.sampler import Sampler
 from stepfuse.kernels import philox

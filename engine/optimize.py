@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor

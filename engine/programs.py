@@ -9,12 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from stepfuse.engine.capture import Captured, CaptureRefused, CudaGraph, Recording, check_replay
-from stepfuse.engine.checks import shown
 from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, shown
 
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]

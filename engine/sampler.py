@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepfuse.engine.checks import check_callable, check_floats, check_kind, check_precision
 from stepfuse.engine.condition import Staged
-from stepfuse.engine.checks import (
-    check_callable,
-    check_flag,
-    check_float_dtype,
-    check_floats,
-    check_kind,
-    check_precision,
-)
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
@@ -40,7 +33,7 @@ from stepfuse.engine.table import (
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
-from stepfuse.kernels.checks import as_integer, float_names, is_float
+from stepfuse.kernels.checks import as_integer, check_dtype, check_flag
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class Sampler:
         max_programs: int = 4,
     ) -> None:
         check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
-        check_float_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         check_guidance(guidance)
         if not isinstance(optimize, torch.dtype):
             check_flag("optimize", optimize)

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import check_flag, check_text, check_values
-from stepfuse.kernels.checks import as_integer, as_number, check_real
+from stepfuse.engine.checks import check_text, check_values
+from stepfuse.kernels.checks import as_integer, as_number, check_flag, check_real
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,7 @@ from tests.api.values import accepted_by, values_for
 
 PUBLIC = public_callables()
 PARAMETERS = [
-    (name, parameter)
-    for name in CALLS
-    if name in PUBLIC
-    for parameter in parameters(PUBLIC[name])
+    (name, parameter) for name in CALLS if name in PUBLIC for parameter in parameters(PUBLIC[name])
 ]
 LEAST_CASES = 300
 

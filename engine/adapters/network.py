@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepfuse.engine.checks import check_flag, check_precision
+from stepfuse.engine.checks import check_precision
 from stepfuse.engine.optimize import Optimized, WeightsChanged
 from stepfuse.kernels.backends import why_not
+from stepfuse.kernels.checks import check_flag
 
 _LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 

@@ -71,7 +71,9 @@ def onnx_loop(
     for name in options:
         if name not in FileOptions.__annotations__:
             accepted = ", ".join(FileOptions.__annotations__)
-            raise TypeError(f"onnx_loop has no option {name!r}; accepted besides its own: {accepted}")
+            raise TypeError(
+                f"onnx_loop has no option {name!r}; accepted besides its own: {accepted}"
+            )
     job = prepare(model, path, **options)
     known, source = job.metadata, job.source
     if known.schedule is None or known.prediction_type is None:

@@ -105,7 +105,9 @@ class Metadata:
             raise TypeError("strings must be a dict of strings; got a value that is none")
         found = {k.removeprefix(PREFIX): v for k, v in strings.items() if k.startswith(PREFIX)}
         if "format_version" not in found:
-            raise ValueError(f"strings hold no metadata of stepfuse, only {sorted(strings) or 'none at all'}")
+            raise ValueError(
+                f"strings hold no metadata of stepfuse, only {sorted(strings) or 'none at all'}"
+            )
         try:
             version = int(found["format_version"])
             if version != FORMAT_VERSION:

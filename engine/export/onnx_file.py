@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from stepfuse.engine.checkpoint import Checkpoint
-from stepfuse.engine.checks import check_flag
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.network import Network
 from stepfuse.engine.export.onnx_graph import build
@@ -17,6 +16,7 @@ from stepfuse.engine.export.onnx_job import Exported, Precision, prepare
 from stepfuse.engine.export.onnx_verify import verify_network
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType, VarianceType
+from stepfuse.kernels.checks import check_flag
 
 
 def onnx(

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.checkpoint import Checkpoint
-from stepfuse.engine.checks import check_flag, check_kind, check_literal, check_path, check_word
+from stepfuse.engine.checks import check_kind, check_literal, check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import Metadata
@@ -23,7 +23,7 @@ from stepfuse.engine.export.onnx_write import Draft
 from stepfuse.engine.files import check_file
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType, VarianceType
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

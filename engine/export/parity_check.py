@@ -20,11 +20,9 @@ from stepfuse.engine.checks import (
     as_seed,
     check_callable,
     check_clip,
-    check_flag,
     check_kind,
     check_literal,
     check_path,
-    check_word,
 )
 from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.export.batch_profile import LARGEST, BatchProfile
@@ -45,7 +43,7 @@ from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet_blocks import GroupNormSiLU
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, check_flag, check_word
 from stepfuse.kernels.reference.group_norm_silu import formula
 
 Candidate = str | os.PathLike[str] | Callable[..., Any]

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from stepfuse.engine.checks import shown
 from stepfuse.kernels.backends import BackendUnavailable
-from stepfuse.kernels.checks import received
+from stepfuse.kernels.checks import received, shown
 
 Provider = str | tuple[str, dict[str, Any]]
 

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from stepfuse._version import __version__
-from stepfuse.engine.checks import check_flag, check_path, check_word
+from stepfuse.engine.checks import check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.onnx_facts import OnnxFacts, read_facts
 from stepfuse.engine.export.tensorrt_file import EngineInfo, Layer, TensorSpec, write_engine
@@ -29,7 +29,7 @@ from stepfuse.engine.export.tensorrt_library import (
 )
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.kernels.backends import BackendUnavailable
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {

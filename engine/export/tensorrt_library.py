@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from stepfuse.engine.checks import check_word
 from stepfuse.kernels.backends import BackendUnavailable
-from stepfuse.kernels.checks import received
+from stepfuse.kernels.checks import check_word, received
 
 # name of the library -> the modules it may be installed as
 MODULES = {

@@ -9,20 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.engine.checks import (
-    as_device,
-    check_dtype_kind,
-    check_on_device,
-    check_path,
-    check_tensor,
-)
+from stepfuse.engine.checks import check_dtype_kind, check_on_device, check_path, check_tensor
 from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.tensorrt_file import TensorSpec, check_library, read_engine
 from stepfuse.engine.export.tensorrt_library import Messages, find_library
 from stepfuse.kernels.backends import BackendUnavailable
-from stepfuse.kernels.checks import as_integer
-
+from stepfuse.kernels.checks import as_device, as_integer
 
 MOST_RESULTS = 1024
 

@@ -72,7 +72,7 @@ def _methods(name: str, kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
         for method, raw in vars(base).items():
             function = getattr(kind, method)
             public = not method.startswith("_") and method not in seen
-            if public and isinstance(raw, (classmethod, staticmethod)) or (
+            if (public and isinstance(raw, (classmethod, staticmethod))) or (
                 public and inspect.isfunction(raw)
             ):
                 seen.add(method)

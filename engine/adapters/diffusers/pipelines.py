@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from stepfuse.engine.adapters.diffusers import unet as unets
-from stepfuse.engine.checks import check_flag, check_precision
+from stepfuse.engine.checks import check_precision
+from stepfuse.kernels.checks import check_flag
 
 CLASSES = (
     "DDPMPipeline",
