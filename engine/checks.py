@@ -168,7 +168,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_on_device(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a tensor that is somewhere: not on "meta", though it may be fake."""
+    """Raise unless ``value`` is a tensor that is somewhere: fake ones may be, not one on "meta"."""
     check_tensor(name, value)
     if value.device.type == "meta":
         raise ValueError(f"{name} must hold numbers; got a tensor on {value.device}")

@@ -56,7 +56,7 @@ class Denoiser:
         Such a model names the argument in ``label_input`` and has a ``check_labels``, which waits
         for the device: to be called before the steps, not in one.
         """
-        model = getattr(self.model, "original", self.model)  # of an optimised one
+        model: Any = getattr(self.model, "original", self.model)  # of an optimised one
         name = getattr(model, "label_input", None)
         if name is not None and condition.get(name) is not None:
             model.check_labels(condition[name])

@@ -22,7 +22,9 @@ class CFG:
 
     Args:
         scale: 1 is no guidance and costs one evaluation; anything else costs two.
-        unconditional: what replaces entries of the condition, {"labels": None} say.
+        unconditional: what replaces entries of the condition, {"labels": None} say. Dicts inside
+            are replaced key by key, lists and tuples of one length entry by entry; a number or a
+            tensor in the place of a tensor is spread to its shape, [1, ...] over the batch say.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: pulls the standard deviation of o
             back to that of o_cond, per sample.
         interval: (low, high): guide only at timesteps low <= t <= high (Kynkaanniemi et al. 2024);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -122,20 +122,19 @@ class Programs:
         if limit < 1:
             raise ValueError(f"max_programs must be at least 1; got {limit}")
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit
-        self._runners: OrderedDict[Layout, Runner] = OrderedDict()
+        self._runners: dict[Layout, Runner] = {}  # the one used last at the end
         self._counts: Counter[str] = Counter()
 
     def get(self, part: Part) -> Runner:
         """The runner for a part's layout, built where there is none."""
         layout = Layout.of(part, self._denoiser)
-        runner = self._runners.get(layout)
+        runner = self._runners.pop(layout, None)
         if runner is None:
             runner = Runner(self._build(layout, part), self._graph, self._counts)
-            self._runners[layout] = runner
-            while len(self._runners) > self._limit:
-                self._runners.popitem(last=False)
-                self._counts["evictions"] += 1
-        self._runners.move_to_end(layout)
+        self._runners[layout] = runner
+        while len(self._runners) > self._limit:
+            del self._runners[next(iter(self._runners))]
+            self._counts["evictions"] += 1
         runner.check_state()
         runner.check_weights()
         return runner
@@ -147,17 +146,18 @@ class Programs:
     def stats(self) -> dict[str, int]:
         """captures, replays, eager_steps, evictions, programs, bytes (of static buffers)."""
         names = ("captures", "replays", "eager_steps", "evictions")
+        runners = list(self._runners.values())  # another thread may be adding one
         return {
             **{name: self._counts[name] for name in names},
-            "programs": len(self._runners),
-            "bytes": sum(r.program.nbytes() for r in self._runners.values()),
+            "programs": len(runners),
+            "bytes": sum(r.program.nbytes() for r in runners),
         }
 
     def explain(self, device: torch.device) -> str:
         """Captured or not, and why."""
         if self._graph is None:
             return "none: steps run eagerly (graph=None)"
-        reasons = sorted({r.refused for r in self._runners.values() if r.refused})
+        reasons = sorted({r.refused for r in list(self._runners.values()) if r.refused})
         if reasons:
             return f"refused, steps run eagerly: {'; '.join(reasons)}"
         kind = "a CUDA graph" if device.type == "cuda" else "a recording of its operations"

@@ -201,6 +201,13 @@ class Request:
         return cast
 
 
+def check_images(name: str, x: Tensor) -> None:
+    """Raise unless x holds floats, [N, C, ...]."""
+    check_floats(name, x)
+    if x.dim() < 2 or not x.numel():
+        raise ValueError(f"{name} must have shape [N, C, ...]; got {tuple(x.shape)}")
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     checked = as_sizes("shape", shape)
     if len(checked) < 2:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepfuse.engine.checks import check_callable, check_floats, check_kind, check_precision
+from stepfuse.engine.checks import check_callable, check_kind, check_precision
 from stepfuse.engine.condition import Staged
+from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
 from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
-from stepfuse.engine.request import Part, Request
+from stepfuse.engine.request import Part, Request, check_images
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.step import Step
 from stepfuse.engine.table import (
     Inversion,
     Method,
@@ -36,20 +38,7 @@ from stepfuse.kernels.backends import resolve
 from stepfuse.kernels.checks import as_integer, check_dtype, check_flag
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a sampler stands: x after step ``index``, which started at timestep ``t``.
-
-    x and x0, the image predicted on the way, are copies: [N, C, ...].
-    """
-
-    index: int
-    t: int
-    x: Tensor
-    x0: Tensor
-
-
-class Sampler:
+class Sampler(Copyable):
     """Samples from a denoising model by DDPM, DDIM and their family.
 
         x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
@@ -84,7 +73,11 @@ class Sampler:
 
     Raises ValueError, TypeError or `BackendUnavailable` here, not while sampling, for settings that
     do not fit together.
+
+    A copy or pickle has the settings and the model and no buffers yet; it samples the same images.
     """
+
+    OWN = ("_programs", "_lock")
 
     def __init__(
         self,
@@ -132,9 +125,13 @@ class Sampler:
         self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self._programs = Programs(self._build, self.denoiser, graph, max_programs)
-        self._lock = Turn()
+        self.max_programs = max_programs
+        self._renew()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
+
+    def _renew(self) -> None:
+        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
+        self._lock = Turn()
 
     def set_timesteps(
         self,
@@ -234,14 +231,14 @@ class Sampler:
         request = self._request(
             shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
         )
-        return self._walk(request)
+        return self._walk(request, self.plan)
 
-    def _walk(self, request: Request) -> Iterator[Step]:
+    def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
         with self._lock:
             (part,) = request.parts(None)
-            runner = self._load(part, self.plan)
-            for i in self._steps(runner, part, self.plan):
-                yield _snapshot(i, self.plan, runner.program)
+            runner = self._load(part, plan)
+            for i in self._steps(runner, part, plan):
+                yield Step.of(i, plan, runner.program)
 
     @torch.no_grad()
     def encode(
@@ -258,7 +255,7 @@ class Sampler:
         ``convention`` says where the model is evaluated, see `inversion_table`; x0 is not clipped
         on the way unless ``clip_sample`` is given. Guidance is left out.
         """
-        _check_images("x0", x0)
+        check_images("x0", x0)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
         table = inversion_table(self.schedule, self.timesteps, update, convention)
         request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
@@ -269,7 +266,7 @@ class Sampler:
         self, z: Tensor, condition: Condition | None = None, *, progress: bool = False
     ) -> Tensor:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
-        _check_images("z", z)
+        check_images("z", z)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
         table = step_table(self.schedule, self.timesteps, update)
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
@@ -346,7 +343,7 @@ class Sampler:
                     for i in self._steps(runner, part, plan):
                         bar.update()
                         if callback is not None:
-                            callback(_snapshot(i, plan, runner.program))
+                            callback(Step.of(i, plan, runner.program))
                 result[part.start : part.stop].copy_(runner.program.x)
         return result
 
@@ -406,13 +403,3 @@ def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) ->
     check_precision("optimize", dtype)
     # guidance may need two shapes for each of the sampler's
     return Optimized(model, dtype, (), 2 * max_programs)
-
-
-def _check_images(name: str, x: Tensor) -> None:
-    check_floats(name, x)
-    if x.dim() < 2 or not x.numel():
-        raise ValueError(f"{name} must have shape [N, C, ...]; got {tuple(x.shape)}")
-
-
-def _snapshot(index: int, plan: Plan, program: Program) -> Step:
-    return Step(index, plan.timesteps[index], program.x.clone(), program.x0.clone())

@@ -91,14 +91,14 @@ class _Keys:
             return tuple(self.of(v, f"{where}[{i}]") for i, v in enumerate(value))
         if isinstance(value, Set):
             return (frozenset(self.of(v, where) for v in value),)
-        if type(value).__hash__ not in (None, object.__hash__):
-            try:
-                hash(value)
-            except TypeError:
-                pass
-            else:
-                return (value,)
-        return (Same(value),)
+        by_identity: Any = object.__hash__
+        if type(value).__hash__ is by_identity:
+            return (Same(value),)
+        try:
+            hash(value)
+        except TypeError:
+            return (Same(value),)
+        return (value,)
 
     def _state(self, value: Any, where: str) -> tuple[Hashable, ...]:
         attributes = sorted(_attributes(value), key=lambda item: str(item[0]))

@@ -28,7 +28,8 @@ from stepfuse.engine.cli.output import Drawn, Target, write
 from stepfuse.engine.cli.sample import Options
 from stepfuse.engine.guidance import CFG
 from stepfuse.engine.images import check_channels, frame_indices, to_pixels
-from stepfuse.engine.sampler import Sampler, Step
+from stepfuse.engine.sampler import Sampler
+from stepfuse.engine.step import Step
 
 NO_CLASS = "none"
 

@@ -78,7 +78,7 @@ class OnnxDenoiser(Described, nn.Module):
     ONNX Runtime reads the tensors where PyTorch has them and writes into a tensor of PyTorch: no
     copies, unless a tensor has gaps or another dtype. The call is one PyTorch operator, so that a
     sampler records and replays it like any other. On CUDA it has never been run; a CUDA graph
-    cannot hold it, since it waits for the GPU.
+    cannot hold it, since it waits for the GPU. Copies and pickles name the file and open it again.
 
     Args:
         path: of a file written by `stepfuse.export.onnx`, or of another with inputs (x, t, ...).
@@ -103,7 +103,8 @@ class OnnxDenoiser(Described, nn.Module):
     ) -> None:
         super().__init__()
         runtime = library("onnxruntime", "an OnnxDenoiser")
-        self.path, self._arguments = Path(check_path("path", path)), (path, providers, threads)
+        self.path = Path(check_path("path", path))
+        self._arguments = (self.path.absolute(), providers, threads)
         if threads is not None and not 1 <= as_integer("threads", threads) <= MOST_THREADS:
             raise ValueError(f"threads must be in 1 .. {MOST_THREADS}, or None; got {threads}")
         chosen = check_providers(runtime, providers)

@@ -39,6 +39,8 @@ class TensorRTDenoiser(Described, nn.Module):
         results: how many buffers take turns. A result is overwritten ``results`` calls later; two
             are enough for classifier-free guidance in separate calls.
 
+    Copies and pickles name the file and open it again.
+
     Attributes:
         info: what the header of the file says.
         metadata: schedule, prediction type and so on of the network; None where the ONNX file did
@@ -60,6 +62,7 @@ class TensorRTDenoiser(Described, nn.Module):
             raise ValueError(f"results must be in 1 .. {MOST_RESULTS}; got {results}")
         self.path = Path(check_path("path", path))
         as_device("device", device)
+        self._arguments = (self.path.absolute(), device, results)
         self.info, plan = read_engine(path)
         library = find_library(self.info.library)
         check_library(path, self.info, library.name, library.version)
@@ -109,6 +112,9 @@ class TensorRTDenoiser(Described, nn.Module):
         self._require(context.set_tensor_address(self.info.outputs[0].name, result.data_ptr()))
         self._require(context.execute_async_v3(_stream(self.device)))
         return result
+
+    def __reduce__(self) -> Any:
+        return _opened, self._arguments
 
     def _named(self, x: Tensor, t: Tensor, condition: dict[str, Any]) -> dict[str, Tensor | None]:
         """Every input by its name; None only for the labels."""
@@ -178,6 +184,10 @@ class TensorRTDenoiser(Described, nn.Module):
     def _require(self, done: bool) -> None:
         if not done:
             raise RuntimeError(f"TensorRT refuses a call: {self._messages.reason()}")
+
+
+def _opened(path: Path, device: torch.device | str, results: int) -> TensorRTDenoiser:
+    return TensorRTDenoiser(path, device=device, results=results)
 
 
 def _gpu(device: torch.device | str) -> torch.device:

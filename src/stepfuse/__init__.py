@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from stepfuse.engine.latents import interpolate, slerp
     from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
     from stepfuse.engine.passes.released import WeightsReleased
-    from stepfuse.engine.sampler import Sampler, Step
+    from stepfuse.engine.sampler import Sampler
     from stepfuse.engine.schedule import Schedule
+    from stepfuse.engine.step import Step
     from stepfuse.engine.timesteps import spaced_timesteps
     from stepfuse.kernels.backends import BackendUnavailable
 
@@ -54,8 +55,9 @@ _HOMES = {
     "engine.latents": ("interpolate", "slerp"),
     "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
     "engine.passes.released": ("WeightsReleased",),
-    "engine.sampler": ("Sampler", "Step"),
+    "engine.sampler": ("Sampler",),
     "engine.schedule": ("Schedule",),
+    "engine.step": ("Step",),
     "engine.timesteps": ("spaced_timesteps",),
     "kernels.backends": ("BackendUnavailable",),
 }

@@ -182,6 +182,29 @@ def test_any_other_structure_may_take_its_place(unconditional: Any, graph: str |
     torch.testing.assert_close(parts, got, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("held", ["dict", "namedtuple", "ordered", "defaultdict", "model output"])
+def test_part_of_any_dict_may_be_replaced(held: str) -> None:
+    given = STRUCTURES[held](mask(1), mask(2))
+    (name,) = given if held != "dict" else ("a",)
+    new: Any = {("x" if held == "dict" else "text" if held == "model output" else "p"): mask(9)}
+    if held == "namedtuple":
+        new = Pair(mask(9), 0.0)
+    sampler = build(guidance=sf.CFG(2.0, unconditional={name: new}))
+    got = sampler.sample(SHAPE, condition=given)
+    leaves, spec = pytree.tree_flatten(dict(sorted(given.items())))
+    leaves[0] = mask(9)
+    if held == "namedtuple":
+        leaves[1] = torch.zeros_like(mask(2))
+    without = pytree.tree_unflatten(leaves, spec)
+
+    def by_hand(x: Tensor, t: Tensor) -> Tensor:
+        uncond, cond = summed(x, t, **without), summed(x, t, **given)
+        return uncond + 2.0 * (cond - uncond)
+
+    expected = build(by_hand, graph=None).sample(SHAPE)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_a_changed_unconditional_tensor_is_in_force() -> None:
     null = {"m": [mask(20, 1)]}
     sampler = build(guidance=sf.CFG(2.0, unconditional=null))

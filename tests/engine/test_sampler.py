@@ -190,6 +190,14 @@ def test_a_failing_model_leaves_the_sampler_usable(graph: str | None) -> None:
     assert torch.equal(sampler.sample(SHAPE, seed=1), whole)
 
 
+def test_an_iterator_walks_the_timesteps_it_was_made_for() -> None:
+    sampler = build(eta=1.0)
+    expected = [step.x for step in sampler.iterate(SHAPE, noise=torch.ones(6, *SHAPE))]
+    steps = sampler.iterate(SHAPE, noise=torch.ones(6, *SHAPE))
+    sampler.set_timesteps(3)
+    assert all(torch.equal(s.x, x) for s, x in zip(steps, expected, strict=True))
+
+
 def test_an_unfinished_iterator_is_an_error_and_not_a_hang() -> None:
     sampler = build()
     steps = sampler.iterate(SHAPE)

@@ -126,11 +126,22 @@ def test_it_says_what_the_file_says(denoiser: sf.OnnxDenoiser) -> None:
     assert denoiser.providers == ["CPUExecutionProvider"]
 
 
-def test_copies_run(denoiser: sf.OnnxDenoiser) -> None:
+def test_copies_run(denoiser: sf.OnnxDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
     x, t, labels = inputs(2)
     expected = denoiser(x, t, labels=labels)
-    for other in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
-        assert torch.equal(other(x, t, labels=labels), expected)
+    monkeypatch.chdir(denoiser.path.parent)
+    here = sf.OnnxDenoiser(denoiser.path.name)
+    monkeypatch.chdir("/")
+    for one in (denoiser, here):
+        for other in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert torch.equal(other(x, t, labels=labels), expected)
+
+
+def test_labels_out_of_range_are_refused_before_the_steps(denoiser: sf.OnnxDenoiser) -> None:
+    sampler = sf.Sampler(denoiser, denoiser.schedule, steps=2)
+    known = denoiser.metadata.num_classes
+    with pytest.raises(ValueError, match=f"label {known + 1} is out of range; accepted: 0"):
+        sampler.sample((2, *denoiser.sample_shape), condition={"labels": [0, known + 1]})
 
 
 X, T, LABELS = inputs(2)

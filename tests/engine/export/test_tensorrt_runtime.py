@@ -6,7 +6,9 @@ memory. What it cannot show is that TensorRT itself agrees: that has never been 
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +217,24 @@ def test_inside_a_sampler(engine: Path, batched: bool) -> None:
         )
         pictures.append(sampler.sample((2, 2, 4, 4), seed=1, condition={"labels": labels}))
     assert torch.equal(*pictures)
+
+
+def test_copies_open_the_file_again(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(engine.parent)
+    denoiser = TensorRTDenoiser(engine.name, results=3)
+    x, t, labels = inputs(3)
+    expected = denoiser(x, t, labels=labels).clone()
+    monkeypatch.chdir("/")
+    twins = [copy.copy(denoiser), copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))]
+    for twin in twins:
+        assert (twin._contexts, len(twin._results)) == ({}, 3)
+        assert torch.equal(twin(x, t, labels=labels), expected)
+
+
+def test_labels_out_of_range_are_refused_before_the_steps(engine: Path) -> None:
+    sampler = sf.Sampler(TensorRTDenoiser(engine), METADATA.schedule, steps=2)
+    with pytest.raises(ValueError, match=r"label 6 is out of range; accepted: 0\.\.4, or 5"):
+        sampler.sample((2, 2, 4, 4), condition={"labels": [1, 6]})
 
 
 def test_what_the_engine_does_not_take(engine: Path) -> None:
