@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import as_sizes, check_floats, check_values
+from stepfuse.engine.checks import as_sizes, check_callable, check_floats, check_values
 from stepfuse.engine.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
@@ -17,6 +17,7 @@ from stepfuse.kernels import philox
 from stepfuse.kernels.checks import (
     as_integer,
     as_number,
+    check_flag,
     check_real,
     per_sample,
     sample_indices,
@@ -199,6 +200,13 @@ class Request:
                 f"dtype; it holds {float(value.abs().max()):.3g}"
             )
         return cast
+
+
+def check_watching(progress: bool, callback: Any) -> None:
+    """TypeError unless progress is a flag and the callback, if there is one, can be called."""
+    check_flag("progress", progress)
+    if callback is not None:
+        check_callable("callback", callback, "callable as callback(step), or None")
 
 
 def check_images(name: str, x: Tensor) -> None:

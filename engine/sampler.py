@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepfuse.engine.checks import check_callable, check_kind, check_precision
+from stepfuse.engine.checks import check_kind, check_precision
 from stepfuse.engine.condition import Staged
 from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
@@ -18,7 +18,7 @@ from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
-from stepfuse.engine.request import Part, Request, check_images
+from stepfuse.engine.request import Part, Request, check_images, check_watching
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.step import Step
 from stepfuse.engine.table import (
@@ -106,11 +106,7 @@ class Sampler(Copyable):
         check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
         check_dtype("dtype", dtype)
         check_guidance(guidance)
-        if not isinstance(optimize, torch.dtype):
-            check_flag("optimize", optimize)
-        check_flag("rederive_epsilon", rederive_epsilon)
-        check_flag("final_alpha_one", final_alpha_one)
-        max_programs = as_integer("max_programs", max_programs)
+        self.max_programs = as_integer("max_programs", max_programs)
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -122,10 +118,9 @@ class Sampler(Copyable):
             rederive_epsilon,
             final_alpha_one,
         )
-        self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
+        self.denoiser = Denoiser(_optimized(model, optimize, self.max_programs))
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self.max_programs = max_programs
         self._renew()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
 
@@ -328,9 +323,7 @@ class Sampler(Copyable):
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
         """Every part of a request, one after the other, into one tensor."""
-        check_flag("progress", progress)
-        if callback is not None:
-            check_callable("callback", callback, "callable as callback(step), or None")
+        check_watching(progress, callback)
         result = torch.empty(request.shape, dtype=self.dtype, device=self.device)
         parts = list(request.parts(batch_size))
         steps = sum(len(plan.timesteps) - part.first_row for part in parts)
@@ -396,10 +389,12 @@ class Sampler(Copyable):
 
 
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
-    if isinstance(model, Optimized):
+    dtype = optimize if isinstance(optimize, torch.dtype) else None
+    if dtype is None:
+        check_flag("optimize", optimize)
+    check_precision("optimize", dtype)
+    if not optimize or isinstance(model, Optimized):
         return model
     check_kind("model", model, nn.Module, "an nn.Module where optimize is asked for")
-    dtype = optimize if isinstance(optimize, torch.dtype) else None
-    check_precision("optimize", dtype)
     # guidance may need two shapes for each of the sampler's
     return Optimized(model, dtype, (), 2 * max_programs)

@@ -18,7 +18,7 @@ from torch import Tensor
 from stepfuse.engine.checks import check_literal
 from stepfuse.engine.guidance import Guidance
 from stepfuse.engine.schedule import Schedule
-from stepfuse.kernels.checks import LARGEST, as_number
+from stepfuse.kernels.checks import LARGEST, as_number, check_flag
 from stepfuse.kernels.step_row import COLUMNS, Column
 
 Method = Literal["ddim", "ddpm", "ddim_hat", "ddgan"]
@@ -51,6 +51,8 @@ class Update:
             ("variance_at_zero", VarianceAtZero),
         ):
             check_literal(name, getattr(self, name), accepted)
+        check_flag("rederive_epsilon", self.rederive_epsilon)
+        check_flag("final_alpha_one", self.final_alpha_one)
         object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")

@@ -70,7 +70,8 @@ def looping() -> Call:
             "verify": False, "batch": 2,
         },
         {
-            "path": {"a text"}, "eta": {"0"}, "steps_offset": {"0"}, "clip_sample": {"1.5", "2 ** 70"},
+            "path": {"a text"}, "eta": {"0"}, "steps_offset": {"0"},
+            "clip_sample": {"1.5", "2 ** 70"},
             "timesteps": {"as an iterator"}, "example_inputs": {"as a list"},
             "verify": {"True"}, "batch": {"a numpy integer"},
         },
@@ -121,10 +122,10 @@ def building() -> Call:
 def engine(**options: Any) -> Any:
     """`TensorRTDenoiser` with a library made of PyTorch, on the CPU."""
     with (
-        mock.patch.object(tensorrt_runtime, "find_library", lambda name: FAKE),
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(tensorrt_runtime, "_stream", lambda device: STREAM),
+        mock.patch.object(tensorrt_runtime, "find_library", return_value=FAKE),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(tensorrt_runtime, "_stream", return_value=STREAM),
         mock.patch.object(tensorrt_runtime.TensorRTDenoiser, "_buffer", _buffer),
     ):
         return sf.TensorRTDenoiser(**options)
@@ -146,7 +147,7 @@ def running_engine() -> Call:
     denoiser.device = torch.device("cpu")
 
     def forward(**arguments: Any) -> Any:
-        with mock.patch.object(tensorrt_runtime, "_stream", lambda device: STREAM):
+        with mock.patch.object(tensorrt_runtime, "_stream", return_value=STREAM):
             return denoiser(**arguments)
 
     x, t, labels = engine_inputs(2)

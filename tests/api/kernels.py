@@ -15,8 +15,8 @@ from stepfuse.kernels.philox import integers, normal
 
 X, NOISE = world.images(), world.images().flip(0)
 SEED = {"-1", "0"}
-T = torch.tensor([3, 4])
-PER_SAMPLE = {"0"}
+# the ops are traced with fake tensors: all of them are, or none
+FAKES = {"as a fake tensor"}
 WIDE = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -26,7 +26,10 @@ def adding() -> Call:
     return Call(
         add_noise,
         {"x0": X, "noise": NOISE, "t": 3, "alphas_cumprod": world.schedule().alphas_cumprod},
-        {"t": {"0"}, "seed": SEED, "sample": SEED},
+        {
+            "t": {"0"}, "seed": SEED, "sample": SEED,
+            "alphas_cumprod": {"of twice the entries"},
+        },
         named={"x0": like},
         instead={
             "seed": 5, "sample": 2, "out": torch.empty(SHAPE), "target_out": torch.empty(SHAPE),
@@ -37,6 +40,11 @@ def adding() -> Call:
             "target_out": {"target": "epsilon"},
         },
         raises=(IndexError,),
+        undefined={
+            **dict.fromkeys(("x0", "alphas_cumprod", "out", "target_out"), FAKES),
+            # one of the two is given
+            "noise": {*FAKES, "None"}, "seed": {"None"},
+        },
     )  # fmt: skip
 
 
@@ -59,6 +67,9 @@ def denoising() -> Call:
             "learned_variance": {"model_output": torch.zeros(2, 2, 4, 4)},
         },
         raises=(IndexError,),
+        undefined=dict.fromkeys(
+            ("x", "model_output", "table", "uncond_output", "noise", "out", "x0_out"), FAKES
+        ),
     )  # fmt: skip
 
 
@@ -67,9 +78,10 @@ def normalising() -> Call:
     return Call(
         group_norm_silu,
         {"x": WIDE, "weight": vector, "bias": vector, "groups": 2, "eps": 1e-5},
-        {"eps": {"1.5"}},
+        {"eps": {"1.5", "2 ** 70"}},
         named={"x": ("weight", "groups")},
         instead={"scale": matrix, "shift": matrix, "add": matrix, "out": torch.empty_like(WIDE)},
+        undefined=dict.fromkeys(("x", "weight", "bias", "scale", "shift", "add", "out"), FAKES),
     )
 
 
@@ -82,6 +94,7 @@ CALLS = {
         {"seed": 1, "sample": 2, "step": 3, "shape": (3, 2)},
         {"seed": SEED, "sample": SEED, "step": {"0"}, "shape": {"an empty list", "as a list"}},
         instead={"out": torch.empty(3, 2), "device": "cpu"},
+        undefined={"out": FAKES},
     ),
     "philox.integers": lambda: Call(
         integers,
