@@ -24,6 +24,7 @@ from torch import Tensor
 import stepfuse as sf
 from stepfuse.bench import peers_setup
 from stepfuse.bench.harness import machine
+from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.programs import Runner
 from stepfuse.engine.unet import UNet, UNetConfig
 
@@ -303,6 +304,9 @@ def main() -> None:
     parser.add_argument("--networks", default="digits,ddpm_cifar10", help="which of the two")
     parser.add_argument("--json", type=Path, help="write machine, settings and every sample here")
     arguments = parser.parse_args()
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        check_file(arguments.json)
     networks = [Network(name) for name in arguments.networks.split(",")]
     results: dict[str, Any] = {"machine": machine(), "loops": [], "outside": []}
     for network in networks:
@@ -317,8 +321,7 @@ def main() -> None:
     results["watching"] = watching(networks[0], 4 * arguments.rounds)
     report(results, Console())
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1))
+        write_file(arguments.json, json.dumps(results, indent=1).encode())
 
 
 if __name__ == "__main__":

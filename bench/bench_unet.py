@@ -40,8 +40,10 @@ from stepfuse.bench.peers import PEERS, Call, Plain
 from stepfuse.bench.products import products
 from stepfuse.bench.twin import diffusers_twin
 from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.limits import check_threads
 from stepfuse.engine.optimize import optimize
 from stepfuse.engine.passes.weights import Holding
+from stepfuse.engine.reading import read_text
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
@@ -317,8 +319,12 @@ def arguments() -> argparse.Namespace:
     options.peers = names if "all" in options.peers else options.peers
     if min(options.batch) < 1 or options.rounds < 1:
         parser.error("--batch and --rounds must be at least 1")
-    if options.json:
-        check_file(options.json)
+    try:
+        check_threads("--threads", options.threads)
+        if options.json:
+            check_file(options.json)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return options
 
 
@@ -329,7 +335,7 @@ def main() -> None:
     peers_setup.prepare()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = json.loads(options.config.read_text()) if options.config else None
+    config = json.loads(read_text(options.config)) if options.config else None
     console, results = Console(), []
     if not console.is_terminal:
         console.width = 120  # a file has no width of its own

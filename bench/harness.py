@@ -24,6 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.limits import check_threads
+
 OURS = "stepfuse"
 INTO = "out="  # ours, into a buffer that is there already
 COPY = "copy"
@@ -202,6 +205,12 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
+    try:
+        check_threads("--threads", options.threads)
+        if options.json:
+            check_file(options.json)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -216,7 +225,7 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
                 results.append(measure(case, options.rounds, not options.no_compile, options.hot))
     show(console, title, results, columns)
     if options.json:
-        options.json.write_text(json.dumps(_as_json(results), indent=1))
+        write_file(options.json, json.dumps(_as_json(results), indent=1).encode())
 
 
 def show(console: Console, title: str, results: list[Result], columns: dict[str, str]) -> None:

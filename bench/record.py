@@ -21,11 +21,11 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from stepfuse.bench.decode import decode
 from stepfuse.engine.files import write_file
+from stepfuse.engine.reading import read_text
 
 SCHEMA = "stepfuse-bench-1"
 
@@ -368,7 +368,7 @@ def load(path: str | os.PathLike[str]) -> Record:
     Raises ValueError, with the path and the field, for a file that is no record or has another
     schema; OSError where it cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(path, "a record of stepfuse bench")
     try:
         data = json.loads(text)
         if not isinstance(data, dict) or "schema" not in data:
@@ -377,7 +377,7 @@ def load(path: str | os.PathLike[str]) -> Record:
             raise ValueError(f"its schema is {data['schema']!r}; accepted: {SCHEMA!r}")
         record = decode(Record, data, "record")
         record.check()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no record of stepfuse bench: {error}") from None
     return record
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stepfuse.engine.files import check_file, write_file
 from stepfuse.kernels.triton import variants
 from stepfuse.kernels.triton.variants import BULK, Kernel
 
@@ -168,10 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.json:
+        check_file(options.json)
     rows = static_table(options.arch)
     Console(width=160).print(render(rows))
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        text = json.dumps([asdict(row) for row in rows], indent=1)
+        write_file(options.json, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
 from stepfuse.engine.cli.drawing import choose_device, load_model
 from stepfuse.engine.cli.errors import INTERRUPTED, Problem, failing_on, interruptible
+from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.limits import check_memory
 
 NAMES = ("record.json", "report.md", "report.html")
 ROOFLINE = "roofline.json"  # where --static leaves its table, and a report finds it
@@ -95,6 +97,9 @@ def run(
     if described.threads is not None:
         torch.set_num_threads(described.threads)
     workload = _workload(described)
+    most = max(plan.batches)
+    # x and the prediction in float32 are the least that a candidate holds
+    check_memory(f"--batch {most}", 2 * 4 * most * math.prod(workload.shape))
     targets.check()
     console = _console()
     with _progress() as watch:
@@ -127,6 +132,7 @@ def static(targets: Targets) -> None:
         )
         # as it will be read: tuples are lists
         targets.save(record)
+        wrote(targets.json)
         console.print(render(rows))
         _write_reports(load(targets.json), targets, console)
 
@@ -144,6 +150,7 @@ def show_comparison(a: Path, b: Path) -> None:
 
 def show(record: Record, targets: Targets, console: Console) -> None:
     """Print the tables, write tables and report, and say where they are."""
+    wrote(targets.json)
     tables = _module("tables")
     if tables is not None:
         tables.print_tables(record, console)
@@ -157,6 +164,7 @@ def _write_reports(record: Record, targets: Targets, console: Console) -> None:
     if tables is not None:
         write_file(targets.markdown, tables.markdown(record).encode())
         written.append(targets.markdown)
+        wrote(targets.markdown)
     if report is not None:
         reason = report.why_not()
         if reason:
@@ -165,6 +173,7 @@ def _write_reports(record: Record, targets: Targets, console: Console) -> None:
             roofline = _roofline(record, targets, console)
             write_file(targets.html, report.html(record, roofline=roofline).encode())
             written.append(targets.html)
+            wrote(targets.html)
     console.print()
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
@@ -189,7 +198,7 @@ def _module(name: str) -> Any:
 
 
 def _workload(spec: Spec) -> Workload:
-    # a file that is no checkpoint is not a mistake of usage
+    # here: its errors speak of the file
     return Workload(spec, load_model(spec.model) if Path(spec.model).is_file() else None)
 
 

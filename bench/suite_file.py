@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.bench.record import SCHEMA, Timing, load
+from stepfuse.engine.reading import read_text
 
 OURS = "stepfuse"
 
@@ -19,11 +20,11 @@ def read(path: Path) -> list[Timing]:
     file; OSError where it cannot be read.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path, "a file of the suites"))
         if isinstance(document, dict) and document.get("schema") == SCHEMA:
             return load(path).suite
         return [timing for row in document["benchmarks"] for timing in _pair(row)]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no file of the suites ({type(error).__name__}: {error}); accepted: what "
             "`pytest bench --benchmark-only --benchmark-json FILE` writes, and records of `make "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepfuse.bench import peers_setup
 from stepfuse.bench.peers import Plain
 from stepfuse.engine.checkpoint import Checkpoint, embedded, load
+from stepfuse.engine.limits import check_threads
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet
@@ -43,8 +44,7 @@ class Spec:
         if self.graph not in get_args(Graph):
             accepted = ", ".join(get_args(Graph))
             raise ValueError(f"--graph must be one of {accepted}; got {self.graph!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads must be at least 1; got {self.threads}")
+        check_threads("--threads", self.threads)
 
 
 class Conditioned(nn.Module):

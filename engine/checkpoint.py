@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from stepfuse.engine.checks import as_sizes, check_kind, check_mapping, check_path, check_text
 from stepfuse.engine.files import write_file
+from stepfuse.engine.limits import check_memory
+from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet import UNet, UNetConfig
 from stepfuse.kernels.checks import check_word, received
 
@@ -27,7 +30,8 @@ FOLDER = Path(__file__).resolve().parent / "checkpoints"
 FORMAT = "stepfuse-unet-1"
 SUFFIX = ".safetensors"
 BETAS = "schedule.betas"
-_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+_PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
+MOST_WORDS = 500  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,16 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
 
     The model card of a file is the .md file of the same name beside it.
 
+    Nothing is built before the description was compared with the weights that are there.
+
     Raises:
-        ValueError: unknown name, missing, truncated or foreign file.
+        ValueError: unknown name, missing, truncated or foreign file, or a description that does not
+            fit the weights or this machine.
+        OSError: a file that may not be read.
     """
     path = _locate(check_path("name_or_path", name_or_path))
+    with open_regular(path):  # says why, where the library would call it damaged
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -100,20 +110,14 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     try:
         info = json.loads(metadata[FORMAT])
+        config = UNetConfig.from_dict(info["unet"])
+        described = _described(info, config)
         schedule = Schedule.from_betas(tensors.pop(BETAS), info["schedule"])
-        model = _build(UNetConfig.from_dict(info["unet"]), tensors)
-        channels, height, width = info["sample_shape"]
         return Checkpoint(
-            model=model,
-            schedule=schedule,
-            prediction_type=info["prediction_type"],
-            sample_shape=(channels, height, width),
-            labels=tuple(info["labels"]),
-            training=info["training"],
-            card=_card(path),
+            model=_build(config, tensors), schedule=schedule, card=_card(path), **described
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:MOST_WORDS]
         raise ValueError(f"{path} does not describe a network: {reason}") from None
 
 
@@ -160,23 +164,96 @@ def _locate(name_or_path: str | os.PathLike[str]) -> Path:
     inside = FOLDER / f"{name}{SUFFIX}"
     if Path(name).name == name and inside.is_file():
         return inside
-    path = Path(name)
-    if path.is_file():
-        return path
+    kind = kind_of(name)
+    if kind is None:
+        return Path(name)
+    if kind != NOT_THERE:
+        raise ValueError(
+            f"{name} is {kind}; accepted: {', '.join(map(repr, embedded()))} or the path of a "
+            f"{SUFFIX} file"
+        )
     raise ValueError(
         f"unknown checkpoint {name!r}; accepted: {', '.join(map(repr, embedded()))} "
         f"or the path of a {SUFFIX} file"
     )
 
 
+def _described(info: dict[str, Any], config: UNetConfig) -> dict[str, Any]:
+    """Attributes of `Checkpoint` from the metadata; ValueError for what no network has."""
+    prediction_type, labels = info["prediction_type"], info["labels"]
+    shape, training = info["sample_shape"], info["training"]
+    divisor = config.size_divisor
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int for n in shape)
+    checks = [
+        (
+            "prediction_type",
+            prediction_type,
+            prediction_type in get_args(PredictionType),
+            " or ".join(map(repr, get_args(PredictionType))),
+        ),
+        (
+            "labels",
+            labels,
+            isinstance(labels, list)
+            and all(isinstance(label, str) for label in labels)
+            and len(labels) == (config.num_classes or 0),
+            f"{config.num_classes or 0} names",
+        ),
+        (
+            "sample_shape",
+            shape,
+            whole
+            and shape[0] == config.in_channels
+            and min(shape) >= 1
+            and shape[1] % divisor == shape[2] % divisor == 0,
+            f"[{config.in_channels}, H, W] with H and W divisible by {divisor}",
+        ),
+        ("training", training, isinstance(training, dict), "an object"),
+        ("schedule", info["schedule"], isinstance(info["schedule"], str), "a name"),
+    ]
+    for name, value, good, accepted in checks:
+        if not good:
+            raise ValueError(f"{name} is {str(value)[:60]!r}; accepted: {accepted}")
+    channels, height, width = shape
+    check_memory(f"an image of {channels}x{height}x{width}", 4 * channels * height * width)
+    return {
+        "prediction_type": prediction_type,
+        "labels": tuple(labels),
+        "sample_shape": (channels, height, width),
+        "training": training,
+    }
+
+
 def _build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
+    # every block has weights of its own, so that what is built is no larger than the file
+    blocks = len(config.channel_multipliers) * config.blocks_per_level
+    if blocks > len(weights):
+        raise ValueError(f"it has {blocks} blocks, and the file {len(weights)} weights")
     with torch.device("meta"):
         model = UNet(config)
+    wanted = model.state_dict()
+    for what, names in (
+        ("lacks", sorted(set(wanted) - set(weights))),
+        ("has beside them", sorted(set(weights) - set(wanted))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"of its weights the file {what} {', '.join(names[:3])}{more}")
+    for key, weight in weights.items():
+        if weight.shape != wanted[key].shape or not weight.is_floating_point():
+            raise ValueError(
+                f"{key} is {weight.dtype} {list(weight.shape)} in the file; accepted: "
+                f"floating-point numbers {list(wanted[key].shape)}"
+            )
     weights = {key: weight.to(torch.float32) for key, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def _card(path: Path) -> str:
+    """The text beside a checkpoint; empty where there is none or it cannot be read."""
     beside = path.with_suffix(".md")
-    return beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    try:
+        return read_text(beside)
+    except (ValueError, OSError):
+        return ""

@@ -23,6 +23,8 @@ from stepfuse.engine.unet_blocks import (
     zeroed,
 )
 
+MOST_LEVELS = 16  # images of 2^15 pixels a side at the least
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -85,10 +87,10 @@ class UNetConfig:
                 "an even number of at least 4",
             )
         _require(
-            len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
+            0 < len(self.channel_multipliers) <= MOST_LEVELS and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
-            self.channel_multipliers,
-            "a tuple of numbers of at least 1",
+            self.channel_multipliers[: MOST_LEVELS + 1],
+            f"a tuple of numbers of at least 1, at most {MOST_LEVELS} of them",
         )
         for channels in self.level_channels:
             _require(

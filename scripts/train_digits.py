@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -28,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepfuse.engine import checkpoint
-from stepfuse.engine.images import grid, save_png, to_pixels, upscale
+from stepfuse.engine.files import write_file
+from stepfuse.engine.images import grid, save_npz, save_png, to_pixels, upscale
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.signals import Terminated
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.loop import Run, train
@@ -55,7 +56,7 @@ def fetch(work: Path) -> None:
         pad = (SIDE - images.shape[1]) // 2
         images = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))
         path = work / f"{split}.npz"
-        np.savez_compressed(path, images=images, labels=labels.astype(np.int64))
+        save_npz(path, images=images, labels=labels.astype(np.int64))
         print(f"{path}: {len(images)} images of {images.shape[1]}x{images.shape[2]}")
 
 
@@ -167,7 +168,7 @@ def sample(model: UNet, schedule: Schedule, count: int) -> tuple[Tensor, Tensor]
 def check(options: argparse.Namespace, count: int = 200) -> None:
     """Judge the averaged weights of an unfinished run."""
     run = Run(config(options), load_images(options.work / "train.npz"))
-    run.restore(load_state(options.work / "run" / "state.pt", run.config.identity()))
+    run.restore(load_state(options.work / "run" / "state.pt", run.identity()))
     x, labels = sample(run.averaged(), run.config.schedule, count)
     agreement = judge_module().load_judge().agreement(x, labels)
     picture = options.work / f"check_{run.step:06d}.png"
@@ -185,7 +186,7 @@ def embed(options: argparse.Namespace, count: int = 1000) -> None:
     print(f"agreement on {count} samples: {agreement:.3f}")
     if agreement <= 0.9:
         raise SystemExit("the judge is not satisfied; train longer")
-    shutil.copyfile(finished, checkpoint.FOLDER / "digits.safetensors")
+    write_file(checkpoint.FOLDER / "digits.safetensors", finished.read_bytes())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
     ).stdout.strip()
@@ -200,7 +201,7 @@ def embed(options: argparse.Namespace, count: int = 1000) -> None:
         epochs=loaded.training["images"] / len(load_images(options.work / "train.npz")),
         **loaded.training,
     )
-    (checkpoint.FOLDER / "digits.md").write_text(card, encoding="utf-8")
+    write_file(checkpoint.FOLDER / "digits.md", card.encode())
     for picture in (checkpoint.FOLDER / "digits.png", REPOSITORY / "docs" / "digits.png"):
         save_png(picture, grid(upscale(to_pixels(x[:80]), 2), 10))
 
@@ -273,7 +274,10 @@ def main() -> None:
     if options.step == "data":
         fetch(options.work)
     elif options.step == "train":
-        train(config(options), progress=True)
+        try:
+            train(config(options), progress=True)
+        except Terminated as ended:
+            raise SystemExit(128 + ended.number) from None
     elif options.step == "train-judge":
         train_judge(options.work)
     elif options.step == "check":

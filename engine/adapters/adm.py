@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stepfuse.engine.adapters.adm_flags import PRESETS, ADMConfig, adm_config
 from stepfuse.engine.adapters.adm_names import LABELS, inferred, pairs
+from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of, reason
 from stepfuse.engine.unet import UNet, UNetConfig
 from stepfuse.engine.unet_blocks import SelfAttention
 
@@ -128,8 +129,9 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str,
         content: Any = source
     else:
         path = Path(source)
-        if not path.is_file():
+        if kind_of(path) == NOT_THERE:
             raise ValueError(f"{path} is not there; accepted: a .safetensors or PyTorch file")
+        check_regular(path, "a .safetensors or PyTorch file")
         try:
             if path.suffix == ".safetensors":
                 content = load_file(path)
@@ -139,8 +141,9 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str,
             *(SafetensorError, OSError, EOFError, RuntimeError, ValueError),
             *(pickle.UnpicklingError, zipfile.BadZipFile),
         ) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"{path} is truncated or no file of weights: {reason}") from None
+            raise ValueError(
+                f"{path} is truncated or no file of weights: {reason(error)}"
+            ) from None
     if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content):
         raise ValueError(f"the checkpoint holds a {type(content).__name__}; accepted: a state dict")
     for name, weight in content.items():

@@ -15,8 +15,10 @@ from rich.text import Text
 
 from stepfuse._version import __version__
 from stepfuse.engine.cli.doctor import doctor
-from stepfuse.engine.cli.errors import describe
+from stepfuse.engine.cli.errors import INTERRUPTED, describe
+from stepfuse.engine.cli.printing import printing
 from stepfuse.engine.cli.sample import EXAMPLES, sample
+from stepfuse.engine.signals import terminating
 
 # Commands whose modules load torch, and are therefore imported only when they run:
 # name -> (module, function, first line of the help)
@@ -57,7 +59,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"stepfuse {__version__}")
+        print(f"stepfuse {__version__}")
         raise typer.Exit
 
 
@@ -113,29 +115,51 @@ for _name, (_module, _function, _help) in DEFERRED.items():
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; never raises an Exception.
 
-    0 is success, 2 a value that is not accepted, 1 any other failure, 130 Ctrl-C. An error is one
-    line on stderr; ``--debug`` anywhere among the arguments puts the traceback above it.
+    0 is success, 2 a value or a given file that is not accepted, 1 any other failure, 130 Ctrl-C,
+    143 SIGTERM, 129 SIGHUP. An error is one line on stderr; ``--debug`` anywhere among the
+    arguments puts the traceback above it.
+
+    Files that were written are a success also where the closing lines could not be printed, to a
+    full disk say: then a note on stderr names them. Where printing is all that a command does, it
+    has failed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    with printing() as printed, terminating() as ended:
+        try:
+            status = _status(words, debug)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        if status == INTERRUPTED and ended.number is not None:
+            status = 128 + ended.number
+        return printed.judge(status)
+
+
+def _status(words: list[str], debug: bool) -> int:
     try:
         status = typer.main.get_command(app).main(
             args=words, prog_name="stepfuse", standalone_mode=False
         )
+        if status == INTERRUPTED:
+            # before the command could say what is left
+            _say("interrupted")
     except typer.Abort:
-        return 130
+        return INTERRUPTED
     except Exception as error:
         # the line is empty where no arguments were given: the help has been printed
         line, status = describe(error)
         if debug:
             traceback.print_exc()
         if line:
-            Console(stderr=True).print(
-                Text("error: ", style="bold red").append(line, style="default not bold"),
-                soft_wrap=True,
-            )
+            _say(line)
     return status if isinstance(status, int) else 0
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(
+        Text("error: ", style="bold red").append(line, style="default not bold"), soft_wrap=True
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from stepfuse._version import __version__
 from stepfuse.engine.checkpoint import Checkpoint, load
 from stepfuse.engine.cli.errors import Problem, failing_on
 from stepfuse.engine.cli.output import Drawn, Target, write
+from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.cli.sample import Options
 from stepfuse.engine.guidance import CFG
 from stepfuse.engine.images import check_channels, frame_indices, to_pixels
+from stepfuse.engine.limits import check_memory
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.step import Step
 
@@ -39,6 +42,8 @@ def draw_to(target: Target, options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     checkpoint = load_model(options.model)
+    # of the finished samples in float32 and their pixels; the network comes on top
+    check_memory(f"-n {options.count}", 5 * options.count * math.prod(checkpoint.sample_shape))
     checkpoint.model.to(choose_device(options.device))
     if target.needs_pictures:
         check_channels(checkpoint.sample_shape[0])
@@ -63,14 +68,12 @@ def draw_to(target: Target, options: Options) -> None:
         settings_of(options),
     )
     paths = write(target, drawn, options.scale, options.columns)
+    wrote(*paths)
     report(paths, sampler, options, checkpoint, seconds)
 
 
 def load_model(name: str) -> Checkpoint:
-    """The checkpoint; an unknown name is a mistake of usage, a bad file is not."""
-    if Path(name).is_file():
-        with failing_on(ValueError):
-            return load(name)
+    """The checkpoint; an unknown name and a bad file are values that are not accepted."""
     return load(name)
 
 

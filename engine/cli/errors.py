@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -17,25 +17,38 @@ class Problem(Exception):
 
 
 @contextlib.contextmanager
-def interruptible(what_is_left: str) -> Iterator[None]:
-    """Ctrl-C inside ends the command with one line that says what is left behind."""
+def interruptible(what_is_left: str | Callable[[], str], memory: str = "") -> Iterator[None]:
+    """A signal or a lack of memory inside ends the command with one line.
+
+    Args:
+        what_is_left: behind by a signal; where it must be looked for then, what finds it out.
+        memory: which option of this command makes it need less.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        raise Problem(f"interrupted; {what_is_left}", INTERRUPTED) from None
+        left = what_is_left if isinstance(what_is_left, str) else what_is_left()
+        raise Problem(f"interrupted; {left}", INTERRUPTED) from None
+    except (MemoryError, RuntimeError) as error:
+        if not memory or not _is_out_of_memory(error):
+            raise
+        raise Problem(f"out of memory; {memory}: {error}") from error
 
 
 @contextlib.contextmanager
-def failing_on(*kinds: type[Exception]) -> Iterator[None]:
-    """These errors inside are the fault of a file or a model, not of how the command was used."""
+def failing_on(*kinds: type[Exception], status: int = FAILURE) -> Iterator[None]:
+    """These errors inside are the fault of a file or a model, not of how the command was used.
+
+    With ``status`` USAGE they are, the file being what was given.
+    """
     try:
         yield
     except kinds as error:
-        raise Problem(str(error)) from error
+        raise Problem(str(error), status) from error
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """The line for an error, and the exit status: 2 for bad values, 1 for everything else."""
+    """The line for an error, and the exit status: 2 for what was given, 1 for everything else."""
     status = FAILURE
     parsing = getattr(error, "format_message", None)
     if isinstance(error, Problem):
@@ -44,7 +57,7 @@ def describe(error: Exception) -> tuple[str, int]:
         text = f"{str(parsing()).rstrip('.')}{_received(error)}"
         status = int(getattr(error, "exit_code", USAGE))
     elif _is_out_of_memory(error):
-        text = f"out of memory; fewer images (-n) or fewer at a time (--batch-size) fit: {error}"
+        text = f"out of memory: {error}"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, (ValueError, TypeError)):

@@ -10,6 +10,7 @@ import typer
 
 from stepfuse.engine.cli.errors import interruptible
 from stepfuse.engine.cli.output import Target
+from stepfuse.engine.limits import check_threads
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -62,16 +63,26 @@ class Options:
             ("-n", self.count, 1),
             ("--first-index", self.first_index, 0),
             ("--batch-size", self.batch_size, 1),
-            ("--threads", self.threads, 1),
             ("--columns", self.columns, 1),
             ("--scale", self.scale, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
+        check_threads("--threads", self.threads)
         if self.scale is not None and self.scale > 8:
             raise ValueError(f"--scale must be in 1 .. 8; got {self.scale}")
         if not abs(self.guidance) < float("inf"):
             raise ValueError(f"--guidance must be a finite number; got {self.guidance}")
+
+    @property
+    def less_memory(self) -> str:
+        """What makes the command need less."""
+        at_a_time = min(self.batch_size or self.count, self.count)
+        if at_a_time > 1:
+            return f"fewer images at a time need less (--batch-size, now {at_a_time})"
+        if self.count > 1:
+            return f"fewer images need less (-n, now {self.count})"
+        return "one image of this model is more than this machine holds"
 
 
 def sample(
@@ -251,7 +262,7 @@ def sample(
     )
     target = Target.parse(f"{Path(model).stem}.png" if out is None else out, trajectory, force)
     target.check()
-    with interruptible("no file was left half-written"):
+    with interruptible("no file was left half-written", options.less_memory):
         from stepfuse.engine.cli.drawing import draw_to
 
         draw_to(target, options)

@@ -247,7 +247,8 @@ def export_command(
     )
     for path in options.files:
         check_file(path)
-    with interruptible("no file was left half-written"):
+    less = "smaller batches need less (--batch)" if options.batch.maximum > 1 else ""
+    with interruptible("no file was left half-written", less):
         from stepfuse.engine.export.exporting import export_to
 
         export_to(options)

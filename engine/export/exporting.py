@@ -11,6 +11,7 @@ from rich.text import Text
 from stepfuse.engine.checkpoint import Checkpoint
 from stepfuse.engine.cli.drawing import load_model
 from stepfuse.engine.cli.errors import Problem, failing_on
+from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.export.command import Options
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.loop_file import onnx_loop
@@ -108,6 +109,7 @@ def _check(console: Console, options: Options, checkpoint: Checkpoint, progress:
         markdown = options.report.suffix.lower() == ".md"
         text = report.markdown() if markdown else report.to_json()
         write_file(options.report, text.encode())
+        wrote(options.report)
     if not report.passed:
         where = f"; worst layer {report.worst_layer}" if report.worst_layer else ""
         raise Problem(
@@ -127,6 +129,7 @@ def _say_onnx(console: Console, options: Options, exported: Exported) -> None:
 
 
 def _say(console: Console, path: Path, what: str) -> None:
+    wrote(path)
     size = f"{path.stat().st_size / 1e6:.1f} MB"
     line = Text(str(path), style="bold").append(f": {size}, {what}", style="not bold")
     console.print(line, soft_wrap=True)

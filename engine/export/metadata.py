@@ -23,6 +23,7 @@ from stepfuse._version import __version__
 from stepfuse.engine.checks import check_mapping, check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
+from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of, reason
 from stepfuse.engine.schedule import Schedule
 
 FORMAT_VERSION = 1
@@ -161,12 +162,13 @@ def read_strings(path: str | os.PathLike[str]) -> dict[str, str]:
     """All ``metadata_props`` of an ONNX file. Raises ValueError as `read_metadata` does."""
     onnx = library("onnx", "reading an ONNX file")
     path = Path(check_path("path", path))
-    if not path.is_file():
+    if kind_of(path) == NOT_THERE:
         raise ValueError(f"{path} is not there, or no file; accepted: the path of an ONNX file")
+    check_regular(path, "the path of an ONNX file")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own, which moved between its releases
-        raise ValueError(f"{path} is truncated or no ONNX file: {error}") from None
+        raise ValueError(f"{path} is truncated or no ONNX file: {reason(error)}") from None
     if not model.HasField("graph"):
         raise ValueError(f"{path} is truncated or no ONNX file: it holds no graph")
     return {entry.key: entry.value for entry in model.metadata_props}

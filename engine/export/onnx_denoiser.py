@@ -24,6 +24,7 @@ from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.runtime import Provider, check_providers, device_of, quiet_options
+from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.checks import as_integer, received
 from stepfuse.kernels.layout import resolved
@@ -108,8 +109,9 @@ class OnnxDenoiser(Described, nn.Module):
         if threads is not None and not 1 <= as_integer("threads", threads) <= MOST_THREADS:
             raise ValueError(f"threads must be in 1 .. {MOST_THREADS}, or None; got {threads}")
         chosen = check_providers(runtime, providers)
-        if not self.path.is_file():
+        if kind_of(self.path) == NOT_THERE:
             raise ValueError(f"{path} is not there, or no file; accepted: an ONNX file")
+        check_regular(self.path, "an ONNX file")
         self._session = _session(runtime, self.path, quiet_options(runtime, threads), chosen)
         self.providers: list[str] = self._session.get_providers()
         self.metadata = _metadata(self.path, self._session)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.engine.export.libraries import library
+from stepfuse.engine.reading import check_regular, reason
 
 # ONNX's numbers of its floating-point types
 _PRECISIONS = {1: "fp32", 10: "fp16", 16: "bf16"}
@@ -35,15 +36,16 @@ class OnnxFacts:
 def parse_model(path: str | os.PathLike[str], *, weights: bool = False) -> Any:
     """onnx.ModelProto of a file, with the weights of a second file beside it where wanted.
 
-    Raises OSError where it cannot be read, ValueError where it is no ONNX file.
+    Raises OSError where it cannot be read, ValueError where it is no ONNX file, or no file.
     """
     onnx = library("onnx", "reading an ONNX file")
+    check_regular(path, "an ONNX file")
     try:
         return onnx.load(os.fspath(path), load_external_data=weights)
     except OSError:
         raise
     except Exception as error:  # protobuf has no public base class for its errors
-        raise ValueError(f"{path} is truncated or no ONNX file: {error}") from None
+        raise ValueError(f"{path} is truncated or no ONNX file: {reason(error)}") from None
 
 
 def read_facts(path: str | os.PathLike[str]) -> OnnxFacts:

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +26,8 @@ from stepfuse.engine.export.tensorrt_library import (
     progress_monitor,
 )
 from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular
+from stepfuse.engine.signals import kept
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
@@ -224,9 +224,9 @@ def _set_profile(
 def _build(
     library: Library, builder: Any, network: Any, config: Any, messages: Messages, progress: bool
 ) -> bytes:
-    """The plan. Ctrl-C is kept until the library returns: it must not pass through its frames."""
+    """The plan. Signals are kept until the library returns: they must not pass its frames."""
     bar = tqdm(total=0, unit="step", desc="building", disable=not progress, leave=False)
-    with bar, _interrupts_kept() as interrupted:
+    with bar, kept() as signals:
 
         def advance(phase: str, steps: int) -> bool:
             if steps >= 0:
@@ -234,32 +234,18 @@ def _build(
                 bar.set_description(phase.lower()[:40])
             else:
                 bar.update()
-            return not interrupted.is_set()
+            return not signals.pending
 
         monitor = progress_monitor(library, advance)
         if monitor is not None:
             config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+        interrupted = bool(signals.pending)
+    if interrupted:
+        raise KeyboardInterrupt  # where a handler of the caller's own took the signal
     if plan is None:
         raise BuildFailed(f"{library} cannot build this network: {messages.reason()}")
     return bytes(plan)
-
-
-@contextlib.contextmanager
-def _interrupts_kept() -> Iterator[threading.Event]:
-    """Inside, Ctrl-C only sets the event. Outside the main thread nothing needs to be done."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        # None: a handler that Python did not install and cannot bring back
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _spec(tensor: Any) -> TensorSpec:
@@ -283,7 +269,10 @@ def _load_timings(config: Any, path: str | os.PathLike[str] | None) -> None:
     if path is None:
         return
     check_file(path)
-    content = Path(path).read_bytes() if Path(path).exists() else b""
+    content = b""
+    if kind_of(path) != NOT_THERE:
+        with open_regular(path, "a timing cache") as file:
+            content = file.read()
     with _quietly():
         cache = config.create_timing_cache(content)
         taken = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)

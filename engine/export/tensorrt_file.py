@@ -19,11 +19,11 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files import write_file
+from stepfuse.engine.reading import open_regular, reason
 
 MAGIC = b"SFENGINE"
 FORMAT_VERSION = 1
@@ -98,7 +98,7 @@ def read_info(path: str | os.PathLike[str]) -> EngineInfo:
 
     Raises `BadEngineFile`, or OSError where the file cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         return _info(_header(path, file))
 
 
@@ -107,7 +107,7 @@ def read_engine(path: str | os.PathLike[str]) -> tuple[EngineInfo, bytes]:
 
     Raises `BadEngineFile` for a foreign, truncated or altered file, OSError for an unreadable one.
     """
-    with Path(path).open("rb") as file:
+    with _opened(path) as file:
         values = _header(path, file)
         plan = file.read()
     size = values["plan_bytes"]
@@ -128,6 +128,13 @@ def check_library(path: str | os.PathLike[str], info: EngineInfo, name: str, ver
         )
 
 
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    try:
+        return open_regular(path, "an engine file of stepfuse")
+    except ValueError as error:
+        raise BadEngineFile(str(error)) from None
+
+
 def _header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
     start = file.read(_PREFIX.size)
     if start[: len(MAGIC)] != MAGIC:
@@ -144,7 +151,10 @@ def _header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
         raise BadEngineFile(
             f"{path} was altered: the SHA-256 of its header is not the recorded one"
         )
-    values: dict[str, Any] = json.loads(header)
+    try:
+        values: dict[str, Any] = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise BadEngineFile(f"{path} has a header that is no JSON: {reason(error)}") from None
     return values
 
 

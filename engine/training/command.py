@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from stepfuse.engine.cli.errors import interruptible
+from stepfuse.engine.cli.drawing import choose_device
+from stepfuse.engine.cli.errors import USAGE, failing_on, interruptible
+from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.loop import train
+from stepfuse.engine.training.place import STATE
 from stepfuse.engine.unet import UNetConfig
 
 PRESETS = {
@@ -24,13 +27,16 @@ def train_command(
         Path,
         typer.Argument(
             help="Folder of images (or of one folder per class), or .npz with 'images' uint8 "
-            "[N, H, W(, C)] and optional 'labels'. Images are used at the size they have."
+            "or uint16 [N, H, W(, C)] and optional 'labels'. Images are used at the size they have."
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(help="Folder for state.pt, sample grids and the finished model.safetensors."),
     ],
+    background: Annotated[
+        Literal["white", "black"], typer.Option(help="What transparent pictures are laid on.")
+    ] = "white",
     network: Annotated[
         Literal["digits", "ddpm_cifar10", "adm64"],
         typer.Option(help="Network; image channels and classes come from the data."),
@@ -60,7 +66,7 @@ def train_command(
             "--bf16/--fp32", help="bfloat16 autocast; default: where the device multiplies it."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a U-Net on your images. Ctrl-C saves and stops; --resume continues bit for bit."""
@@ -80,9 +86,19 @@ def train_command(
         sample_every=sample_every,
         seed=seed,
         autocast=autocast,
-        device=device,
+        device=str(choose_device(device)),
         resume=resume,
+        background=background,
     )
-    with interruptible(f"continue with: --out {out} --resume"):
+
+    def left() -> str:
+        saved = (out / STATE).is_file()
+        return f"continue with: --out {out} --resume" if saved else "nothing was saved yet"
+
+    less = (
+        f"fewer images per step (--batch-size, now {batch_size}) or a smaller --network need less"
+    )
+    with interruptible(left, less), failing_on(FileNotFoundError, status=USAGE):
         path = train(config, progress=True)
-    typer.echo(f"wrote {path}")
+    wrote(path)
+    print(f"wrote {path}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.training.pictures import BACKGROUNDS, Background
 from stepfuse.engine.unet import UNetConfig
 
 FREE_ON_RESUME = ("data", "out", "steps", "save_every", "sample_every", "resume", "device")
+MOST_STEPS, MOST_IMAGES = 10**9, 10**6
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class TrainConfig:
         seed: of the initial weights, the data order, noise, timesteps and dropout.
         device: "cpu" or "cuda".
         resume: continue from ``out/state.pt``.
+        background: what transparent pictures are laid on, "white" or "black".
     """
 
     data: Path
@@ -59,20 +63,27 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     resume: bool = False
+    background: Background = "white"
 
     def __post_init__(self) -> None:
         checks: list[tuple[str, bool, str]] = [
-            ("steps", self.steps >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("steps", 1 <= self.steps <= MOST_STEPS, f"at least 1, at most {MOST_STEPS}"),
+            (
+                "batch_size",
+                1 <= self.batch_size <= MOST_IMAGES,
+                f"at least 1, at most {MOST_IMAGES}",
+            ),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("decay", self.decay in ("none", "linear", "cosine"), "'none', 'linear' or 'cosine'"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             ("grad_clip", self.grad_clip > 0, "above 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
             ("save_every", self.save_every >= 1, "at least 1"),
             ("sample_every", self.sample_every >= 0, "at least 0"),
+            ("seed", -(2**63) <= self.seed < 2**64, "64 bits"),
+            ("background", self.background in BACKGROUNDS, " or ".join(map(repr, BACKGROUNDS))),
             (
                 "prediction_type",
                 self.prediction_type in self.possible_prediction_types(),

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepfuse.engine import checkpoint
+from stepfuse.engine.limits import check_memory
+from stepfuse.engine.reading import reason
+from stepfuse.engine.signals import kept, terminating
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.ema import EMA
 from stepfuse.engine.training.loss import HybridLoss, simple_loss
+from stepfuse.engine.training.place import MODEL, STATE, check_place, prepare
 from stepfuse.engine.training.preview import save_preview
 from stepfuse.engine.training.state import load_state, save_state
 from stepfuse.engine.unet import UNet
@@ -39,21 +40,27 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
     The state is saved every ``save_every`` steps and on Ctrl-C or SIGTERM, which end the run after
     the step at hand with KeyboardInterrupt. A resumed run continues bit for bit.
 
+    Everything that can be refused is refused before the first step: data, a state of another run,
+    and a place that cannot be written to.
+
     Args:
         config: the run.
-        progress: show a bar with the smoothed loss and images per second.
+        progress: say what the data are, and show a bar with the smoothed loss and images per
+            second, on stderr.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: data, state or folder that cannot be used.
+        ValueError: data, state or sizes that cannot be used.
+        OSError: data or a folder that is missing, cannot be read or cannot be written to.
     """
-    data = load_images(config.data)
+    check_place(config)
+    data = load_images(config.data, config.background)
+    if progress:
+        print(*describe(data), sep="\n", file=sys.stderr)
     run = Run(config, data)
-    state_file = config.out / "state.pt"
+    state_file = config.out / STATE
     if config.resume:
-        run.restore(load_state(state_file, config.identity()))
-    elif state_file.exists():
-        raise FileExistsError(f"{config.out} holds a run already; resume it or take another folder")
-    config.out.mkdir(parents=True, exist_ok=True)
+        run.restore(load_state(state_file, run.identity()))
+    prepare(config.out, run.state_bytes())
 
     bar = tqdm(
         total=config.steps * config.batch_size,
@@ -63,19 +70,31 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
         smoothing=0.05,
         disable=not progress,
     )
-    with bar, stop_requested() as stop:
-        while run.step < config.steps:
+    with terminating(), bar, kept() as signals:
+        ending = False
+        while run.step < config.steps and not ending:
             run.advance()
             bar.update(config.batch_size)
             bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, refresh=False)
             if config.sample_every and run.step % config.sample_every == 0:
                 path = config.out / f"samples_{run.step:07d}.png"
                 save_preview(path, run.averaged(), config, data.sample_shape)
-            if run.step % config.save_every == 0 or stop.is_set() or run.step == config.steps:
+            ending = bool(signals.pending)
+            if run.step % config.save_every == 0 or ending or run.step == config.steps:
                 save_state(state_file, run.state())
-            if stop.is_set():
-                raise KeyboardInterrupt
+    if ending:
+        raise KeyboardInterrupt  # where a handler of the caller's own took the signal
     return run.export()
+
+
+def describe(data: ImageData) -> list[str]:
+    """What was read, in a line, and the remarks."""
+    channels, height, width = data.sample_shape
+    bits = 16 if data.images.dtype == torch.uint16 else 8
+    classes = f", {len(data.class_names)} classes" if data.class_names else ""
+    colours = "grey" if channels == 1 else f"{channels} channels"
+    what = f"{len(data)} images of {height}x{width}, {colours}, {bits} bits{classes}"
+    return [what, *data.remarks]
 
 
 class Run:
@@ -90,6 +109,9 @@ class Run:
                 f"images are {data.sample_shape[1]} by {data.sample_shape[2]}; accepted by this "
                 f"network: height and width divisible by {divisor}"
             )
+        # x0, noise, x_t and target in float32 are the least that a step holds
+        values = config.batch_size * math.prod(data.sample_shape)
+        check_memory(f"batch_size {config.batch_size}", 4 * 4 * values)
         torch.manual_seed(config.seed)
         self.config = config
         self.data = data
@@ -153,10 +175,24 @@ class Run:
         self.ema.copy_to(model)
         return model.eval().requires_grad_(False)
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: settings, and what the data decide."""
+        channels, height, width = self.data.sample_shape
+        decided = {
+            "classes": list(self.data.class_names),
+            "channels": channels,
+            "image_size": f"{height}x{width}",
+        }
+        return self.config.identity() | decided
+
+    def state_bytes(self) -> int:
+        """About the size of a saved state: weights, their average and AdamW's two moments."""
+        return 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+
     def state(self) -> dict[str, object]:
         """Everything that ``restore`` needs to continue bit for bit."""
         return {
-            "identity": self.config.identity(),
+            "identity": self.identity(),
             "step": self.step,
             "loss": self.loss,
             "model": self.model.state_dict(),
@@ -168,17 +204,23 @@ class Run:
 
     def restore(self, state: dict[str, object]) -> None:
         """Take over a state that ``load_state`` read."""
-        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.generator.set_state(state["generator"])  # type: ignore[arg-type]
-        torch.set_rng_state(state["rng"])  # type: ignore[arg-type]
-        self.step = int(state["step"])  # type: ignore[call-overload]
-        self.loss = float(state["loss"])  # type: ignore[arg-type]
+        try:
+            self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+            self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
+            self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+            self.generator.set_state(state["generator"])  # type: ignore[arg-type]
+            torch.set_rng_state(state["rng"])  # type: ignore[arg-type]
+            self.step = int(state["step"])  # type: ignore[call-overload]
+            self.loss = float(state["loss"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the saved state does not fit this run: {reason(error)}; start a run of its own "
+                "in another folder (out)"
+            ) from None
 
     def export(self) -> Path:
         """Write the averaged weights as a checkpoint that ``stepfuse.load`` reads."""
-        path = self.config.out / "model.safetensors"
+        path = self.config.out / MODEL
         checkpoint.save(
             path,
             self.averaged(),
@@ -203,7 +245,7 @@ def batch_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _shuffle(epoch: int, count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 0x9E3779B9 * (epoch + 1))
+    generator = torch.Generator().manual_seed((seed + 0x9E3779B9 * (epoch + 1)) % 2**64)
     return torch.randperm(count, generator=generator)
 
 
@@ -231,24 +273,3 @@ def has_bfloat16(device: str) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, instead of interrupting a step half done."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    previous = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepfuse.engine.files import write_file
+from stepfuse.engine.limits import check_memory
+from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, reason
+
+ACCEPTED = "the state.pt of a training run"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -18,31 +24,60 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write_file(path, buffer.getvalue())
 
 
+def check_resumable(path: Path) -> None:
+    """Raise FileNotFoundError where there is nothing to resume from."""
+    if kind_of(path) == NOT_THERE:
+        raise FileNotFoundError(f"nothing to resume from: no such file {path}")
+
+
 def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read a state written for a run of the same identity (see ``TrainConfig.identity``).
+    """Read a state written for a run of the same identity (see ``Run.identity``).
 
     Raises:
         FileNotFoundError: nothing to resume from.
-        ValueError: truncated or foreign file, or a state of a different run.
+        ValueError: truncated or foreign file, no file, or a state of a different run; then every
+            difference is named.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume from: no such file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["identity"]
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated or no training state: {reason}") from None
-    for name, value in identity.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{path} belongs to a run with another {name}: "
-                f"{_short(saved.get(name))}, now {_short(value)}"
-            )
+    check_resumable(path)
+    with open_regular(path, ACCEPTED) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                check_memory(str(path), sum(member.file_size for member in archive.infolist()))
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            saved = dict(state["identity"])
+        except Exception as error:  # torch.load raises anything for a damaged file
+            raise ValueError(f"{path} is truncated or no training state: {reason(error)}") from None
+    different = list(_differences(saved, identity))
+    if different:
+        raise ValueError(
+            f"{path} belongs to a run with another {'; another '.join(different)}: resume with "
+            "what it had, or start a run of its own in another folder (out)"
+        )
     assert isinstance(state, dict)
     return state
 
 
+def _differences(
+    saved: dict[str, Any], identity: dict[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """ "batch_size: 4, now 2" for every difference; what was not saved is not compared."""
+    for name, value in identity.items():
+        if name not in saved or saved[name] == value:
+            continue
+        old = saved[name]
+        if isinstance(old, dict) and isinstance(value, dict):
+            yield from _differences(old, value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}: {_short(old)}, now {_short(value)}"
+
+
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, (list, tuple)):
+        words = [str(entry) for entry in value]
+        if len(words) > 6:
+            words = [*words[:3], "...", words[-1], f"({len(value)} in all)"]
+        text = " ".join(words) or "none"
+    else:
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -217,7 +217,7 @@ def test_version_and_help_do_not_wait_for_torch() -> None:
 def test_train_is_imported_when_it_is_called(capsys: Any) -> None:
     assert run(["train", "--help"]) == 0
     assert "--learning-rate" in capsys.readouterr().out
-    assert run(["train", "missing.npz", "--out", "run"]) == 1
+    assert run(["train", "missing.npz", "--out", "run"]) == 2
     assert re.fullmatch("error: .*missing.npz.*\n", capsys.readouterr().err)
     assert run(["train", "missing.npz", "--out", "run", "--steps", "0"]) == 2
     assert re.fullmatch("error: steps .*0.*\n", capsys.readouterr().err)

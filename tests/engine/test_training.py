@@ -287,7 +287,7 @@ def test_a_failing_write_leaves_the_old_state(
     run.advance()
     with pytest.raises(OSError, match="no space left"):
         save_state(path, run.state())
-    assert load_state(path, config.identity())["step"] == 0
+    assert load_state(path, run.identity())["step"] == 0
     assert not list(images.parent.glob(".*.tmp"))
 
 
