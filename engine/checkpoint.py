@@ -17,20 +17,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from stepfuse.engine.checks import as_sizes, check_kind, check_mapping, check_path, check_text
+from stepfuse.engine.checks import (
+    as_sizes,
+    check_kind,
+    check_literal,
+    check_mapping,
+    check_path,
+    check_text,
+)
 from stepfuse.engine.files import write_file
 from stepfuse.engine.limits import check_memory
 from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet import UNet, UNetConfig
-from stepfuse.kernels.checks import check_word, received
+from stepfuse.kernels.checks import received
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 FORMAT = "stepfuse-unet-1"
 SUFFIX = ".safetensors"
 BETAS = "schedule.betas"
-_PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
 MOST_WORDS = 500  # characters of a reason
 
 
@@ -61,7 +67,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         check_kind("model", self.model, UNet, "a UNet")
         check_kind("schedule", self.schedule, Schedule, "a Schedule")
-        check_word("prediction_type", self.prediction_type, _PREDICTIONS)
+        check_literal("prediction_type", self.prediction_type, PredictionType)
         sizes = as_sizes("sample_shape", self.sample_shape)
         if len(sizes) != 3:
             raise ValueError(f"sample_shape must be (C, H, W); got {sizes}")
