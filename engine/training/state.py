@@ -74,7 +74,7 @@ def _differences(
 
 def _short(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        words = [str(entry) for entry in value]
+        words = [f"{entry:.4g}" if isinstance(entry, float) else str(entry) for entry in value]
         if len(words) > 6:
             words = [*words[:3], "...", words[-1], f"({len(value)} in all)"]
         text = " ".join(words) or "none"

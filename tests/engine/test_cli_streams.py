@@ -226,3 +226,31 @@ def test_closed_streams(tiny: str) -> None:
     done = process(*SAMPLE, "-m", tiny, "-o", "a.png", preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (0, "")
     assert os.listdir() == ["a.png"]
+
+
+@pytest.mark.parametrize("words", [["export", "-o", "a.onnx"], ["bench", "--json", "a.json"]])
+def test_every_command_that_writes_ends_with_the_signal(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The signal comes while the file is written: it is whole, and nothing lies beside it."""
+    from stepfuse.bench import running
+    from stepfuse.engine import files
+    from stepfuse.engine.export import exporting
+
+    flush = files._flush
+
+    def ended(path: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        flush(path)
+
+    def writing(*arguments: Any, **named: Any) -> None:
+        files.write_file(words[-1], b"whole")
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(files, "_flush", ended)
+    monkeypatch.setattr(exporting, "export_to", writing)
+    monkeypatch.setattr(running, "run", writing)
+    assert run(words) == 143
+    assert capsys.readouterr().err.startswith("error: interrupted")
+    assert os.listdir() == [words[-1]]
+    assert Path(words[-1]).read_bytes() == b"whole"
