@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepfuse.engine.limits import check_seed
 from stepfuse.kernels.checks import as_integer, check_word, float_names, is_float, received
 
 PathLike = str | os.PathLike[str]
@@ -92,8 +93,7 @@ def as_real(name: str, value: Any) -> float:
 def as_seed(name: str, value: Any) -> int:
     """``value`` as the seed of a generator. Raises unless it is an int of 64 bits."""
     seed = as_integer(name, value)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} must fit in 64 bits; got {seed}")
+    check_seed(name, seed)
     return seed
 
 

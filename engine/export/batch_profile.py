@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-
-from stepfuse.kernels.checks import as_integer
+from typing import Any
 
 LARGEST = 2**31 - 1  # as sizes are counted by the runtimes
 _FORMS = "'1:8:64' (MIN:OPT:MAX), or one size"
@@ -19,8 +19,8 @@ class BatchProfile:
     maximum: int
 
     def __post_init__(self) -> None:
-        for size in (self.minimum, self.optimum, self.maximum):
-            as_integer("batch", size, "MIN:OPT:MAX in whole numbers")
+        for name in ("minimum", "optimum", "maximum"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
         if not 1 <= self.minimum <= self.optimum <= self.maximum <= LARGEST:
             raise ValueError(
                 f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= {LARGEST}; got {self}"
@@ -32,7 +32,7 @@ class BatchProfile:
         if isinstance(text, BatchProfile):
             return text
         known = isinstance(text, str)
-        words = text.split(":") if known else [str(as_integer("batch", text, _FORMS))]
+        words = text.split(":") if known else [str(_whole(text))]
         if len(words) not in (1, 3) or not all(w.isascii() and w.isdecimal() for w in words):
             raise ValueError(f"batch must be {_FORMS}; got {text!r}")
         sizes = [int(word) for word in words]
@@ -52,3 +52,13 @@ class BatchProfile:
 
     def __str__(self) -> str:
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+
+def _whole(size: Any) -> int:
+    """One batch size; this module is read before torch is."""
+    try:
+        if isinstance(size, bool) or (hasattr(size, "shape") and size.shape != ()):
+            raise TypeError
+        return operator.index(size)
+    except TypeError:
+        raise TypeError(f"batch must be {_FORMS}; got {type(size).__name__}") from None

@@ -24,13 +24,13 @@ from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.runtime import Provider, check_providers, device_of, quiet_options
+from stepfuse.engine.limits import check_threads
 from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.checks import as_integer, received
 from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define
 
-MOST_THREADS = 1024
 _DTYPES = {
     "tensor(float)": (torch.float32, np.float32),
     "tensor(float16)": (torch.float16, np.float16),
@@ -106,8 +106,8 @@ class OnnxDenoiser(Described, nn.Module):
         runtime = library("onnxruntime", "an OnnxDenoiser")
         self.path = Path(check_path("path", path))
         self._arguments = (self.path.absolute(), providers, threads)
-        if threads is not None and not 1 <= as_integer("threads", threads) <= MOST_THREADS:
-            raise ValueError(f"threads must be in 1 .. {MOST_THREADS}, or None; got {threads}")
+        if threads is not None:
+            check_threads("threads", as_integer("threads", threads, "an int or None"))
         chosen = check_providers(runtime, providers)
         if kind_of(self.path) == NOT_THERE:
             raise ValueError(f"{path} is not there, or no file; accepted: an ONNX file")

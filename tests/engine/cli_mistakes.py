@@ -10,7 +10,6 @@ import typing
 from typing import Any
 
 from tests.engine.cli_case import SIDE
-
 from typer.models import ArgumentInfo
 
 from stepfuse.engine.cli import commands

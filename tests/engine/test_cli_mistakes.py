@@ -63,14 +63,18 @@ def test_every_option_of_every_command_is_tried() -> None:
     assert len(CASES) >= LEAST_CASES
 
 
-@pytest.mark.parametrize(("name", "line"), CASES, ids=lambda v: " ".join(v)[-60:] if isinstance(v, list) else v)
+@pytest.mark.parametrize(
+    ("name", "line"), CASES, ids=lambda v: " ".join(v)[-60:] if isinstance(v, list) else v
+)
 def test_a_bad_line(name: str, line: list[str], capsys: Any) -> None:
     status = run([name, *line])
     captured = capsys.readouterr()
     check_line(status, captured.out, captured.err)
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["--nonsense"], ["--nonsense", "sample"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["--nonsense"], ["--nonsense", "sample"]], ids=" ".join
+)
 def test_no_such_command(words: list[str], capsys: Any) -> None:
     status = run(words)
     captured = capsys.readouterr()
