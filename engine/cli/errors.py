@@ -6,6 +6,7 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterator
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -54,7 +55,7 @@ def choosing_places() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _FULL:
             raise
         raise Problem(describe(error)[0], USAGE) from error
 
