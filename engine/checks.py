@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -17,7 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from stepfuse.engine.limits import check_seed
-from stepfuse.kernels.checks import as_integer, check_word, float_names, is_float, received
+from stepfuse.kernels.checks import (
+    as_integer,
+    as_number,
+    check_word,
+    float_names,
+    is_float,
+    received,
+)
 
 PathLike = str | os.PathLike[str]
 PRECISIONS = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -80,16 +86,6 @@ def check_precision(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be one of {names}; got {value}")
 
 
-def as_real(name: str, value: Any) -> float:
-    """``value`` as a float, NaN and infinity too; TypeError unless it is a number."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be an int or a float; got {received(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
 def as_seed(name: str, value: Any) -> int:
     """``value`` as the seed of a generator. Raises unless it is an int of 64 bits."""
     seed = as_integer(name, value)
@@ -99,7 +95,7 @@ def as_seed(name: str, value: Any) -> int:
 
 def check_clip(value: Any) -> None:
     """Raise unless ``clip_sample`` is a positive number or None."""
-    if value is not None and not 0 < as_real("clip_sample", value) < math.inf:
+    if value is not None and not 0 < as_number("clip_sample", value, finite=False) < math.inf:
         raise ValueError(f"clip_sample must be positive or None; got {value}")
 
 

@@ -395,6 +395,6 @@ def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) ->
     check_precision("optimize", dtype)
     if not optimize or isinstance(model, Optimized):
         return model
-    check_kind("model", model, nn.Module, "an nn.Module where optimize is asked for")
+    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
     # guidance may need two shapes for each of the sampler's
-    return Optimized(model, dtype, (), 2 * max_programs)
+    return Optimized(model, dtype, (), 2 * max_programs)  # type: ignore[arg-type]

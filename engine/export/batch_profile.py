@@ -31,8 +31,7 @@ class BatchProfile:
         """ "1:8:64"; "8" is the fixed batch "8:8:8". Raises ValueError for anything else."""
         if isinstance(text, BatchProfile):
             return text
-        known = isinstance(text, str)
-        words = text.split(":") if known else [str(_whole(text))]
+        words = text.split(":") if isinstance(text, str) else [str(_whole(text))]
         if len(words) not in (1, 3) or not all(w.isascii() and w.isdecimal() for w in words):
             raise ValueError(f"batch must be {_FORMS}; got {text!r}")
         sizes = [int(word) for word in words]

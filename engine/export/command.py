@@ -69,16 +69,15 @@ class Options:
                 if value is not None:
                     raise ValueError(f"{name} is for a network alone; got --whole-loop too")
         else:
-            for name, value, usual in (
+            for option, said, usual in (
                 ("--steps", self.steps, STEPS),
                 ("--method", self.method, METHOD),
                 ("--spacing", self.spacing, SPACING),
-                ("--eta", self.eta, 0),
-                ("--guidance", self.guidance, 1),
+                ("--eta", f"{self.eta:g}", "0"),
+                ("--guidance", f"{self.guidance:g}", "1"),
             ):
-                if value != usual:
-                    said = value if isinstance(value, str) else f"{value:g}"
-                    raise ValueError(f"{name} {said} is part of a sampler; give --whole-loop too")
+                if said != usual:
+                    raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")
         if self.tensorrt is None:
             for name, given in (
                 ("--compute-capability", self.compute_capability),

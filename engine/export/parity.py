@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfuse.engine.checks import as_real
+from stepfuse.kernels.checks import as_number
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Tolerance:
     psnr: float
 
     def __post_init__(self) -> None:
-        if not 0 < as_real("relative_l2", self.relative_l2) < math.inf:
+        if not 0 < as_number("relative_l2", self.relative_l2, finite=False) < math.inf:
             raise ValueError(f"relative_l2 must be a positive number; got {self.relative_l2}")
-        if not math.isfinite(as_real("psnr", self.psnr)):
+        if not math.isfinite(as_number("psnr", self.psnr, finite=False)):
             raise ValueError(f"psnr must be a finite number of dB; got {self.psnr}")
 
     @property

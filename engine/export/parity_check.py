@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from stepfuse.engine.checkpoint import Checkpoint
 from stepfuse.engine.checks import (
-    as_real,
     as_seed,
     check_callable,
     check_clip,
@@ -43,7 +42,7 @@ from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet_blocks import GroupNormSiLU
-from stepfuse.kernels.checks import as_integer, check_flag, check_word
+from stepfuse.kernels.checks import as_integer, as_number, check_flag, check_word
 from stepfuse.kernels.reference.group_norm_silu import formula
 
 Candidate = str | os.PathLike[str] | Callable[..., Any]
@@ -310,7 +309,7 @@ def _limits(tolerance: Tolerance | float | None, precision: str) -> Tolerance:
         return TOLERANCES[precision]
     if isinstance(tolerance, Tolerance):
         return tolerance
-    if not 0 < as_real("tolerance", tolerance) < math.inf:
+    if not 0 < as_number("tolerance", tolerance, finite=False) < math.inf:
         raise ValueError(f"tolerance must be a positive number; got {tolerance}")
     return replace(TOLERANCES[precision], relative_l2=float(tolerance))
 

@@ -172,6 +172,17 @@ def running_onnx() -> Call:
     )
 
 
+def asking(denoiser: Any) -> Call:
+    """Whether labels are classes; how many there are is not asked."""
+    shapes = {
+        "of one axis more",
+        "without its first axis",
+        "of twice the entries",
+        "without entries",
+    }
+    return Call(denoiser.check_labels, {"labels": torch.tensor([1, 2])}, {"labels": shapes})
+
+
 CALLS = {
     "export.onnx": exporting,
     "export.onnx_loop": looping,
@@ -194,9 +205,11 @@ CALLS = {
         {"path": exported(), "threads": 1, "providers": ["CPUExecutionProvider"]},
         named={"path": PATH, "providers": ("provider",)},
     ),
+    "OnnxDenoiser.check_labels": lambda: asking(sf.OnnxDenoiser(exported())),
     "OnnxDenoiser.forward": running_onnx,
     "TensorRTDenoiser": lambda: Call(
         engine, {"path": engine_file(), "device": "cuda", "results": 2}, named={"path": PATH}
     ),
+    "TensorRTDenoiser.check_labels": lambda: asking(engine(path=engine_file())),
     "TensorRTDenoiser.forward": running_engine,
 }

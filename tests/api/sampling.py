@@ -58,16 +58,16 @@ def set_timesteps() -> Call:
     )
 
 
-def drawing(function: Any, **more: Any) -> Call:
+def drawing(function: Any, accepts: dict[str, set[str]], **more: Any) -> Call:
     """`sample` or `iterate`."""
     return Call(
         function,
         {"shape": SHAPE, "seed": 3, "first_index": 1, **more},
         {
+            **accepts,
             "shape": {"as a list"},
             "seed": SEED,
             "first_index": SEED,
-            "batch_size": {"2 ** 70"},
             "start": {"0"},
             "mask": {"as integers", "as truth values", "without its first axis"},
         },
@@ -85,8 +85,10 @@ def drawing(function: Any, **more: Any) -> Call:
 CALLS = {
     "Sampler": constructor,
     "Sampler.set_timesteps": set_timesteps,
-    "Sampler.sample": lambda: drawing(world.sampler().sample, batch_size=2),
-    "Sampler.iterate": lambda: drawing(world.sampler().iterate),
+    "Sampler.sample": lambda: drawing(
+        world.sampler().sample, {"batch_size": {"2 ** 70"}}, batch_size=2
+    ),
+    "Sampler.iterate": lambda: drawing(world.sampler().iterate, {}),
     "Sampler.encode": lambda: Call(
         world.sampler().encode,
         {"x0": IMAGE},
