@@ -41,8 +41,10 @@ def spaced_timesteps(
     which the last timestep would be past T-1; TypeError for numbers that are not ints.
     """
     total = as_integer("num_train_timesteps", num_train_timesteps)
-    if not 1 <= total < 2**24:
-        raise ValueError(f"num_train_timesteps must be in 1 .. 2^24-1; got {total}")
+    if total < 1:
+        raise ValueError(f"num_train_timesteps must be at least 1; got {total}")
+    if total >= 2**24:
+        raise ValueError(f"num_train_timesteps must be below 2^24; got {total}")
     check_literal("spacing", spacing, Spacing)
     steps_offset = as_integer("steps_offset", steps_offset)
     if not 0 <= steps_offset < total:

@@ -210,6 +210,5 @@ CALLS = {
     "TensorRTDenoiser": lambda: Call(
         engine, {"path": engine_file(), "device": "cuda", "results": 2}, named={"path": PATH}
     ),
-    "TensorRTDenoiser.check_labels": lambda: asking(engine(path=engine_file())),
     "TensorRTDenoiser.forward": running_engine,
 }

@@ -38,5 +38,6 @@ LEFT_OUT = {
     "OnnxDenoiser.run": "called by its operator, with tensors that forward has checked",
     "Optimized": "made by optimize, which checks the same arguments",
     "Optimized.compile": _MODEL,
+    "Optimized.watched_instead": "it has no arguments",
     "Optimized.forward": _MODEL,
 }
