@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+<<<<<<< HEAD
 import numpy as np
+=======
+>>>>>>> main
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+<<<<<<< HEAD
 from stepfuse.engine.checks import (
     as_call,
     as_integers,
@@ -25,13 +24,16 @@ from stepfuse.engine.checks import (
     check_precision,
     check_words,
 )
+=======
+from stepfuse.engine.passes import calls
+>>>>>>> main
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
 from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.released import Released, WeightsReleased
-from stepfuse.engine.passes.weights import Holding
+from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
 from stepfuse.kernels.checks import as_integer
@@ -89,8 +91,8 @@ def optimize(
             (measured in bench/NOTES.md).
 
     The model stays bitwise what it is, whatever happens: a mirror of it is traced. A change of its
-    weights is noticed, and so is one of the Python state its forward reads (the scale of an adapter,
-    which one is active, a method put over another): the network is compiled for each such state.
+    weights is noticed, and so is one of the Python state that its forward reads (the scale of an
+    adapter, which one is active, a method put over another): each such state has its networks.
 
     Raises TypeError or ValueError for arguments that cannot be meant, and what the model itself
     raises for them. A pass that fails is left out and named; a model that cannot be traced has its
@@ -154,7 +156,8 @@ class Optimized(nn.Module):
         Raises `WeightsChanged` after a weight was changed.
         """
         if torch.is_grad_enabled() and any(
-            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _flatten(args, kwargs)[0]
+            isinstance(leaf, Tensor) and leaf.requires_grad
+            for leaf in calls.flatten(args, kwargs)[0]
         ):
             return self.original(*args, **kwargs)
         with torch.no_grad():
@@ -197,8 +200,11 @@ class Optimized(nn.Module):
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
-            for network in self._networks.values():
-                network.refresh()
+            for key, network in list(self._networks.items()):
+                try:
+                    network.refresh()
+                except WeightGone:
+                    del self._networks[key]
 
     def check_weights(self) -> None:
         """Raise `WeightsChanged` where a weight is not what the compiled networks hold."""
@@ -216,7 +222,10 @@ class Optimized(nn.Module):
         """Per compiled shape, what every pass matched, and why not the rest."""
         parts = []
         for key, network in self._networks.items():
-            lines = [f"inputs                 {_shapes(key)}", *(str(r) for r in network.reports)]
+            lines = [
+                f"inputs                 {calls.described(key[2])}",
+                *(str(r) for r in network.reports),
+            ]
             lines.append(f"memory                 {_held_memory(self.original, network)}")
             parts.append("\n".join(lines))
         if self.timesteps:
@@ -224,8 +233,8 @@ class Optimized(nn.Module):
         restless = [path for path, count in self._changes.items() if count >= _RESTLESS]
         if restless:
             parts.append(
-                f"as it is               {', '.join(restless)} changed {_RESTLESS} times: for other "
-                "values the model itself runs"
+                f"as it is               {', '.join(restless)} changed {_RESTLESS} times: for "
+                "other values the model itself runs"
             )
         if self.without:
             parts.append(f"left out               {', '.join(self.without)}")
@@ -238,21 +247,25 @@ class Optimized(nn.Module):
                 f"weight {name!r} was changed after the network was compiled; call refresh()"
             )
 
-    def _network(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Compiled | Numbered, list[Any]]:
+    def _network(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Compiled | Numbered, list[Any]]:
         """What runs for these arguments, compiled where nothing does, and the leaves to give it."""
-        args, kwargs = self._as_declared(args, kwargs)
-        leaves, spec = _flatten(args, kwargs)
-        number = args[1] if len(args) > 1 and _is_number(args[1]) else None
-        described = tuple(_key(leaf) for leaf in leaves)
+        args, kwargs = calls.as_declared(self.original, args, kwargs)
+        leaves, spec = calls.flatten(args, kwargs)
+        number = args[1] if len(args) > 1 and calls.is_number(args[1]) else None
+        described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
-            described = (described[0], ("timestep", type(number)), *described[2:])
+            described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
         with self._lock:
             key = (self._state(), spec, described)
             network = self._networks.get(key)
             if network is None:
-                self._refuse_if_released(f"inputs of {_shapes(key)} need the weights again")
+                self._refuse_if_released(
+                    f"inputs of {calls.described(key[2])} need the weights again"
+                )
                 # nothing of this belongs into a step that is being recorded
-                with _disable_current_modes(), _fakeness(leaves):
+                with _disable_current_modes(), calls.fakeness(leaves):
                     network = self._build(key[0], args, kwargs)
                 key = (self._state(), spec, described)
                 self._networks[key] = network
@@ -262,18 +275,6 @@ class Optimized(nn.Module):
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
         return network, leaves
-
-    def _as_declared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments, x and the timestep by position, whatever they were given by."""
-        if len(args) < 2 and kwargs and "forward" not in vars(self.original):
-            for name in _declared(type(self.original))[len(args) :]:
-                if name not in kwargs:
-                    break
-                kwargs = dict(kwargs)
-                args = (*args, kwargs.pop(name))
-        return args, kwargs
 
     def _state(self) -> int:
         """The number of the state that the model is in, a new one where it was in none of them."""
@@ -299,14 +300,16 @@ class Optimized(nn.Module):
     def _look(self) -> PythonState:
         return PythonState({"model": self.original}, training=False, ignored=self._ignored)
 
-    def _build(self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled | Numbered:
+    def _build(
+        self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Compiled | Numbered:
         kwargs = dict(sorted(kwargs.items()))
         settings = Settings(self.dtype, self.without, self.weights)
         network: Compiled | Numbered
         if state == _ANY:
             reason = "an attribute changes again and again"
             network = WithoutGraph(self.original, args, kwargs, self.dtype, reason, alone=True)
-        elif len(args) > 1 and _is_number(args[1]):
+        elif len(args) > 1 and calls.is_number(args[1]):
             network = numbered(self.original, args, kwargs, settings, self._workspace)
         else:
             network = compiled(self.original, args, kwargs, settings, self._workspace)
@@ -319,7 +322,7 @@ class Optimized(nn.Module):
 
     def _refuse_if_released(self, what: str) -> None:
         if _released(self.original):
-            runs = " or ".join(_shapes(key) for key in self._networks) or "nothing"
+            runs = " or ".join(calls.described(key[2]) for key in self._networks) or "nothing"
             raise WeightsReleased(
                 f"{what}, which weights='released' has freed; compiled for {runs}"
             )
@@ -330,46 +333,8 @@ class Optimized(nn.Module):
         return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
-
-
-def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The leaves of the arguments, keyword arguments in the order of their names."""
-    ordered = dict(sorted(kwargs.items())) if len(kwargs) > 1 else kwargs
-    return pytree.tree_flatten((args, ordered))
-
-
-def _key(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return type(leaf), leaf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-@functools.cache
-def _declared(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the first two positional parameters of the forward, x and the timestep."""
-    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:3]
-    return tuple(p.name for p in parameters if p.kind is by_position)
-
-
-def _fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """The mode of fake tensors among ``leaves``: what is made for them must be fake too."""
-    fakes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
-    return next(fakes, contextlib.nullcontext())
-
-
-def _shapes(key: Any) -> str:
-    return ", ".join(_described(part) for part in key[2])
 
 
 def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
@@ -392,9 +357,3 @@ def _released(model: nn.Module) -> list[Tensor]:
 
 
 _MB = 1 << 20
-
-
-def _described(part: Any) -> str:
-    if isinstance(part, tuple) and len(part) == 3:
-        return f"{list(part[0])} {str(part[1]).removeprefix('torch.')}"
-    return repr(part[1]) if isinstance(part, tuple) else "..."

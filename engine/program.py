@@ -192,10 +192,12 @@ class Program:
     def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
         """eps - sqrt(1-abar) g, said in the model's own terms.
 
-        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o.
+        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o:
+        by nothing at abar = 1, where p_o may be 0.
         """
         row = self._row()
         by = row[Column.NOISE].square() / row[Column.SIGNAL] / row[Column.P_O]
+        by = torch.where(row[Column.NOISE] > 0, by, torch.zeros_like(by))
         shifted = output[:, : self.x.shape[1]] + (by * gradient).to(output.dtype)
         return torch.cat([shifted, output[:, self.x.shape[1] :]], dim=1)
 

@@ -148,7 +148,8 @@ class Sampler(Copyable):
             if timesteps is not None
             else spaced_timesteps(total, steps, spacing, steps_offset)
         )
-        plan = Plan.of(step_table(self.schedule, chosen, update), self.guidance)
+        table = step_table(self.schedule, chosen, update)
+        plan = Plan.of(table, self.guidance, self.mean_guidance)
         with self._lock:
             if isinstance(self.denoiser.model, Optimized):
                 self.denoiser.model.prepare(chosen)

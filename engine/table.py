@@ -15,8 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from stepfuse.engine.checks import check_literal
 from stepfuse.engine.guidance import Guidance
+=======
+from stepfuse.engine.guidance import ClassifierGuidance, Guidance
+>>>>>>> main
 from stepfuse.engine.schedule import Schedule
 from stepfuse.kernels.checks import LARGEST, as_number, check_flag
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -86,15 +90,29 @@ class Plan:
     guided: list[bool]
 
     @classmethod
-    def of(cls, table: Tensor, guidance: Guidance | None = None) -> Plan:
-        """The plan of a table, with the guidance's scales written into it."""
+    def of(
+        cls, table: Tensor, guidance: Guidance | None = None, mean_guidance: bool = False
+    ) -> Plan:
+        """The plan of a table, with the guidance's scales written into it.
+
+        Raises ValueError where a classifier's gradient would shift the epsilon of a step that
+        starts without signal (abar = 0), instead of the mean: x0 would move by infinity.
+        """
         timesteps = [int(t) for t in table[:, Column.TIMESTEP]]
         if guidance is None:
             return cls(table, timesteps, [False] * len(timesteps))
         table = table.clone()
         scales = [guidance.scale_at(t) for t in timesteps]
         table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype)
-        return cls(table, timesteps, [guidance.is_active(t) for t in timesteps])
+        guided = [guidance.is_active(t) for t in timesteps]
+        if isinstance(guidance, ClassifierGuidance) and not mean_guidance:
+            for t, active, signal in zip(timesteps, guided, table[:, Column.SIGNAL], strict=True):
+                if active and signal == 0:
+                    raise ValueError(
+                        f"abar is 0 at timestep {t}, where a classifier's gradient cannot shift "
+                        "epsilon; accepted: method 'ddpm' or 'ddgan', or timesteps without it"
+                    )
+        return cls(table, timesteps, guided)
 
 
 def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> Tensor:
@@ -192,6 +210,11 @@ def _row(
             f"abar is 0 at timestep {t}: prediction_type must be 'sample' or 'v_prediction' there; "
             f"got {update.prediction_type!r}"
         )
+    if b == 0:
+        raise ValueError(
+            f"abar is 0 where the step from timestep {t} ends: final_alpha_one must be True for "
+            "this schedule"
+        )
     row = _empty_row(t, a, b, update.clip_sample)
     p_x, p_o = _x0_coefficients(update.prediction_type, schedule, t, a)
     row[Column.P_X], row[Column.P_O] = p_x, p_o
@@ -278,6 +301,12 @@ def _add_epsilon(
     """
     if weight == 0:
         return
+    if a == 1 and update.prediction_type in ("sample", "mean"):
+        raise ValueError(
+            f"abar is 1 at timestep {int(row[Column.TIMESTEP])}, where {update.prediction_type!r} "
+            "says nothing of the epsilon that the step needs; prediction_type must be 'epsilon' or "
+            "'v_prediction' there"
+        )
     # at a = 1 x is x0, and says nothing of epsilon
     if update.rederive_epsilon and update.clip_sample is not None and a < 1:
         row[Column.C_X] += weight / math.sqrt(1 - a)

@@ -40,6 +40,8 @@ def as_number(name: str, value: Any, finite: bool = True) -> float:
     past 3.4e38, which become infinite where tables are rounded to float32. ``finite=False`` leaves
     values to a caller that has a range to name.
     """
+    if type(value) is float and -LARGEST <= value <= LARGEST:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be an int or a float; got {received(value)}")
     number: Any = value

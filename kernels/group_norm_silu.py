@@ -128,7 +128,10 @@ def least_eps(dtype: torch.dtype) -> float:
     A smaller one is 0 in the arithmetic, where subnormal numbers may be flushed, and a constant
     group divides by it.
     """
-    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).tiny
+    return _LEAST[dtype is torch.float64]
+
+
+_LEAST = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
 def _write(

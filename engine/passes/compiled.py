@@ -1,9 +1,9 @@
 """From a model and its arguments to something that runs, whatever fails on the way.
 
-    trace ──► every pass ──► run once           a pass that raises, or whose work does not run,
-      │           │             │               is left out and named; the others stay
-      │           └──◄── again ─┘
-      └──► no graph ──► its modules with fused norms ──► the model itself
+trace ──► every pass ──► run once           a pass that raises, or whose work does not run,
+  │           │             │               is left out and named; the others stay
+  │           └──◄── again ─┘
+  └──► no graph ──► its modules with fused norms ──► the model itself
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ def compiled(
     try:
         network = _network(model, args, kwargs, settings, workspace, left_out, leaves)
     except CannotTrace as why:
-        return _without_graph(model, args, kwargs, settings, leaves, str(why), why.alone)
+        if why.alone:
+            dtype, reason = settings.dtype, str(why)
+            return WithoutGraph(model, args, kwargs, dtype, reason, True, why.written)
+        return _without_graph(model, args, kwargs, settings, leaves, str(why))
     except PassFailed as why:
-        return _without_graph(model, args, kwargs, settings, leaves, str(why), False)
+        return _without_graph(model, args, kwargs, settings, leaves, str(why))
     for name, reason in left_out.items():
         network.reports.append(PassReport(name, note=f"left out: {reason}"))
     return network
@@ -108,14 +111,16 @@ def _suspect(reports: Sequence[PassReport], settings: Settings, gone: dict[str, 
     return next((name for name in reversed(used) if name not in gone), "")
 
 
-def _try(network: Compiled, leaves: Sequence[Any]) -> None:
+def _try(network: Network, leaves: Sequence[Any]) -> None:
     """Run once, where the arguments have values; random numbers stay as they are."""
-    if any(isinstance(leaf, FakeTensor) for leaf in leaves):
-        return
-    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
-        return
-    with torch.random.fork_rng(devices=[]):
-        network(leaves)
+    if _have_values(leaves):
+        with torch.random.fork_rng(devices=[]):
+            network(leaves)
+
+
+def _have_values(leaves: Sequence[Any]) -> bool:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
 
 
 def _without_graph(
@@ -125,17 +130,20 @@ def _without_graph(
     settings: Settings,
     leaves: Sequence[Any],
     reason: str,
-    alone: bool,
 ) -> WithoutGraph:
-    network = WithoutGraph(model, args, kwargs, settings.dtype, reason, alone)
+    """The modules with fused norms, or the model itself where they fail."""
+    network = WithoutGraph(model, args, kwargs, settings.dtype, reason)
+    if not _have_values(leaves):
+        return network
     try:
-        _try(network, leaves)
+        with torch.random.fork_rng(devices=[]):
+            network.try_out(leaves)
     except Exception as error:
         try:
             model(*args, **kwargs)
         except Exception as own:
             raise own from None  # the model's own error, without what was tried
         if settings.dtype is not None:
-            network = WithoutGraph(model, args, kwargs, None, f"{reason}; {error}", alone)
+            network = WithoutGraph(model, args, kwargs, None, f"{reason}; {error}")
         network.run_alone(f"{type(error).__name__}: {error}")
     return network

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ Recorded = tuple[GraphModule, list[Node], pytree.TreeSpec, frozenset[str]]
 
 
 class ChangesItself(RuntimeError):
-    """The forward writes to its module at every call, which a graph would not do."""
+    """The forward writes to its module at every call, which a graph would not do; ``paths``, as in
+    `PythonState`, name what it writes.
+    """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(f"forward changes {path!r} at every call")
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = frozenset(paths)
+        super().__init__(f"forward changes {min(self.paths)!r} at every call")
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded | None:
@@ -47,63 +50,93 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     What a forward builds at its first call and finds at the second is a cache: the graph builds it
     at every call. Raises `ChangesItself` where the second call writes again.
     """
-    weights = dict([*model.named_parameters(), *model.named_buffers()])
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(type(tensor) not in _PLAIN for tensor in (*weights.values(), *tensors)):
+    call = _Call(model, args, kwargs, FakeTensorMode())
+    leaves = call.leaves
+    if any(type(tensor) not in _PLAIN for tensor in call.tensors):
         return None
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in leaves):
         return None
-    mode = FakeTensorMode()
-    names = list(weights)
-    results: list[Any] = []
-
-    def forward(*fakes: Tensor) -> tuple[Any, ...]:
-        given = iter(fakes[len(names) :])
-        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        positional, named = pytree.tree_unflatten(filled, spec)
-        held = dict(zip(names, fakes, strict=False))
-        made = torch.func.functional_call(model, held, positional, named, tie_weights=True)
-        flat, out_spec = pytree.tree_flatten(made)
-        results[:] = [flat, out_spec]
-        return tuple(flat)
-
     state = PythonState({"model": model}, training=False)
     try:
-        fakes = [mode.from_tensor(tensor) for tensor in (*weights.values(), *tensors)]
+        fakes = call.fakes()
         # nobody runs the graph's own code, so that it is not written
-        with warnings.catch_warnings(), mode, _use_lazy_graph_module(True):
+        with warnings.catch_warnings(), call.mode, _use_lazy_graph_module(True):
             warnings.simplefilter("ignore")
-            gm = make_fx(forward, pre_dispatch=True)(*fakes)
+            gm = make_fx(call, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too
         return None
-    flat, out_spec = results
     written = frozenset(state.changes())
     if written:
-        _check_again(model, lambda: forward(*fakes), mode, min(written))
+        _check_again(call, fakes, written)
     nodes = list(gm.graph.nodes)
-    if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in flat):
+    if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in call.results):
         return None
     if not all(_is_functional(node) for node in nodes):
         return None
     placeholders = [node for node in nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, names, strict=False):
+    for node, name in zip(placeholders, call.names, strict=False):
         node.meta["weight"] = name
-    return gm, _with_scalars(gm, leaves, placeholders[len(names) :]), out_spec, written
+    inputs = _with_scalars(gm, leaves, placeholders[len(call.names) :])
+    return gm, inputs, call.out_spec, written
 
 
-def _check_again(
-    model: nn.Module, call: Callable[[], Any], mode: FakeTensorMode, path: str
-) -> None:
-    """Raise `ChangesItself` where a second call writes to the module, as the first did at path."""
+def written_by(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """What the forward of a mirror builds at its first call and keeps, as far as it runs on tensors
+    without data. Raises `ChangesItself` where the second call writes again.
+    """
+    call = _Call(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
     state = PythonState({"model": model}, training=False)
     try:
-        with mode:
-            call()
+        fakes = call.fakes()
+        with call.mode:
+            call(*fakes)
+    except Exception:  # whoever traces it says why
+        return frozenset()
+    written = frozenset(state.changes())
+    if written:
+        _check_again(call, fakes, written)
+    return written
+
+
+class _Call:
+    """One call of a mirror, as a function of its weights and of the tensors among the arguments."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode
+    ) -> None:
+        weights = dict([*model.named_parameters(), *model.named_buffers()])
+        self.model, self.mode, self.names = model, mode, list(weights)
+        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        given = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self.tensors = (*weights.values(), *given)
+        self.results: list[Any] = []
+        self.out_spec: Any = None
+
+    def fakes(self) -> list[Tensor]:
+        """What stands for the tensors."""
+        return [self.mode.from_tensor(tensor) for tensor in self.tensors]
+
+    def __call__(self, *fakes: Tensor) -> tuple[Any, ...]:
+        given = iter(fakes[len(self.names) :])
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        positional, named = pytree.tree_unflatten(filled, self._spec)
+        held = dict(zip(self.names, fakes, strict=False))
+        made = torch.func.functional_call(self.model, held, positional, named, tie_weights=True)
+        self.results, self.out_spec = pytree.tree_flatten(made)
+        return tuple(self.results)
+
+
+def _check_again(call: _Call, fakes: list[Tensor], written: frozenset[str]) -> None:
+    """Raise `ChangesItself` where a second call writes to the module, as the first has done."""
+    state = PythonState({"model": call.model}, training=False)
+    try:
+        with call.mode:
+            call(*fakes)
     except Exception:
-        raise ChangesItself(path) from None
-    for changed in state.changes():
-        raise ChangesItself(changed)
+        raise ChangesItself(written) from None
+    again = frozenset(state.changes())
+    if again:
+        raise ChangesItself(written | again)
 
 
 def _is_functional(node: Node) -> bool:

@@ -1,16 +1,16 @@
 """A second tree of modules that shares every tensor with the first, and nothing else.
 
-A forward that is traced does what it likes with the modules it belongs to: it sets attributes, fills
-dicts and lists, and tracers put tensors without data where the weights are. On a mirror all of that
-happens to objects that nobody else knows.
+A forward that is traced does what it likes with the modules it belongs to: it sets attributes,
+fills dicts and lists, and tracers put tensors without data where the weights are. On a mirror all
+of that happens to objects that nobody else knows.
 
     module, dict, list, set, object      a new one with the same content, mirrored
     bound method, partial, closure       the same code on mirrored objects
     tensor, number, string, class        itself
 
 What is shared inside the tree is shared in the mirror: two names of one module, a dict that several
-modules write to. Classes with ``__slots__`` and objects that refuse to be copied (locks, files) stay
-themselves.
+modules write to. Classes with ``__slots__`` and objects that refuse to be copied (locks, files)
+stay themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 _LARGEST = 200_000  # objects; a trainer with its data set hangs on the model then
@@ -38,7 +39,8 @@ def mirrored(root: T) -> T:
 
     Raises `CannotMirror` for scripted modules and parameters that have no shape yet.
     """
-    return Mirror().of(root)
+    found: T = Mirror().of(root)
+    return found
 
 
 class Mirror:
@@ -64,7 +66,7 @@ class Mirror:
         if isinstance(obj, nn.Module):
             return self._module(obj)
         if isinstance(obj, torch.Tensor):
-            if isinstance(obj, nn.parameter.UninitializedTensorMixin):
+            if isinstance(obj, UninitializedTensorMixin):
                 raise CannotMirror("a parameter has no shape before the first call")
             return self._is(obj, obj)
         if isinstance(obj, dict):
@@ -136,8 +138,9 @@ class Mirror:
         cells = tuple(self._cell(cell) for cell in obj.__closure__ or ())
         twin = types.FunctionType(obj.__code__, obj.__globals__, obj.__name__, None, cells)
         self._is(obj, twin)
-        twin.__defaults__, twin.__kwdefaults__ = self.of(obj.__defaults__), self.of(
-            obj.__kwdefaults__
+        twin.__defaults__, twin.__kwdefaults__ = (
+            self.of(obj.__defaults__),
+            self.of(obj.__kwdefaults__),
         )
         twin.__dict__.update(obj.__dict__)
         twin.__qualname__, twin.__module__ = obj.__qualname__, obj.__module__

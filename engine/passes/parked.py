@@ -7,6 +7,9 @@ The parameter stays what it is: its shape, strides and values, state_dict, copie
 ``load_state_dict`` work as ever, at the price of reading the file. The mapping is private: what is
 written to a weight goes to memory of this process, never to the file, and stays there. Weights that
 lie in a file already, as those of a safetensors checkpoint do, are not written to another.
+
+A weight moves from one address to another, which an operator that is reading it in another thread
+would not survive. So nothing moves while other threads run Python.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import mmap
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 FEW = 1 << 20  # bytes of weights that are not worth a file
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4: unlike MADV_DONTNEED it never loses what was written
 _PLAIN = (Tensor, nn.Parameter)
+_SERVANTS = ("tqdm", "ipykernel", "pydevd", "debugpy")  # whose threads call no model
 _homes: dict[int, int] = {}  # where a weight was before it was parked, by its address
 
 
@@ -89,6 +94,10 @@ class Parking:
         self._file: Any = None
         self._end = 0
         movable = [w for w in weights if self._can_move(w)]
+        others = _other_threads()
+        if movable and others:
+            self.note = f"they stay in memory: thread {others[0]!r} may be reading them"
+            return
         nbytes = sum({w.untyped_storage().data_ptr(): _room(w) for w in movable}.values())
         if nbytes >= FEW:
             try:
@@ -150,6 +159,16 @@ class Parking:
         weight.data = parked.view(weight.dtype).as_strided(
             weight.shape, weight.stride(), weight.storage_offset()
         )
+
+
+def _other_threads() -> list[str]:
+    """The names of threads beside this one that may call a model."""
+    here = threading.get_ident()
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.ident != here and type(thread).__module__.partition(".")[0] not in _SERVANTS
+    ]
 
 
 def home(weight: Tensor) -> int:

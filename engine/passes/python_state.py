@@ -9,7 +9,7 @@ were made: the scale of an adapter, which one is active, a padding mode, a metho
     code                                      closures, defaults, and the globals, class attributes
                                               and methods that the forward's code names, all the way
 
-Objects of the standard library, torch and NumPy are compared by identity. Values are compared by ==.
+Objects of the standard library, torch and NumPy are compared by identity, values by ==.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.passes.code import functions, named_in
 from stepfuse.engine.passes.weights import probe
 
 _CONTAINERS = (dict, list, deque, set)
@@ -67,18 +68,24 @@ class PythonState:
         self._takes: list[tuple[Callable[[Any], Any], Any]] = []
         self._same: list[tuple[str, Any, Any, Any]] = []  # path, mapping, name, object
         self._sized: list[tuple[str, Any]] = []
+        self._attributes: list[tuple[str, dict[str, Any], int, frozenset[str]]] = []
         self._lists: list[tuple[str, Any]] = []
         self._tensors: list[tuple[str, Callable[[], Any], Any]] = []
         self._arrays: list[tuple[str, Any, bytes]] = []
         self._cells: list[tuple[str, types.CellType, Any]] = []
+        self._collections: list[tuple[dict[Any, Any], frozenset[Any]]] = []  # dicts of a file
         self._caches: list[tuple[Any, int]] = []  # functools.cache and how much it held
         self._named = {"forward", "__call__"}  # what code that may run reads by name
         self._classes: dict[type, set[str]] = {}  # and which names of each were looked at
         for name, root in roots.items():
             self._visit(root, name)
         self._visit_classes()
-        self._sizes = [len(held) for _, held in self._sized]
-        self._sized_only = [held for _, held in self._sized]
+        # where names are ignored they may come and go; all others are counted at once
+        owners = {path.rpartition(".")[0] for path in ignored}
+        self._unsteady = [place for place in self._attributes if place[0] in owners]
+        steady = [place[1] for place in self._attributes if place[0] not in owners]
+        self._sized_only = [held for _, held in self._sized] + steady
+        self._sizes = [*map(len, self._sized_only)]
         self._copies = [_listed(held) for _, held in self._lists]
         self._listed_only = [held for _, held in self._lists]
 
@@ -88,6 +95,7 @@ class PythonState:
             return (
                 [take(held) for take, held in self._takes] == self._values
                 and [*map(len, self._sized_only)] == self._sizes
+                and all(self._count(held, path) == n for path, held, n, _ in self._unsteady)
                 and [*map(_listed, self._listed_only)] == self._copies
                 and all(held[name] is value for _, held, name, value in self._same)
                 and all(_content(cell) is value for _, cell, value in self._cells)
@@ -104,9 +112,12 @@ class PythonState:
             for name, old in zip(names, olds, strict=True):
                 if not _equal(held.get(name, _MISSING), old):
                     yield f"{path}.{name}"
-        for (path, held), size in zip(self._sized, self._sizes, strict=True):
+        for (path, held), size in zip(self._sized, self._sizes, strict=False):
             if len(held) != size:
                 yield path
+        for path, held, _, known in self._attributes:
+            new = [f"{path}.{name}" for name in held if name not in known]
+            yield from (place for place in new if place not in self._ignored)
         for (path, held), copied in zip(self._lists, self._copies, strict=True):
             if not _equal(_listed(held), copied):
                 yield path
@@ -133,15 +144,14 @@ class PythonState:
                 _put_back(held, name, old)
         for _, held, name, value in self._same:
             _put_back(held, name, value)
-        for path, held in self._sized:
-            if isinstance(held, dict):
-                for name in [n for n, v in dict(held).items() if holds_fake(v)]:
-                    if not any(name in names for p, _, names in self._places if p == path):
-                        del held[name]
         for (_, held), copied in zip(self._lists, self._copies, strict=True):
             if isinstance(held, (list, deque)) and holds_fake(list(held)):
                 held.clear()
                 held.extend(copied)
+        grown = [(held, names) for _, held, _, names in self._attributes]
+        for collected, keys in grown + self._collections:
+            for key in [k for k, v in dict(collected).items() if k not in keys and holds_fake(v)]:
+                del collected[key]
         for _, cell, value in self._cells:
             if holds_fake(_content(cell)):
                 cell.cell_contents = value
@@ -165,6 +175,7 @@ class PythonState:
             self._arrays.append((path, obj, _bytes(obj)))
         elif isinstance(obj, dict):
             self._sized.append((path, obj))
+            self._collections.append((obj, frozenset(obj)))
             self._visit_mapping(obj, path)
         elif isinstance(obj, (list, deque, set)):
             self._lists.append((path, obj))
@@ -184,6 +195,7 @@ class PythonState:
         elif type(obj) is weakref.ref:
             self._visit(obj(), path)
         elif hasattr(obj, "__dict__") and _is_a_users(obj):
+            self._count_attributes(vars(obj), path)
             self._visit_mapping(vars(obj), path)
             self._meet(type(obj))
 
@@ -202,7 +214,14 @@ class PythonState:
         children = held.get("_modules", {})
         self._sized.append((path, children))
         self._watch(children, path, tuple(children))
-        names = [n for n in held if n not in _MACHINERY or (n == "training" and self._training)]
+        made = {  # by torch.nn.utils, anew at every call
+            hook.name
+            for hook in held.get("_forward_pre_hooks", {}).values()
+            if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "name")
+        }
+        names = [n for n in held if n not in _MACHINERY and n not in made]
+        names += ["training"] if self._training else []
+        self._count_attributes(held, path)
         self._visit_mapping(held, path, names)
         for table in (held.get("_forward_hooks", {}), held.get("_forward_pre_hooks", {})):
             self._visit_all(table.values(), f"{path} (hook)")
@@ -210,8 +229,18 @@ class PythonState:
             self._visit(child, f"{path}.{name}")
         self._meet(type(module))
 
+    def _count_attributes(self, held: dict[str, Any], path: str) -> None:
+        self._attributes.append((path, held, self._count(held, path), frozenset(held)))
+
+    def _count(self, held: dict[str, Any], path: str) -> int:
+        if not self._ignored:
+            return len(held)
+        return sum(f"{path}.{name}" not in self._ignored for name in held)
+
     def _visit_mapping(self, held: Any, path: str, names: Any = None) -> None:
-        named = [n for n in (held if names is None else names) if f"{path}.{n}" not in self._ignored]
+        named = [
+            n for n in (held if names is None else names) if f"{path}.{n}" not in self._ignored
+        ]
         valued = []
         for name in named:
             value = held[name]
@@ -250,14 +279,14 @@ class PythonState:
                 if _root(cls) not in _LIBRARIES:
                     self._watch(own, cls.__qualname__, tuple(n for n in names if _compares(own[n])))
                 for name in names:
-                    for function in _functions(own[name]):
-                        self._named.update(_names(function.__code__))
+                    for function in functions(own[name]):
+                        self._named.update(named_in(function.__code__))
                         self._visit(function, f"{cls.__qualname__}.{name}")
 
     def _visit_function(self, function: types.FunctionType, path: str) -> None:
         if _root(function) in _LIBRARIES:
             return
-        self._named.update(_names(function.__code__))
+        self._named.update(named_in(function.__code__))
         cells = function.__closure__ or ()
         for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
             if name != "__class__" and f"{path}.{name}" not in self._ignored:
@@ -270,7 +299,7 @@ class PythonState:
 
     def _visit_globals(self, held: dict[str, Any], where: str, code: types.CodeType) -> None:
         """Plain values, functions, tensors and modules that the code names."""
-        names = [n for n in dict.fromkeys(_names(code)) if n in held]
+        names = [n for n in dict.fromkeys(named_in(code)) if n in held]
         self._watch(
             held, where, tuple(n for n in names if isinstance(held[n], (*_NUMBERS, *_CALLED)))
         )
@@ -285,6 +314,7 @@ class PythonState:
                 # what a cache collects is no setting
                 numbers = tuple(k for k, v in dict(value).items() if isinstance(v, _NUMBERS))
                 self._watch(value, f"{where}.{name}", numbers)
+                self._collections.append((value, frozenset(value)))
 
 
 def holds_fake(value: Any) -> bool:
@@ -351,26 +381,6 @@ def _bytes(array: Any) -> bytes:
 
 def _root(obj: Any) -> str:
     return str(getattr(obj, "__module__", "")).partition(".")[0]
-
-
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The code of a class attribute: a method of any kind, or a property."""
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    if isinstance(value, property):
-        yield from (f for f in (value.fget,) if isinstance(f, types.FunctionType))
-    elif isinstance(value, types.FunctionType):
-        yield value
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Every name in it, also in functions inside and as a string, for getattr."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            yield constant
 
 
 _CALLED = (types.FunctionType, functools._lru_cache_wrapper)

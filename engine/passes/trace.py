@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
-from stepfuse.engine.passes.direct_trace import ChangesItself, record
+from stepfuse.engine.passes.direct_trace import ChangesItself, record, written_by
 from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
@@ -34,12 +34,14 @@ class CannotTrace(RuntimeError):
     """The module has no graph; the message says why.
 
     ``alone`` is True where only the module itself does what its forward does: nothing may run in
-    its place.
+    its place. ``written`` are the paths, as in `PythonState`, of what it writes then.
     """
 
-    def __init__(self, reason: str, alone: bool = False) -> None:
+    def __init__(
+        self, reason: str, alone: bool = False, written: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__(reason)
-        self.alone = alone
+        self.alone, self.written = alone, written
 
 
 @dataclass
@@ -72,7 +74,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         except (CannotMirror, RecursionError) as error:
             raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
         except ChangesItself as error:
-            raise CannotTrace(str(error), alone=True) from error
+            raise CannotTrace(str(error), True, error.paths) from error
         finally:
             reachable.forget_fakes()
 
@@ -82,8 +84,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if recorded is not None:
         gm, inputs, out_spec, written = recorded
         return Traced(gm, inputs, {}, out_spec, _time(inputs, args), written)
+    written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
-    before = PythonState({"model": twin}, training=False)
     try:
         program = torch.export.export(twin, args, kwargs, strict=False)
         if any(_mutates(node) for node in program.graph.nodes):
@@ -92,12 +94,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
-    for path in before.changes():
-        raise ChangesItself(path)
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
             raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
-    return _with_named_weights(program, args)
+    return _with_named_weights(program, args, written)
 
 
 def evaluating(model: nn.Module) -> nn.Module:
@@ -136,7 +136,9 @@ def _mutates(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Traced:
+def _with_named_weights(
+    program: ExportedProgram, args: tuple[Any, ...], written: frozenset[str]
+) -> Traced:
     gm = program.graph_module
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     inputs: list[Node] = []
@@ -159,7 +161,7 @@ def _with_named_weights(program: ExportedProgram, args: tuple[Any, ...]) -> Trac
             raise CannotTrace(f"the graph reads {spec.target!r}, which is not a tensor")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Traced(gm, inputs, constants, out_spec, _time(inputs, args))
+    return Traced(gm, inputs, constants, out_spec, _time(inputs, args), written)
 
 
 def _time(inputs: list[Node], args: tuple[Any, ...]) -> Node | None:

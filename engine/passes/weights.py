@@ -17,6 +17,10 @@ Holding = Literal["parked", "kept", "released"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class WeightGone(LookupError):
+    """A weight that a network was compiled with is not in the model now."""
+
+
 def find(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that owns the parameter or buffer ``name``, and its name there."""
     path, _, leaf = name.rpartition(".")
@@ -127,7 +131,7 @@ def _state(watched: tuple[Any, ...]) -> tuple[Any, ...]:
     held, leaf, tensor, counted, address, probe = watched
     if tensor.data_ptr() != address:
         return ()  # share_memory frees what the probe looks at
-    return held[leaf] is tensor, tensor._version if counted else 0, probe[0]
+    return held.get(leaf) is tensor, tensor._version if counted else 0, probe[0]
 
 
 def _watch(owner: nn.Module, leaf: str, tensor: Tensor) -> tuple[Any, ...]:
@@ -144,8 +148,9 @@ def _table(owner: nn.Module, leaf: str) -> Any:
 
 
 def _held(owner: nn.Module, leaf: str) -> Tensor:
-    tensor = _table(owner, leaf)[leaf]
-    assert isinstance(tensor, Tensor)
+    tensor = _table(owner, leaf).get(leaf)
+    if not isinstance(tensor, Tensor):
+        raise WeightGone(f"the model has no weight {leaf!r} any more where it had one")
     return tensor
 
 

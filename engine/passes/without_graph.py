@@ -44,6 +44,7 @@ class WithoutGraph:
     Args:
         reason: why there is no graph.
         alone: nothing but the model itself may run.
+        written: what its forward is known to write, as paths of `PythonState`.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class WithoutGraph:
         dtype: torch.dtype | None,
         reason: str,
         alone: bool = False,
+        written: frozenset[str] = frozenset(),
     ) -> None:
         self._source, self._dtype = model, dtype
         self._spec = pytree.tree_flatten((args, kwargs))[1]
         self._twin: nn.Module | None = None
-        self.written: frozenset[str] = frozenset()
+        self.written = written
         self.reports = [PassReport("module replacement", note=f"no graph: {reason}")]
         if not alone:
             self.refresh()
@@ -66,15 +68,23 @@ class WithoutGraph:
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
         args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
-        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        if self._dtype is None:
-            return self._run(args, kwargs)
-        with torch.autocast(x.device.type, self._dtype):
+        with self._autocast(leaves):
             result = self._run(args, kwargs)
+        if self._dtype is None:
+            return result
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         return pytree.tree_map(
             lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
             result,
         )
+
+    def try_out(self, leaves: Sequence[Any]) -> None:
+        """Run the modules once, unless only the model itself may; it is not run here."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
+        if self._twin is not None:
+            with self._autocast(leaves):
+                self._twin(*args, **kwargs)
+            self._watch()
 
     def run_alone(self, why: str) -> None:
         """Let the model itself run from here on."""
@@ -105,16 +115,28 @@ class WithoutGraph:
     def changed(self) -> None:
         """Parameters are shared with the original, so that they never differ."""
 
+    def _autocast(self, leaves: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return torch.autocast(x.device.type, self._dtype)
+
     def _run(self, args: Any, kwargs: Any) -> Any:
-        twin = self._twin
-        if twin is not None:
-            result = twin(*args, **kwargs)
-            if self._state.holds():
+        if self._twin is not None:
+            result = self._twin(*args, **kwargs)
+            if self._watch():
                 return result
-            # what the forward wrote belongs into the original
-            self.run_alone(f"forward changes {next(self._state.changes(), 'the module')!r}")
+        # what the forward writes belongs into the original
         with _evaluating(self._source):
             return self._source(*args, **kwargs)
+
+    def _watch(self) -> bool:
+        """Whether the forward has left its modules as they were; it goes back to them if not."""
+        if self._state.holds():
+            return True
+        self.written |= frozenset(self._state.changes())
+        self.run_alone(f"forward changes {min(self.written, default='the module')!r}")
+        return False
 
 
 def _with_fused_norms(

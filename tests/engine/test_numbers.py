@@ -281,6 +281,43 @@ def test_a_table_that_float32_cannot_hold() -> None:
     assert bool(finite.all())
 
 
+def test_classifier_guidance_without_signal() -> None:
+    """Where abar is 0 the shift of epsilon would be infinite; that of a mean is not."""
+    schedule = SCHEDULE.zero_terminal_snr()
+    common = {"steps": 3, "spacing": "trailing", "prediction_type": "v_prediction"}
+    guidance = Classifier(constant, 0.1)
+    with pytest.raises(ValueError, match="abar is 0 at timestep 999, where a classifier's gradi"):
+        sf.Sampler(Bumpy(), schedule, guidance=guidance, **common)
+    off = sf.Sampler(Bumpy(), schedule, guidance=Classifier(constant, 0.0), **common)
+    assert off.sample(SHAPE).isfinite().all()
+    shifted = sf.Sampler(Bumpy(), schedule, guidance=guidance, method="ddpm", **common)
+    assert shifted.sample(SHAPE).isfinite().all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_classifier_guidance_where_there_is_no_noise(prediction_type: str) -> None:
+    """At abar = 1 a gradient shifts nothing: epsilon has no weight there."""
+    schedule = sf.Schedule.from_betas([0.0, 0.1, 0.2])
+    guidance, images = Classifier(constant, 0.1), []
+    for timesteps in ([2, 1, 0], [2, 1]):
+        settings: dict[str, Any] = {"timesteps": timesteps, "prediction_type": prediction_type}
+        sampler = sf.Sampler(Bumpy(), schedule, guidance=guidance, **settings)
+        images.append(sampler.sample(SHAPE))
+    if prediction_type != "sample":  # whose answer at abar = 1 is the model's
+        torch.testing.assert_close(images[0], images[1], rtol=1e-5, atol=1e-5)
+    assert images[0].isfinite().all()
+
+
+def test_schedules_without_a_step_to_take() -> None:
+    still = sf.Schedule.from_betas([0.0, 0.1, 0.2])
+    sampler = sf.Sampler(Bumpy(), still, timesteps=[2, 1, 0], prediction_type="sample")
+    with pytest.raises(ValueError, match="abar is 1 at timestep 0, where 'sample' says nothing"):
+        sampler.encode(ZEROS)
+    gone = sf.Schedule.from_betas([1.0])
+    with pytest.raises(ValueError, match="final_alpha_one must be True"):
+        sf.Sampler(Bumpy(), gone, timesteps=[0], prediction_type="sample", final_alpha_one=False)
+
+
 # --- latents
 
 

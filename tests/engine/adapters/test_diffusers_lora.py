@@ -1,4 +1,4 @@
-"""LoRA on an accelerated U-Net, with real peft: whatever is switched, the images are the original's.
+"""LoRA on an accelerated U-Net, with real peft: whatever is switched, images are the original's.
 
 peft keeps scales, active adapters and flags of what is merged as plain Python state of its layers.
 """

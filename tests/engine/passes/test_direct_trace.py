@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from stepfuse.engine.optimize import optimize
 from stepfuse.engine.passes import trace as tracing
-from stepfuse.engine.passes.direct_trace import record
+from stepfuse.engine.passes.direct_trace import ChangesItself, record
+from stepfuse.engine.passes.mirror import mirrored
 from stepfuse.engine.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.passes.trace import Traced, trace
 
@@ -143,7 +144,7 @@ class Double(Tensor):
     """A subclass, whose operators may mean anything."""
 
 
-LEFT = [Kept(False), Kept(True), Branch(), InPlace(), Constant(), Attribute()]
+LEFT = [Branch(), InPlace(), Constant(), Attribute()]
 
 
 @pytest.mark.parametrize("model", LEFT, ids=lambda m: type(m).__name__)
@@ -151,8 +152,20 @@ LEFT = [Kept(False), Kept(True), Branch(), InPlace(), Constant(), Attribute()]
 def test_the_rest_is_left_to_torch_export(model: nn.Module) -> None:
     x = torch.rand(2, 3)
     assert record(model, (x,), {}) is None
-    assert getattr(model, "last", None) is None, "nothing without data stays in the module"
     assert torch.equal(optimize(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@torch.no_grad()
+def test_a_forward_that_keeps_its_tensors_is_named(hidden: bool) -> None:
+    model, x = Kept(hidden), torch.rand(2, 3)
+    with pytest.raises(ChangesItself, match=r"changes 'model\.last' at every call"):
+        record(mirrored(model), (x,), {})
+    fast = optimize(model, (x,))
+    assert model.last is None, "nothing without data stays in the module"
+    assert torch.equal(fast(x), model(x))
+    (kept,) = model.last if hidden else [model.last]
+    assert torch.equal(kept, x * 2)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,25 @@ def test_another_sampler_of_the_model_goes_on() -> None:
         next(iter(digits.model.parameters())).data = torch.zeros(1)
     with pytest.raises(RuntimeError, match="were replaced"):
         plain.sample((1, 1, 32, 32), **arguments)
+
+
+@linux
+@torch.no_grad()
+def test_nothing_moves_while_another_thread_may_be_reading() -> None:
+    model, x = network()
+    expected, addresses = model(x), [w.data_ptr() for w in weights(model)]
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, name="reader")
+    thread.start()
+    try:
+        fast = optimize(model, (x,))
+        assert [w.data_ptr() for w in weights(model)] == addresses
+        assert in_file(model) == [False] * 3
+        assert "they stay in memory: thread 'reader' may be reading them" in fast.explain()
+        assert distance(fast(x), expected) < REORDERED
+    finally:
+        over.set()
+        thread.join()
+    fast.refresh()
+    assert in_file(model) == [True] * 3
+    assert distance(fast(x), expected) < REORDERED
