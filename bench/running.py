@@ -30,18 +30,7 @@ from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
 from stepfuse.engine.cli.drawing import choose_device, load_model
-<<<<<<< HEAD
-from stepfuse.engine.cli.errors import (
-    INTERRUPTED,
-    USAGE,
-    Problem,
-    choosing_places,
-    failing_on,
-    interruptible,
-)
-=======
-from stepfuse.engine.cli.errors import INTERRUPTED, Problem, interruptible
->>>>>>> main
+from stepfuse.engine.cli.errors import INTERRUPTED, Problem, choosing_places, interruptible
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.limits import check_memory
@@ -164,16 +153,9 @@ def static(targets: Targets) -> None:
 def show_comparison(a: Path, b: Path) -> None:
     """What changed from one record to the other."""
     for path in (a, b):
-<<<<<<< HEAD
-        if not path.is_file():
-            raise ValueError(f"--compare: there is no file {path}")
-    with failing_on(ValueError, OSError, status=USAGE):
-        records = [load(path) for path in (a, b)]
-=======
         if kind_of(path) == NOT_THERE:
             raise ValueError(f"--compare: there is no file {path}")
     records = [load(path) for path in (a, b)]
->>>>>>> main
     compare = importlib.import_module("stepfuse.bench.compare").compare
     _console().print(compare(*records).table())
 

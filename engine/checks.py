@@ -86,6 +86,16 @@ def check_precision(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be one of {names}; got {value}")
 
 
+def flag_or_precision(name: str, value: Any) -> torch.dtype | None:
+    """The dtype that was given, None for True and False; raises for anything else."""
+    if isinstance(value, torch.dtype):
+        check_precision(name, value)
+        return value
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True, False or a torch.dtype; got {received(value)}")
+    return None
+
+
 def as_seed(name: str, value: Any) -> int:
     """``value`` as the seed of a generator. Raises unless it is an int of 64 bits."""
     seed = as_integer(name, value)

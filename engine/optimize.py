@@ -7,15 +7,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-<<<<<<< HEAD
-import numpy as np
-=======
->>>>>>> main
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-<<<<<<< HEAD
 from stepfuse.engine.checks import (
     as_call,
     as_integers,
@@ -24,9 +19,7 @@ from stepfuse.engine.checks import (
     check_precision,
     check_words,
 )
-=======
 from stepfuse.engine.passes import calls
->>>>>>> main
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
 from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered

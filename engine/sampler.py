@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from stepfuse.engine.checks import check_kind, check_precision
+from stepfuse.engine.checks import check_kind, flag_or_precision
 from stepfuse.engine.condition import Staged
 from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
@@ -35,7 +35,7 @@ from stepfuse.engine.table import (
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
-from stepfuse.kernels.checks import as_integer, check_dtype, check_flag
+from stepfuse.kernels.checks import as_integer, check_dtype
 
 
 class Sampler(Copyable):
@@ -390,10 +390,7 @@ class Sampler(Copyable):
 
 
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
-    dtype = optimize if isinstance(optimize, torch.dtype) else None
-    if dtype is None:
-        check_flag("optimize", optimize)
-    check_precision("optimize", dtype)
+    dtype = flag_or_precision("optimize", optimize)
     if not optimize or isinstance(model, Optimized):
         return model
     check_kind("a model for optimize", model, nn.Module, "an nn.Module")

@@ -15,12 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from stepfuse.engine.checks import check_literal
-from stepfuse.engine.guidance import Guidance
-=======
 from stepfuse.engine.guidance import ClassifierGuidance, Guidance
->>>>>>> main
 from stepfuse.engine.schedule import Schedule
 from stepfuse.kernels.checks import LARGEST, as_number, check_flag
 from stepfuse.kernels.step_row import COLUMNS, Column

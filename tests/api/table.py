@@ -21,6 +21,7 @@ _MODEL = "its arguments are those of the user's model, whose errors are its own"
 
 LEFT_OUT = {
     "Step": _RECORD,
+    "Step.of": "made by the sampler",
     "export.Exported": _RECORD,
     "export.Metadata": _RECORD,
     "export.Report": _RECORD,

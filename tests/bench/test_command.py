@@ -118,7 +118,6 @@ def test_what_cannot_be_meant_is_one_line(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-<<<<<<< HEAD
         (["--model", "missing.safetensors"], "unknown --model 'missing.safetensors'"),
         (["--out", "no/such/place"], "folder no/such/place does not exist"),
         (["--json", "no/such/place.json"], "folder no/such does not exist"),
@@ -126,15 +125,6 @@ def test_what_cannot_be_meant_is_one_line(
         (["--compare", "a.json", "file"], "there is no file a.json"),
         (["--compare", "file", "file"], "file is no record of stepfuse bench"),
         (["--model", "file"], "file"),
-=======
-        (["--model", "missing.safetensors"], "unknown --model 'missing.safetensors'", 2),
-        (["--out", "no/such/place"], "folder no/such/place does not exist", 1),
-        (["--json", "no/such/place.json"], "folder no/such does not exist", 1),
-        (["--out", "file"], "file is not a folder", 1),
-        (["--compare", "a.json", "file"], "there is no file a.json", 2),
-        (["--compare", "file", "file"], "file is no record of stepfuse bench", 2),
-        (["--model", "file"], "file", 2),
->>>>>>> main
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
