@@ -69,15 +69,15 @@ def check_flag(name: str, value: Any) -> None:
 def check_word(name: str, value: Any, accepted: Collection[str], *more: str) -> None:
     """ValueError unless ``value`` is one of the ``accepted`` words; ``more`` is named besides."""
     if not isinstance(value, str) or value not in accepted:
-        words = ", ".join((*accepted, *more))
+        words = " or ".join((", ".join(accepted), *more))
         raise ValueError(f"{name} must be one of {words}; got {shown(value)}")
 
 
 def check_dtype(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a dtype of floats of 16, 32 or 64 bits."""
     if not isinstance(value, torch.dtype) or not is_float(value):
-        what = value if isinstance(value, torch.dtype) else received(value)
-        raise TypeError(f"{name} must be one of {float_names()}, a floating-point type; got {what}")
+        what = value if isinstance(value, torch.dtype) else shown(value)
+        raise TypeError(f"{name} must be {float_names()}, a floating-point type; got {what}")
 
 
 def check_shape(name: str, shape: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.engine.checks import check_dtype_kind, check_on_device, check_path, check_tensor
+from stepfuse.engine.checks import check_on_device, check_path, check_tensor
 from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.tensorrt_file import TensorSpec, check_library, read_engine
 from stepfuse.engine.export.tensorrt_library import Messages, find_library
 from stepfuse.kernels.backends import BackendUnavailable
-from stepfuse.kernels.checks import as_device, as_integer
+from stepfuse.kernels.checks import as_device, as_integer, check_real
 
 MOST_RESULTS = 1024
 
@@ -139,7 +139,7 @@ class TensorRTDenoiser(Described, nn.Module):
             assert self.metadata is not None
             return self._copy_of(spec)[:count].fill_(self.metadata.num_classes or 0)
         check_on_device(spec.name, value)
-        check_dtype_kind(spec.name, value, dtype)
+        check_real(spec.name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{spec.name} has shape {tuple(value.shape)}; accepted: {shape}")
         ready = value.is_contiguous() and not value.is_neg()

@@ -154,7 +154,11 @@ def running_engine() -> Call:
     return Call(
         forward,
         {"x": x, "t": t, "labels": labels},
-        {"labels": {"None"}},
+        {
+            "x": {"as integers", "as truth values"},
+            "t": {"as fractions", "as truth values"},
+            "labels": {"None", "as fractions", "as truth values"},
+        },
         named={"x": ("batch",)},
         undefined=dict.fromkeys(("x", "t", "labels"), FAKE_TENSORS),
     )

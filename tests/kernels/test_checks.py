@@ -59,7 +59,7 @@ DENOISE = [
     ({"step": np.int64(5)}, IndexError, r"0 \.\. 4; got 5"),
     ({"seed": True}, TypeError, "seed must be an int .*got bool True"),
     ({"seed": np.array([1, 2])}, TypeError, "seed must be an int .*got ndarray"),
-    ({"seed": 1, "sample": np.float64(1)}, TypeError, "sample index must be an int .*got float64"),
+    ({"seed": 1, "sample": np.float64(1)}, TypeError, "sample must be an int .*got float64"),
     ({"out": torch._neg_view(torch.zeros(2, 3, 4))}, ValueError, "out must not be a negated view"),
     ({"x0_out": torch._neg_view(torch.zeros(2, 3, 4))}, ValueError, "x0_out must not be a neg"),
     ({"x": torch._neg_view(torch.zeros(2, 3, 4)), "inplace": True}, ValueError, "a negated view"),
