@@ -19,7 +19,6 @@ from stepfuse.engine.limits import check_seed
 from stepfuse.kernels.checks import (
     as_integer,
     as_number,
-    check_real,
     check_word,
     float_names,
     is_float,
@@ -203,6 +202,5 @@ def check_values(name: str, value: Any) -> None:
 def check_floats(name: str, value: Any) -> None:
     """`check_values`, and TypeError unless the numbers are floats that the ops take."""
     check_values(name, value)
-    check_real(name, value)
     if not is_float(value.dtype):
         raise TypeError(f"{name} must be one of {float_names()}; got {value.dtype}")

@@ -187,6 +187,7 @@ class Request:
     def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if value is None:
             return None
+        check_real(name, value)
         check_floats(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")

@@ -20,6 +20,7 @@ _LOOP = "called by the sampler in its loop, with tensors of its own, and recorde
 _MODEL = "its arguments are those of the user's model, whose errors are its own"
 
 LEFT_OUT = {
+    "group_norm_silu.least_eps": "asked by a pass over a graph, with the dtype of a node",
     "Step": _RECORD,
     "Step.of": "made by the sampler",
     "export.Exported": _RECORD,
