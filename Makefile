@@ -14,7 +14,7 @@ SUITES ?=
 OUT := bench/out
 COMMA := ,
 
-.PHONY: sample test lint types bench bench-suites bench-gate bench-kernels bench-sampler bench-unet bench-adapters clean
+.PHONY: sample test lint types sanitize bench bench-suites bench-gate bench-kernels bench-sampler bench-unet bench-adapters clean
 
 sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoint
 	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
@@ -27,6 +27,26 @@ lint: $(VENV)/tested
 
 types: $(VENV)/tested
 	@$(call STEP,'mypy --strict',$(BIN)/mypy)
+
+# a package like stepfuse, links to the same sources, but with modules of its own: the installed ones
+# stay as they are. The runtimes of the sanitizers must be there before anything else is loaded, and
+# Python's own leaks are none of ours.
+SANITIZED := build/sanitize
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+CHECKED = env PYTHONPATH=$(CURDIR)/$(SANITIZED) LD_PRELOAD='$(RUNTIMES)' ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 STEPFUSE_ISA=$(1) $(BIN)/python -m pytest -q -p no:cacheprovider \
+	tests/kernels/test_cpp.py tests/kernels/test_fuzz.py
+BEST = $(shell $(BIN)/python -c 'from stepfuse._cpu_baseline import supported; print(supported()[0])')
+
+sanitize: $(SANITIZED)/built  ## the C++ under the sanitizers of addresses and of undefined behaviour
+	@$(call STEP,'the baseline module under the sanitizers',$(call CHECKED,baseline))
+	@$(call STEP,'the module of this machine under the sanitizers',$(call CHECKED,$(BEST)))
+
+$(SANITIZED)/built: $(SOURCES) | $(VENV)/tested
+	@mkdir -p $(SANITIZED)/stepfuse
+	@ln -sfn $(addprefix $(CURDIR)/src/stepfuse/,$(filter-out %.so __pycache__,$(notdir $(wildcard src/stepfuse/*)))) $(SANITIZED)/stepfuse/
+	@$(call STEP,'building the C++ modules with sanitizers',$(BIN)/python setup.py --quiet build_ext --sanitize --force --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects)
+	@touch $@
 
 bench: bench-suites  ## everything; results in bench/out: bench.json, and report.html to look at
 	@$(call STEP,'whole loops of digits',$(BIN)/stepfuse bench --model digits $(BENCH) --out $(OUT)/parts)
@@ -69,10 +89,12 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@$(call STEP,'installing stepfuse and building its C++ modules',$(PIP) --editable .)
 	@touch $@
 
+# by name: the project itself is installed, so that what an extra asks for is all that is missing,
+# and the C++ modules are not built again
 $(VENV)/tested: $(VENV)/installed
-	@$(call STEP,'installing the test extras',$(PIP) --editable '.[test]')
+	@$(call STEP,'installing the test extras',$(PIP) 'stepfuse[test]')
 	@touch $@
 
-$(VENV)/benched: $(VENV)/installed
-	@$(call STEP,'installing the bench extras',$(PIP) --editable '.[bench]')
+$(VENV)/benched: $(VENV)/tested
+	@$(call STEP,'installing the bench extras',$(PIP) 'stepfuse[bench]')
 	@touch $@

@@ -10,6 +10,7 @@ import copy
 import os
 import platform
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
 from setuptools import Extension, setup
@@ -37,8 +38,29 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS["avx512"] = f"-DSTEPFUSE_AVX512 {AVX2} {AVX512}"
 
 
+# What `build_ext --sanitize` adds: memory and arithmetic are checked, and the first fault ends the
+# process. Symbols stay in, for its report.
+SANITIZED = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
+
+
 class BuildModules(build_ext):
     """Builds the modules side by side, with objects of their own: they share their sources."""
+
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("sanitize", None, "check memory and arithmetic while the modules run"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -47,6 +69,10 @@ class BuildModules(build_ext):
     def build_extension(self, ext: Extension) -> None:
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp) / ext.name)
+        if self.sanitize:
+            ext.extra_compile_args = [*ext.extra_compile_args, *SANITIZED]
+            ext.extra_link_args = SANITIZED
+            ext.optional = False
         super(BuildModules, own).build_extension(ext)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import stepfuse as sf
 from stepfuse.bench import peers_setup
+from stepfuse.bench.able import able, described
 from stepfuse.bench.adapter_cases import Case, cases
 from stepfuse.bench.bench_sampler import alternate, ratio
 from stepfuse.bench.harness import machine
@@ -55,19 +57,26 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 class Pair:
     """An object and its accelerated copies, their images compared.
 
-    Raises `Wrong` where images differ, ImportError where the library is missing.
+    A copy that cannot run here is named and left out. Raises `Wrong` where images differ, and what
+    the library raises where the object itself cannot be built or run.
     """
 
     def __init__(self, case: Case) -> None:
         self.case = case
         original = case.build()
         self.objects = {BEFORE: original}
-        for name, options in OPTIONS.items():
-            self.objects[name] = sf.accelerate(copy.deepcopy(original), **options)
-        images = {name: self.run(name) for name in self.objects}
-        self.psnr = {name: psnr(images[name], images[BEFORE]) for name in OPTIONS}
+        before = self.run(BEFORE)
+
+        def compared(name: str) -> float:
+            self.objects[name] = sf.accelerate(copy.deepcopy(original), **OPTIONS[name])
+            return psnr(self.run(name), before)
+
+        makers = {f"{case}, {name}": functools.partial(compared, name) for name in OPTIONS}
+        found = able(makers)
+        self.psnr = {n: found[f"{case}, {n}"] for n in OPTIONS if f"{case}, {n}" in found}
+        self.objects = {n: v for n, v in self.objects.items() if n in (BEFORE, *self.psnr)}
         for name, least in ((AFTER, LEAST), (HALF, LEAST_BFLOAT16)):
-            if not self.psnr[name] >= least:
+            if name in self.psnr and not self.psnr[name] >= least:
                 raise Wrong(f"{name}: images at {self.psnr[name]:.1f} dB, under {least:g}")
 
     @torch.no_grad()
@@ -86,7 +95,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         "case": case.label,
         "psnr": pair.psnr,
         "ms": {name: statistics.median(seconds) * 1e3 for name, seconds in samples.items()},
-        "times faster": {name: ratio(samples, BEFORE, name) for name in OPTIONS},
+        "times faster": {name: ratio(samples, BEFORE, name) for name in pair.psnr},
         "samples": samples,
     }
 
@@ -106,11 +115,16 @@ def report(rows: list[dict[str, Any]], left_out: dict[str, str], console: Consol
             row["library"],
             row["case"],
             f"{row['ms'][BEFORE]:.0f} ms",
-            f"{row['ms'][AFTER]:.0f} ms",
-            f"{row['times faster'][AFTER]:.2f}x",
-            f"{row['psnr'][AFTER]:.1f}",
-            f"{row['times faster'][HALF]:.2f}x",
-            f"{row['psnr'][HALF]:.1f}",
+            f"{row['ms'][AFTER]:.0f} ms" if AFTER in row["ms"] else "",
+            *(
+                text
+                for name in OPTIONS
+                for text in (
+                    (f"{row['times faster'][name]:.2f}x", f"{row['psnr'][name]:.1f}")
+                    if name in row["psnr"]
+                    else ("", "")
+                )
+            ),
         )
     console.print(table)
     for label, reason in left_out.items():
@@ -156,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
             except (ImportError, Wrong) as error:
                 left_out[str(case)] = str(error)
                 wrong = wrong or isinstance(error, Wrong)
+            except Exception as error:  # of whatever library it is
+                left_out[str(case)] = described(error)
     report(rows, left_out, console)
     if options.json:
         document = {

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import json
 import math
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.bench import peers_setup, unet_memory
+from stepfuse.bench.able import able, to_stderr
 from stepfuse.bench.harness import machine
 from stepfuse.bench.peers import PEERS, Call, Plain
 from stepfuse.bench.products import products
@@ -170,21 +172,16 @@ def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor)
 
 
 def candidates(model: nn.Module, x: Tensor, t: Tensor, names: list[str]) -> list[Candidate]:
-    """Ours, then the peers that were asked for and can run; the others are listed with a reason."""
-    found = []
+    """Ours, then the peers that were asked for; those that cannot run are named with the reason."""
     # one that has freed its weights computes what one that has parked them does
     dtypes = {name: dtype for name, (dtype, weights) in OURS.items() if weights != "released"}
     dtypes |= {peer.name: peer.dtype for peer in PEERS if peer.name in names}
-    for name, dtype in dtypes.items():
-        try:
-            make = _of_a_copy(name, model, x, t) if name in OURS else maker(name, model, x, t)
-            found.append(build(name, dtype, make, x, t))
-        except Exception as error:
-            if name in OURS:
-                raise
-            reason = str(error).splitlines()[0][:200] if str(error) else ""
-            Console(stderr=True).print(f"{name} left out: {type(error).__name__}: {reason}")
-    return found
+
+    def made(name: str) -> Candidate:
+        make = _of_a_copy(name, model, x, t) if name in OURS else maker(name, model, x, t)
+        return build(name, dtypes[name], make, x, t)
+
+    return list(able({name: functools.partial(made, name) for name in dtypes}).values())
 
 
 def _of_a_copy(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
@@ -199,8 +196,17 @@ def verified(found: list[Candidate], model: nn.Module, x: Tensor, t: Tensor) -> 
         c.error = float((c.call(x, t).double() - exact).norm() / exact.norm())
     wrong = [c for c in found if not c.error <= TOLERANCE[c.dtype]]
     for c in wrong:
-        Console(stderr=True).print(f"{c.name} left out: relative error {c.error:.2g}")
+        to_stderr(f"{c.name} left out: relative error {c.error:.2g}")
     return [c for c in found if c not in wrong]
+
+
+def sums_of_products(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Callable[[], float]]:
+    """`products` in every precision that this CPU has; the others are named with the reason."""
+    makers = {
+        f"products {dtype}": functools.partial(products, model, x, t, precision)
+        for dtype, precision in PRECISIONS.items()
+    }
+    return {name.rpartition(" ")[2]: run for name, run in able(makers).items()}
 
 
 def compare_images(found: list[Candidate], model: nn.Module, x: Tensor) -> None:
@@ -270,7 +276,7 @@ def show(
             f"{statistics.median(c.seconds) * 1e3:.1f}",
             f"{min(c.seconds) * 1e3:.1f}",
             f"{min(c.cpu_seconds) * 1e3:.1f}",
-            f"{ratio(c.seconds, alone[c.dtype]):.2f}",
+            f"{ratio(c.seconds, alone[c.dtype]):.2f}" if c.dtype in alone else "",
             f"{ratio(c.seconds, base.seconds):.2f}",
             f"{c.error:.1e}",
             "" if math.isnan(c.psnr) else f"{c.psnr:.1f}",
@@ -343,14 +349,16 @@ def main() -> None:
         model, shape = network(options.model, config, batch)
         x, t = inputs(shape)
         found = verified(candidates(model, x, t, options.peers), model, x, t)
-        sums = {dtype: products(model, x, t, precision) for dtype, precision in PRECISIONS.items()}
-        alone = alternate(found, x, t, sums, options.rounds)
+        if not found:
+            to_stderr(f"batch {batch}: nothing runs here, and nothing is timed")
+            continue
+        alone = alternate(found, x, t, sums_of_products(model, x, t), options.rounds)
         if batch <= MOST_IMAGES and not options.no_images:
             compare_images(found, model, x)
         show(console, batch, found, alone)
         results.append(as_json(batch, found, alone))
         names = [c.name for c in found]
-        del model, found, sums
+        del model, found
         if options.memory:
             names += [name for name in OURS if name not in names]
             job = {"model": options.model, "config": config, "batch": batch}

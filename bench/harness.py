@@ -9,6 +9,7 @@ does not serve the same tensor again and again. What is reported is the median o
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stepfuse.bench.able import able
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.limits import check_threads
 
@@ -84,7 +86,8 @@ class Result:
     def ratio(self, name: str) -> float | None:
         """How many times longer ``name`` takes than ours; None where it was not timed."""
         base = BESIDE if name == COMPILE else OURS
-        return self.median(name) / self.median(base) if name in self.samples else None
+        there = name in self.samples and base in self.samples
+        return self.median(name) / self.median(base) if there else None
 
 
 def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> Result:
@@ -118,12 +121,18 @@ def _alternated(
     rounds: int,
     settle: float,
 ) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
     with torch.no_grad():
-        calls = {name: _calls_per_block(call, buffers) for name, call in candidates.items()}
+        calls = able(
+            {
+                n: functools.partial(_calls_per_block, call, buffers)
+                for n, call in candidates.items()
+            }
+        )
+        samples: dict[str, list[float]] = {name: [] for name in calls}
         turn = itertools.cycle(buffers)
         for _ in range(rounds):
-            for name, call in candidates.items():
+            for name in calls:
+                call = candidates[name]
                 chosen = list(itertools.islice(turn, calls[name]))
                 if settle:
                     time.sleep(settle)
@@ -222,7 +231,11 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
         for case in cases:
             if options.match in str(case):
                 status.update(str(case))
-                results.append(measure(case, options.rounds, not options.no_compile, options.hot))
+                work = functools.partial(
+                    measure, case, options.rounds, not options.no_compile, options.hot
+                )
+                measured = able({str(case): work}).values()
+                results += [r for r in measured if {OURS, INTO, COPY} <= r.samples.keys()]
     show(console, title, results, columns)
     if options.json:
         write_file(options.json, json.dumps(_as_json(results), indent=1).encode())

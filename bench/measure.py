@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from stepfuse.bench.able import described
 from stepfuse.bench.candidates import Entry
 from stepfuse.bench.energy import Counter, NoCounter, counter, energy
 from stepfuse.bench.latency import LEAST_ROUNDS, latency, other_steps, timer_for
@@ -171,7 +172,7 @@ class Bench:
         except KeyboardInterrupt:
             self.record.notes.append("Interrupted: what had been measured by then is here.")
         except Exception as error:
-            self.record.notes.append(f"Ended by {_described(error)}")
+            self.record.notes.append(f"Ended by {described(error)}")
             raise
         finally:
             self._drop_empty()
@@ -210,7 +211,7 @@ class Bench:
                     warnings.simplefilter("ignore")
                     loops[e.name] = e.build(self.workload, batch)
             except Exception as error:  # of whatever library it is
-                candidate, reason = self.record.candidate(e.name), _described(error)
+                candidate, reason = self.record.candidate(e.name), described(error)
                 if candidate.latency:
                     self._note(f"{e.name} could not be built for batch {batch}: {reason}")
                 else:
@@ -230,7 +231,7 @@ class Bench:
             try:
                 found, reason = reference.check(loop, candidate.dtype)
             except Exception as error:
-                found, reason = None, _described(error)
+                found, reason = None, described(error)
             seconds += time.perf_counter() - start
             if found and (candidate.verified is None or found.worse_than(candidate.verified)):
                 candidate.verified = found
@@ -362,8 +363,3 @@ class Bench:
             c.latency = [runs for runs in c.latency if runs.seconds]
             c.over_steps = [runs for runs in c.over_steps if runs.seconds]
             c.throughput = [windows for windows in c.throughput if windows.seconds]
-
-
-def _described(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -18,7 +18,8 @@ def products(
     """A function that runs every convolution and linear layer once and returns the seconds.
 
     Shapes are those of ``model(x, t)``; weights are packed by oneDNN, images channels-last. Linear
-    layers on vectors [N, C] (the time embedding) are not counted: they can be tabulated.
+    layers on vectors [N, C] (the time embedding) are not counted: they can be tabulated. Each has
+    been run once when this returns: RuntimeError where oneDNN lacks one in ``dtype`` on this CPU.
     """
     calls: list[Callable[[], Any]] = []
     dtype = dtype or torch.float32
@@ -31,10 +32,14 @@ def products(
 
     kinds = (nn.Conv2d, nn.Linear)
     hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, kinds)]
-    with torch.no_grad():
-        model(x, t)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            model(x, t)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for call in calls:
+        call()
 
     def run() -> float:
         start = time.perf_counter()

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stepfuse.bench.able import able
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.kernels.triton import variants
 from stepfuse.kernels.triton.variants import BULK, Kernel
@@ -99,7 +100,7 @@ def static_table(
     listed = variants.variants()
     unfused = [None if v.unfused is None else traffic(v.unfused) for v in listed]
     rows = []
-    for arch in archs:
+    for arch in (arch for arch in archs if arch in kernels):
         card, bandwidth = CARDS[arch]
         for variant, other in zip(listed, unfused, strict=True):
             own = [k for k in kernels[arch] if k.variant == variant.name]
@@ -124,11 +125,16 @@ def static_table(
 
 
 def compile_all(archs: Sequence[int]) -> dict[int, list[Kernel]]:
-    """Every variant for every architecture, as many architectures at a time as there are cores."""
+    """Every variant for every architecture, as many architectures at a time as there are cores.
+
+    One that the compiler here does not know is named and left out.
+    """
     spawn = multiprocessing.get_context("spawn")
     workers = min(len(archs), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        return dict(zip(archs, pool.map(variants.compiled, archs), strict=True))
+        started = {arch: pool.submit(variants.compiled, arch) for arch in archs}
+        found = able({f"sm_{arch}": future.result for arch, future in started.items()})
+    return {arch: found[f"sm_{arch}"] for arch in archs if f"sm_{arch}" in found}
 
 
 def _vector(kernel: Kernel) -> int:

@@ -18,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from stepfuse.bench import harness
+from stepfuse.bench.able import described
 
 Call = Callable[[], Any]
 LEAST_ROUNDS = 5
@@ -60,11 +62,17 @@ class Timed:
             reference: what the reference is called in the file.
             dtype: of the work.
             group: benchmarks of one group stand in one table.
-            verify: raises where the result of ``call`` is wrong; what it returns, a dict of
-                figures or None, is kept beside the times.
+            verify: raises AssertionError where the result of ``call`` is wrong; what it returns,
+                a dict of figures or None, is kept beside the times. Whatever else it raises is the
+                reason why the benchmark is left out (skipped): it cannot run here.
             settle: seconds to wait before a block, for threads of the other side to fall asleep.
         """
-        found = verify()
+        try:
+            found = verify()
+        except AssertionError:
+            raise
+        except Exception as error:  # what cannot run here is named, and the others are timed
+            pytest.skip(f"left out: {described(error)}")
         extra = self.benchmark.extra_info
         extra.update(found or {}, reference=reference, dtype=dtype)
         self.benchmark.group = group

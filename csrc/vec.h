@@ -6,6 +6,7 @@
 // vec_avx512.h, vec_avx2.h and vec_baseline.h. Arithmetic is float32 whatever the storage type.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

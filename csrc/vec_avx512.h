@@ -1,7 +1,28 @@
 // AVX-512 F, BW, VL, DQ and BF16: 16 lanes, tails by mask registers. Included by vec.h.
 #pragma once
 
+// Compilers do not let the sanitizer of addresses look at masked accesses, so it is told of them.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_loadN(const void*, std::size_t);
+extern "C" void __asan_storeN(void*, std::size_t);
+#endif
+
 namespace stepfuse {
+
+template <class T>
+STEPFUSE_INLINE const T* read(const T* p, [[maybe_unused]] Partial lanes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_loadN(p, sizeof(T) * static_cast<unsigned>(lanes.count));
+#endif
+  return p;
+}
+template <class T>
+STEPFUSE_INLINE T* written(T* p, [[maybe_unused]] Partial lanes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_storeN(p, sizeof(T) * static_cast<unsigned>(lanes.count));
+#endif
+  return p;
+}
 
 STEPFUSE_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 STEPFUSE_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
@@ -48,18 +69,18 @@ STEPFUSE_INLINE void store(T* p, F v, Full) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bits(v, T{}));
 }
 STEPFUSE_INLINE F load(const float* p, Partial lanes) {
-  return _mm512_maskz_loadu_ps(mask(lanes), p);
+  return _mm512_maskz_loadu_ps(mask(lanes), read(p, lanes));
 }
 STEPFUSE_INLINE void store(float* p, F v, Partial lanes) {
-  _mm512_mask_storeu_ps(p, mask(lanes), v);
+  _mm512_mask_storeu_ps(written(p, lanes), mask(lanes), v);
 }
 template <class T>
 STEPFUSE_INLINE F load(const T* p, Partial lanes) {
-  return from_bits(_mm256_maskz_loadu_epi16(mask(lanes), p), T{});
+  return from_bits(_mm256_maskz_loadu_epi16(mask(lanes), read(p, lanes)), T{});
 }
 template <class T>
 STEPFUSE_INLINE void store(T* p, F v, Partial lanes) {
-  _mm256_mask_storeu_epi16(p, mask(lanes), to_bits(v, T{}));
+  _mm256_mask_storeu_epi16(written(p, lanes), mask(lanes), to_bits(v, T{}));
 }
 // Sum of the lanes, always in the same tree.
 STEPFUSE_INLINE float sum(F v) { return _mm512_reduce_add_ps(v); }

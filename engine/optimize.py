@@ -63,7 +63,8 @@ def optimize(
         example_inputs: (x, t, ...) as the model takes them, x [N, C, H, W], t [N]; a dict at the
             end holds keyword arguments. Compiled for these shapes now, for others when they come.
         dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
-            outputs keep the model's own dtype. None computes in the model's dtype.
+            outputs keep the model's own dtype. What does not run in it on this machine is left in
+            float32, as `Optimized.explain` tells. None computes in the model's dtype.
         without: names of passes to leave out, of `PASSES`.
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.

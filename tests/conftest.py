@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,14 @@ from stepfuse.bench import peers_setup
 peers_setup.prepare()
 # more threads than cores make small operations slower by orders of magnitude
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)), 4))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt here, whatever the parent of this process chose."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

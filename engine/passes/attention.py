@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 from stepfuse.engine.passes.attend import attend, attend_eagerly
 from stepfuse.engine.passes.convolve import why_not
 from stepfuse.engine.passes.graph import PassReport, aten, call, calls, finish, replace, value
+from stepfuse.engine.passes.runs import runs
 from stepfuse.engine.passes.stopwatch import best_times, trial
 
 mkldnn = torch.ops.mkldnn
@@ -98,7 +99,7 @@ def _problem(node: Node) -> str:
         return "of a shape or dtype without another form"
     if not _scale(node) > 0:
         return "a scale that is not positive"
-    return "" if _forms(*_operands(node)) else "more positions than are worth writing out"
+    return "" if _forms(*_operands(node)) else "no other form runs here, or is worth writing out"
 
 
 def _forms(q: Tensor, k: Tensor, v: Tensor) -> list[Build]:
@@ -114,7 +115,9 @@ def _forms(q: Tensor, k: Tensor, v: Tensor) -> list[Build]:
         dense = all(x.stride()[2:] == (x.shape[3], 1) for x in (q, k, v))
         if heads == 1 and n <= MOST_SAMPLES and one_dnn and dense:
             forms.append(one_by_one)
-    return forms
+    if q.dtype is torch.float32:
+        return forms
+    return [form for form in forms if runs(form, _directly, q, k, v, 1.0)]
 
 
 def _fastest(node: Node) -> Build | None:

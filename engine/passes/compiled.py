@@ -143,7 +143,5 @@ def _without_graph(
             model(*args, **kwargs)
         except Exception as own:
             raise own from None  # the model's own error, without what was tried
-        if settings.dtype is not None:
-            network = WithoutGraph(model, args, kwargs, None, f"{reason}; {error}")
         network.run_alone(f"{type(error).__name__}: {error}")
     return network

@@ -52,7 +52,12 @@ from stepfuse.engine.passes.graph import (
     value,
 )
 from stepfuse.engine.passes.heap import trim
-from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.prepack_convolutions import (
+    convolution_arguments,
+    mkldnn,
+    packs,
+    packs_linear,
+)
 from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, filler, trial
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
@@ -168,10 +173,18 @@ def _fastest(node: Node, asked: bool, cold: bool, plain: bool) -> Form | None:
 def _times(node: Node, asked: bool, cold: bool, plain: bool) -> Sequence[float]:
     x, weight = _operands(node)
     norm = norm_before(node)
+    asked = asked and _one_dnn_runs(node)
     return _seconds(
         tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], _candidates(node), x.dtype,
         0 if norm is None else norm.args[3], asked, plain, cold, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _one_dnn_runs(node: Node) -> bool:
+    x, weight = _operands(node)
+    if node.target is aten.linear.default:
+        return packs_linear(x, weight)
+    return packs(x, weight, *convolution_arguments(node)[3:])
 
 
 def _candidates(node: Node) -> tuple[Form, ...]:

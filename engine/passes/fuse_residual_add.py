@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from stepfuse.engine.passes.convolve import convolve
 from stepfuse.engine.passes.graph import (
@@ -35,6 +36,7 @@ from stepfuse.engine.passes.graph import (
     value,
 )
 from stepfuse.engine.passes.prepack_convolutions import is_packed, mkldnn
+from stepfuse.engine.passes.runs import runs
 
 _CONVOLUTION = mkldnn._convolution_pointwise.default
 _LINEAR = mkldnn._linear_pointwise.default
@@ -109,7 +111,20 @@ def _problem(s: _Sum) -> str:
         return "the residual does not depend on x"
     if not _lies_alike(s):
         return "the residual lies in memory in another order"
+    if not _runs(s):
+        return f"oneDNN has no such sum in {value(s.product).dtype} here"
     return ""
+
+
+def _runs(s: _Sum) -> bool:
+    """Whether the operator that adds is there, in either form; in float32 it always is."""
+    if s.product.target is convolve or value(s.product).dtype is torch.float32:
+        return True
+    for over in (False, True):
+        target, arguments = _with_sum(s.product, s.product, over)
+        if not runs(target, *map_arg(arguments, value)):
+            return False
+    return True
 
 
 def _lies_alike(s: _Sum) -> bool:

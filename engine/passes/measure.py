@@ -18,7 +18,7 @@ from stepfuse.engine.passes.convolve import (
 )
 from stepfuse.engine.passes.graph import aten, value
 from stepfuse.engine.passes.heap import trim
-from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn, packs
 from stepfuse.engine.passes.stopwatch import best_times, filler, trial
 
 _REPEATS = 7  # a layer left in float32 by mistake costs the casts and copies around it
@@ -29,17 +29,18 @@ def pays(node: Node, dtype: torch.dtype) -> bool:
     """False where a convolution is clearly faster in float32 than in ``dtype``; CPUs only.
 
     Both are timed with packed weights of the node's shapes, on zeros; a result is kept as long as
-    the process runs. Processors differ here: without bfloat16 instructions oneDNN converts. Where
+    the process runs. False too where oneDNN has no packed form of it in ``dtype``. Where
     `convolve` would do, that is timed, which leaves less behind than oneDNN's primitives.
     """
     if value(node).device.type != "cpu" or node.target is not aten.conv2d.default:
         return True
-    if dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
-        return False
-    x, weight, _, *sizes, groups = convolution_arguments(node)
+    x, weight, _, *geometry = convolution_arguments(node)
+    *sizes, groups = geometry
     shapes = tuple(value(x).shape), tuple(value(weight).shape)
     frozen = tuple(tuple(g) for g in sizes)
     form = None if why_not(dtype) else next(iter(possible_forms(node)), None)
+    if form is None and not packs(value(x).to(dtype), value(weight).to(dtype), *geometry):
+        return False
     threads = torch.get_num_threads()
     low = _seconds(*shapes, frozen, groups, form, dtype, threads)
     return low < _MARGIN * _seconds(*shapes, frozen, groups, form, torch.float32, threads)

@@ -46,8 +46,8 @@ PASSES = (
     "fuse_group_norm_silu",
     "hoist_timestep",
     "merge_linears",
+    "channels_last",  # before operators are asked in which dtypes they run: layouts matter
     "lower_precision",
-    "channels_last",
     "concatenate",
     "attention",
     "upsampled_convolutions",

@@ -9,9 +9,11 @@ summation (float32: relative 1e-5).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.passes.convolve import convolve
@@ -26,6 +28,7 @@ from stepfuse.engine.passes.graph import (
     stage,
     value,
 )
+from stepfuse.engine.passes.runs import runs
 
 mkldnn = torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,11 +65,72 @@ def _problem(node: Node) -> str:
         return "the weight is computed from the inputs"
     if value(x).dtype not in DTYPES or value(x).dtype != value(weight).dtype:
         return f"{value(x).dtype} activations and {value(weight).dtype} weights"
-    if value(x).dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
-        return "no bfloat16 on this CPU"
-    if value(x).dtype is torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
-        return "no float16 on this CPU"
-    return ""
+    asked = _ASKED[node.target]
+    return "" if asked(node) else f"oneDNN has none in {value(x).dtype} here"
+
+
+def packs(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether oneDNN runs this convolution here with a packed weight; float32 it always does."""
+    if x.dtype is torch.float32:
+        return True
+    geometry = (padding, stride, dilation, groups)
+    return runs(mkldnn._reorder_convolution_weight, weight, *geometry, list(x.shape)) and runs(
+        mkldnn._convolution_pointwise.default, x, weight, None, *geometry, *_ALONE
+    )
+
+
+def packs_transposed(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
+    """`packs` for a transposed one: padding, padding of the output, stride, dilation, groups."""
+    if x.dtype is torch.float32:
+        return True
+    packing = mkldnn._reorder_convolution_transpose_weight
+    return runs(packing, weight, *geometry, list(x.shape)) and runs(
+        mkldnn._convolution_transpose_pointwise, x, weight, None, *geometry, *_ALONE
+    )
+
+
+def packs_linear(x: Tensor, weight: Tensor) -> bool:
+    """`packs` for a linear layer."""
+    if x.dtype is torch.float32:
+        return True
+    rows = x.shape[:-1].numel()
+    return runs(mkldnn._reorder_linear_weight, weight, rows) and runs(
+        mkldnn._linear_pointwise.default, x, weight, None, *_ALONE
+    )
+
+
+_ALONE: tuple[Any, ...] = ("none", [], "")  # with nothing before or after
+
+
+def _convolution_packs(node: Node) -> bool:
+    x, weight, _, *geometry = convolution_arguments(node)
+    return packs(value(x), value(weight), *geometry)
+
+
+def _transposed_packs(node: Node) -> bool:
+    x, weight, _, *geometry = _transposed_arguments(node)
+    return packs_transposed(value(x), value(weight), *geometry)
+
+
+def _linear_packs(node: Node) -> bool:
+    x, weight = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    return packs_linear(value(x), value(weight))
+
+
+_ASKED: dict[Any, Callable[[Node], bool]] = {
+    aten.conv2d.default: _convolution_packs,
+    aten.conv_transpose2d.input: _transposed_packs,
+    aten.linear.default: _linear_packs,
+}
 
 
 def convolution_arguments(node: Node) -> tuple[Any, ...]:
@@ -97,21 +161,13 @@ def _pack_convolution(gm: GraphModule, node: Node) -> None:
         fused = call(
             gm.graph,
             mkldnn._convolution_pointwise.default,
-            *(x, packed, bias, padding, stride, dilation, groups, "none", [], ""),
+            *(x, packed, bias, padding, stride, dilation, groups, *_ALONE),
         )
     replace(node, fused)
 
 
 def _pack_transposed(gm: GraphModule, node: Node) -> None:
-    given: dict[str, Any] = dict(zip(_TRANSPOSED, node.args, strict=False))
-    given.update(node.kwargs)
-    x, weight = node.args[:2]
-    assert isinstance(x, Node)
-    assert isinstance(weight, Node)
-    geometry = (
-        *(_pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS),
-        given.get("groups", 1),
-    )
+    x, weight, bias, *geometry = _transposed_arguments(node)
     with gm.graph.inserting_before(node):
         packed = gm.graph.call_function(
             mkldnn._reorder_convolution_transpose_weight.default,
@@ -120,10 +176,18 @@ def _pack_transposed(gm: GraphModule, node: Node) -> None:
         packed.meta["val"] = weight.meta["val"]
         fused = gm.graph.call_function(
             mkldnn._convolution_transpose_pointwise.default,
-            (x, packed, given.get("bias"), *geometry, "none", [], ""),
+            (x, packed, bias, *geometry, *_ALONE),
         )
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
+
+
+def _transposed_arguments(node: Node) -> tuple[Any, ...]:
+    """(x, weight, bias, padding, output_padding, stride, dilation, groups), two entries each."""
+    given: dict[str, Any] = dict(zip(_TRANSPOSED, node.args, strict=False))
+    given.update(node.kwargs)
+    pairs = (_pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS)
+    return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
 
 
 _TRANSPOSED = (
@@ -141,9 +205,7 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
     with gm.graph.inserting_before(node):
         packed = gm.graph.call_function(mkldnn._reorder_linear_weight.default, (weight, rows))
         packed.meta["val"] = weight.meta["val"]
-        fused = gm.graph.call_function(
-            mkldnn._linear_pointwise.default, (x, packed, bias, "none", [], "")
-        )
+        fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *_ALONE))
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
 

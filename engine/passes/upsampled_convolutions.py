@@ -50,11 +50,17 @@ from stepfuse.engine.passes.graph import (
     value,
 )
 from stepfuse.engine.passes.heap import trim
-from stepfuse.engine.passes.prepack_convolutions import convolution_arguments, mkldnn
+from stepfuse.engine.passes.prepack_convolutions import (
+    convolution_arguments,
+    mkldnn,
+    packs,
+    packs_transposed,
+)
 from stepfuse.engine.passes.stopwatch import best_times, exceed_cache, filler, trial
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
+_AT_ONCE = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
 _REPEATS = 5
 # one axis of [1 1; 1 1] * flip(w): row p of the 4x4 weight sums these rows of w
 _SUMS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
@@ -124,9 +130,18 @@ def _problem(upsample: Node, conv: Node | None) -> str:
         return "not on a CPU with oneDNN"
     if value(weight).dtype not in (torch.float32, torch.bfloat16):
         return "neither float32 nor bfloat16"
-    if value(weight).dtype is torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
-        return "no bfloat16 on this CPU"
+    if not _both_run(value(upsample), value(weight), x):
+        return f"oneDNN has none in {value(weight).dtype} here"
     return ""
+
+
+def _both_run(enlarged: Tensor, weight: Tensor, x: Tensor) -> bool:
+    """Whether oneDNN has the convolution of the enlarged image, and the transposed one."""
+    dtype, (channels_out, channels) = weight.dtype, weight.shape[:2]
+    wide = weight.new_empty(channels, channels_out, 4, 4)
+    return packs(enlarged.to(dtype), weight, _ONES, _ONES, _ONES, 1) and packs_transposed(
+        x.to(dtype), wide, *_AT_ONCE
+    )
 
 
 def _fastest(upsample: Node, conv: Node, cold: bool, plain: bool) -> str | None:
@@ -225,8 +240,7 @@ def _directly(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
 def _at_once(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     """oneDNN's transposed convolution with some weight of this shape."""
     weight = filler(math.prod(shape), x.dtype).view(shape)
-    geometry = (_ONES, _ZEROS, _TWOS, _ONES, 1)  # padding, of the output, stride, dilation, groups
-    packed = mkldnn._reorder_convolution_transpose_weight(weight, *geometry, list(x.shape))
+    packed = mkldnn._reorder_convolution_transpose_weight(weight, *_AT_ONCE, list(x.shape))
     trim()
     convolution = mkldnn._convolution_transpose_pointwise
-    return lambda: convolution(x, packed, None, *geometry, *_ALONE)
+    return lambda: convolution(x, packed, None, *_AT_ONCE, *_ALONE)

@@ -10,7 +10,7 @@ that writes to its module, or does what no mirror can do, runs on the original.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from stepfuse.engine.passes.graph import PassReport
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.runs import has_instructions
 from stepfuse.engine.passes.trace import evaluating
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
@@ -58,37 +59,29 @@ class WithoutGraph:
         written: frozenset[str] = frozenset(),
     ) -> None:
         self._source, self._dtype = model, dtype
-        self._spec = pytree.tree_flatten((args, kwargs))[1]
+        leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._twin: nn.Module | None = None
+        self._alone = alone
         self.written = written
         self.reports = [PassReport("module replacement", note=f"no graph: {reason}")]
-        if not alone:
-            self.refresh()
+        self.refresh()
+        device = next((v.device for v in leaves if isinstance(v, Tensor)), None)
+        if dtype is not None and device is not None and not has_instructions(device, dtype):
+            self._stay_in_float32(f"no instructions for {dtype} on this CPU")
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
-        with self._autocast(leaves):
-            result = self._run(args, kwargs)
-        if self._dtype is None:
-            return result
-        x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return pytree.tree_map(
-            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
-            result,
-        )
+        return self._lowered(leaves, self._run)
 
     def try_out(self, leaves: Sequence[Any]) -> None:
         """Run the modules once, unless only the model itself may; it is not run here."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         if self._twin is not None:
-            with self._autocast(leaves):
-                self._twin(*args, **kwargs)
+            self._lowered(leaves, self._twin)
             self._watch()
 
     def run_alone(self, why: str) -> None:
         """Let the model itself run from here on."""
-        self._twin = None
+        self._twin, self._alone = None, True
         report = self.reports[0]
         report.matched = report.candidates = 0
         report.note += f"; the model runs as it is: {why}"
@@ -98,6 +91,8 @@ class WithoutGraph:
 
     def refresh(self) -> None:
         """Take over replaced parameters; changed ones are shared already."""
+        if self._alone:
+            return
         report = PassReport("module replacement", note=self.reports[0].note)
         try:
             twin = mirrored(self._source)
@@ -115,13 +110,29 @@ class WithoutGraph:
     def changed(self) -> None:
         """Parameters are shared with the original, so that they never differ."""
 
-    def _autocast(self, leaves: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    def _lowered(self, leaves: Sequence[Any], run: Callable[..., Any]) -> Any:
+        """``run`` under autocast, the result in the dtype of x."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         if self._dtype is None:
-            return contextlib.nullcontext()
+            return run(*args, **kwargs)
         x = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return torch.autocast(x.device.type, self._dtype)
+        try:
+            with torch.autocast(x.device.type, self._dtype):
+                result = run(*args, **kwargs)
+        except Exception as error:  # a layer may lack any dtype, in any way
+            result = run(*args, **kwargs)  # what is wrong without it too is the model's
+            self._stay_in_float32(f"{type(error).__name__} in {self._dtype}")
+            return result
+        return pytree.tree_map(
+            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
+            result,
+        )
 
-    def _run(self, args: Any, kwargs: Any) -> Any:
+    def _stay_in_float32(self, why: str) -> None:
+        self._dtype = None
+        self.reports[0].note += f"; the network runs in float32: {why}"
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._twin is not None:
             result = self._twin(*args, **kwargs)
             if self._watch():

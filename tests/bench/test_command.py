@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.bench.example_record import example
+from tests.signalled import start
 
 from stepfuse.bench import roofline, running
 from stepfuse.bench.record import load
@@ -188,11 +189,11 @@ def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_on_the_command_keeps_the_record(tiny: str, tmp_path: Path) -> None:
     """A real signal, once the first figure is on the disk."""
     command = [sys.executable, "-m", "stepfuse", "bench", "--model", tiny, "--steps", "2"]
-    started = subprocess.Popen(
+    started = start(
         [*command, "--no-cold", "--no-optimize", "--rounds", "1000000", "--batch", "1,2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

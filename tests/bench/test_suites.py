@@ -168,7 +168,7 @@ def test_rows_know_their_suite(tmp_path: Path, name: str | None) -> None:
     assert own.parameters == {"group": "g", "case": "a::b"}
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not there")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_bench_runs_everything_into_one_file_and_one_report() -> None:
     def planned(*arguments: str) -> str:
         return subprocess.run(

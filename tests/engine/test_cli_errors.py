@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.cli_case import arrays, process, sample
+from tests.signalled import start
 from torch import Tensor
 
 import stepfuse as sf
@@ -165,7 +166,7 @@ def test_a_disk_that_takes_a_few_bytes_only(tiny: str) -> None:
 def test_ctrl_c_under_the_bar_of_a_terminal(tiny: str) -> None:
     terminal, stderr = pty.openpty()
     command = ["sample", "-m", tiny, "-n", "5000", "--batch-size", "1", "--steps", "100"]
-    child = subprocess.Popen(
+    child = start(
         [sys.executable, "-m", "stepfuse", *command, "-o", "a.png"],
         stdout=subprocess.DEVNULL,
         stderr=stderr,

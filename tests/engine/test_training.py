@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.signalled import start
 from typer import Typer
 from typer.testing import CliRunner, Result
 
@@ -182,9 +183,8 @@ ENDLESS = textwrap.dedent(
 
 
 def start_endless(images: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(images), str(out), *more], stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", ENDLESS, str(images), str(out), *more]
+    process = start(command, stderr=subprocess.PIPE)
     state, before = out / "state.pt", time.time_ns()
     deadline = time.monotonic() + 60
     while not (state.exists() and state.stat().st_mtime_ns > before):

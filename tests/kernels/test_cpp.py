@@ -22,7 +22,7 @@ from stepfuse.kernels.step_row import COLUMNS, Column
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SUPPORTED = module.native.supported()
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: reads /proc")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -129,7 +129,7 @@ thread.start(); thread.join()
 assert after == [before + 1], (before, after)
 """
     if sys.platform != "linux":
-        pytest.skip("reads /proc")
+        pytest.skip("needs Linux: reads /proc")
     done = run_python(code)
     assert done.returncode == 0, done.stderr
 

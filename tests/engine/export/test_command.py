@@ -202,7 +202,7 @@ def test_a_missing_and_a_damaged_checkpoint(capsys: Any) -> None:
 
 
 @needs_tensorrt
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "ctrl_c")
 def test_ctrl_c_while_building(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = tensorrt_engine.progress_monitor
 

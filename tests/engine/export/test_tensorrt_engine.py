@@ -188,7 +188,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_engine, "progress_monitor", with_signal)
 
 
-@pytest.mark.usefixtures("interrupted")
+@pytest.mark.usefixtures("interrupted", "ctrl_c")
 def test_ctrl_c_leaves_nothing(tmp_path: Path, small: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -269,7 +269,7 @@ def test_a_plan_that_the_library_refuses(engine: Path) -> None:
         TensorRTDenoiser(engine)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an NVIDIA GPU")
 def test_without_a_gpu(tmp_path: Path) -> None:
     try:
         library = find_library()

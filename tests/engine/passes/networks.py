@@ -20,7 +20,8 @@ ONEDNN_DTYPES = [
     pytest.param(
         torch.bfloat16,
         marks=pytest.mark.skipif(
-            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs AVX-512"
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            reason="needs a CPU with AVX-512 or AVX-NE-CONVERT",
         ),
     ),
 ]

@@ -21,7 +21,9 @@ dtypes = pytest.mark.parametrize(
         torch.float32,
         pytest.param(
             torch.bfloat16,
-            marks=pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16"),
+            marks=pytest.mark.skipif(
+                bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)"
+            ),
         ),
     ],
 )

@@ -22,7 +22,7 @@ FORMS = "stepfuse.engine.passes.convolution_forms"
 SECONDS = f"{FORMS}._seconds"
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
-needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16")
+needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 )

@@ -41,7 +41,7 @@ SHAPES = [
 NORMS = ("no norm", "norm", "everything")
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
-needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16")
+needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 )
@@ -278,7 +278,7 @@ print("agrees")
         check=False,
     )
     if "must be one of" in found.stderr:
-        pytest.skip(f"needs a processor with {isa}")
+        pytest.skip(f"needs a CPU with {isa}")
     assert found.stdout.strip() == "agrees", found.stderr
 
 

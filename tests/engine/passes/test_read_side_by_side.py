@@ -16,7 +16,7 @@ from stepfuse.engine.passes.convolve import native, why_not
 TOLERANCE = {None: 3e-6, torch.bfloat16: 2e-2}  # four layers, each rounds to 8 bits in bfloat16
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
-needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16")
+needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)")
 dtypes = pytest.mark.parametrize(
     "dtype", [None, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 )

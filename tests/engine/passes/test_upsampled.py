@@ -112,7 +112,7 @@ def test_nine_products_where_they_are_faster(
     dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype is not None and why_not(dtype):
-        pytest.skip("needs AVX512-BF16")
+        pytest.skip("needs AVX512-BF16 (CPU)")
     monkeypatch.setattr(SECONDS, lambda *_: (3.0, 2.0, 1.0))
     monkeypatch.setattr("stepfuse.engine.passes.network.pays", lambda *_: True)
     model, x = Wide().eval(), torch.randn(2, 32, 3, 5)

@@ -1,0 +1,24 @@
+"""Processes that tests send signals to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from typing import Any
+
+
+def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` of a process that Ctrl-C and SIGTERM reach.
+
+    A signal that the parent ignores (under nohup, and with some runners of continuous integration)
+    is ignored by its children, too, who would wait for ever.
+    """
+    return subprocess.Popen(command, preexec_fn=_deliver if os.name == "posix" else None, **options)
+
+
+def _deliver() -> None:
+    """Between fork and exec, which keeps the default of a signal and a signal that is ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
