@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -69,8 +70,8 @@ class Plan:
             raise ValueError(f"--batch must not name a size twice; got {list(self.batches)}")
         if self.rounds < 1:
             raise ValueError(f"--rounds must be at least 1; got {self.rounds}")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise ValueError(f"--time-limit must be above 0; got {self.time_limit:g}")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise ValueError(f"--time-limit must be above 0 and finite; got {self.time_limit:g}")
         if self.processes < 0:
             raise ValueError(f"cold starts must be at least 0; got {self.processes}")
 

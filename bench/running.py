@@ -30,7 +30,7 @@ from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
 from stepfuse.engine.cli.drawing import choose_device, load_model
-from stepfuse.engine.cli.errors import INTERRUPTED, Problem, interruptible
+from stepfuse.engine.cli.errors import INTERRUPTED, Problem, choosing_places, interruptible
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.limits import check_memory
@@ -63,14 +63,24 @@ class Targets:
         return cls(json or usual[0], markdown or usual[1], html or usual[2])
 
     def check(self) -> None:
-        """Make the folder; raise OSError with the reason where something cannot be written."""
+        """Make the folder; raise OSError with the reason where something cannot be written.
+
+        A folder that was made for nothing is removed.
+        """
         files = (self.json, self.markdown, self.html)
         if len({file.absolute() for file in files}) < len(files):
             raise ValueError(f"three different files are written; got {', '.join(map(str, files))}")
-        for file in files:
-            if file.parent.parent.is_dir() and not file.parent.exists():
-                file.parent.mkdir()
-            check_file(file)
+        made: list[Path] = []
+        try:
+            for file in files:
+                if file.parent.parent.is_dir() and not file.parent.exists():
+                    file.parent.mkdir()
+                    made.append(file.parent)
+                check_file(file)
+        except OSError:
+            for folder in made:
+                folder.rmdir()
+            raise
 
     def save(self, record: Record) -> None:
         """The record alone."""
@@ -101,7 +111,8 @@ def run(
     most = max(plan.batches)
     # x and the prediction in float32 are the least that a candidate holds
     check_memory(f"--batch {most}", 2 * 4 * most * math.prod(workload.shape))
-    targets.check()
+    with choosing_places():
+        targets.check()
     console = _console()
     with _progress() as watch:
         work = Bench(
@@ -117,7 +128,8 @@ def static(targets: Targets) -> None:
     """The static table of the GPU kernels: compiled, not run."""
     if importlib.util.find_spec("triton") is None:
         raise Problem("--static compiles the Triton kernels: pip install 'stepfuse[triton]'")
-    targets.check()
+    with choosing_places():
+        targets.check()
     from stepfuse.bench.roofline import render, static_table
 
     console = _console()

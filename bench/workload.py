@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepfuse.bench import peers_setup
 from stepfuse.bench.peers import Plain
 from stepfuse.engine.checkpoint import Checkpoint, embedded, load
-from stepfuse.engine.limits import check_threads
+from stepfuse.engine.limits import check_seed, check_threads
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.unet import UNet
@@ -45,6 +45,7 @@ class Spec:
             accepted = ", ".join(get_args(Graph))
             raise ValueError(f"--graph must be one of {accepted}; got {self.graph!r}")
         check_threads("--threads", self.threads)
+        check_seed("--seed", self.seed)
 
 
 class Conditioned(nn.Module):

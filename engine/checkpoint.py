@@ -17,12 +17,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from stepfuse.engine.checks import (
+    as_sizes,
+    check_kind,
+    check_literal,
+    check_mapping,
+    check_path,
+    check_text,
+)
 from stepfuse.engine.files import write_file
 from stepfuse.engine.limits import check_memory
 from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.kernels.checks import received
 
 FOLDER = Path(__file__).resolve().parent / "checkpoints"
 FORMAT = "stepfuse-unet-1"
@@ -43,6 +52,8 @@ class Checkpoint:
         labels: names of the classes; empty for an unconditional network.
         training: steps, images, loss and the like, as recorded by the trainer.
         card: the model card, markdown.
+
+    Raises TypeError or ValueError for an attribute that is none of these.
     """
 
     model: UNet
@@ -52,6 +63,19 @@ class Checkpoint:
     labels: tuple[str, ...]
     training: dict[str, Any]
     card: str
+
+    def __post_init__(self) -> None:
+        check_kind("model", self.model, UNet, "a UNet")
+        check_kind("schedule", self.schedule, Schedule, "a Schedule")
+        check_literal("prediction_type", self.prediction_type, PredictionType)
+        sizes = as_sizes("sample_shape", self.sample_shape)
+        if len(sizes) != 3:
+            raise ValueError(f"sample_shape must be (C, H, W); got {sizes}")
+        names = self.labels
+        if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"labels must be a tuple of strings; got {received(names)}")
+        check_mapping("training", self.training)
+        check_text("card", self.card)
 
     @property
     def num_classes(self) -> int | None:
@@ -76,7 +100,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
             fit the weights or this machine.
         OSError: a file that may not be read.
     """
-    path = _locate(name_or_path)
+    path = _locate(check_path("name_or_path", name_or_path))
     with open_regular(path):  # says why, where the library would call it damaged
         pass
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepfuse.engine.checks import check_callable
 from stepfuse.engine.passes.parked import home
 
 Model = nn.Module | Callable[..., Any]
@@ -21,8 +22,7 @@ class Denoiser:
     """
 
     def __init__(self, model: Model) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, t, **condition); got {model!r}")
+        check_callable("model", model, "callable as model(x, t, **condition)")
         self.model = model
         self.module = model if isinstance(model, nn.Module) else None
         weights = [p for p in self.parameters() if p.is_floating_point()]

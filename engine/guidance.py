@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.checks import as_number, received
+from stepfuse.kernels.checks import as_number, check_flag, check_word, received
 
 _ROUNDINGS = 4  # what a mixture and its mean are rounded to, at most, in units of the last place
 
@@ -51,10 +51,11 @@ class CFG:
                 'unconditional must be a mapping, {"labels": None} say; got '
                 f"{received(self.unconditional)}"
             )
+        check_flag("batched", self.batched)
         if self.interval is None:
             return
         if not isinstance(self.interval, Sequence) or len(self.interval) != 2:
-            raise TypeError(f"interval must be (low, high) or None; got {self.interval!r}")
+            raise TypeError(f"interval must be (low, high) or None; got {received(self.interval)}")
         low, high = (as_number("interval", end) for end in self.interval)
         if low > high:
             raise ValueError(f"interval must be (low, high); got {self.interval}")
@@ -109,15 +110,12 @@ class ClassifierGuidance:
     returns: Literal["log_probability", "gradient"] = "log_probability"
 
     def __post_init__(self) -> None:
-        if not callable(self.fn):
+        if not callable(self.fn) or isinstance(self.fn, type):
             raise TypeError(
                 f"fn must be callable as fn(x, t, **condition); got {received(self.fn)}"
             )
         object.__setattr__(self, "scale", as_number("scale", self.scale))
-        if self.returns not in ("log_probability", "gradient"):
-            raise ValueError(
-                f"returns must be 'log_probability' or 'gradient'; got {self.returns!r}"
-            )
+        check_word("returns", self.returns, ("log_probability", "gradient"))
 
     def scale_at(self, t: int) -> float:
         """The scale in force at timestep t."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import check_values
+
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -30,6 +32,7 @@ def check_range(
     if labels.dtype not in dtypes:
         accepted = " or ".join(map(str, dtypes))
         raise ValueError(f"labels have dtype {labels.dtype}; accepted: {accepted}")
+    check_values("labels", labels)
     wrong = labels[(labels < 0) | (labels > num_classes)]
     if wrong.numel():
         raise ValueError(

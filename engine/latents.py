@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import check_floats, check_kind
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.sampler import Sampler
 from stepfuse.kernels import philox
-from stepfuse.kernels.checks import as_integer, as_number, check_float
+from stepfuse.kernels.checks import as_integer, as_number
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
@@ -22,8 +23,8 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
 
     Raises ValueError or TypeError for different shapes, or numbers that are not real and finite.
     """
-    check_float("a", a)
-    check_float("b", b)
+    check_floats("a", a)
+    check_floats("b", b)
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}")
     u, v = a.double().flatten(), b.double().flatten()
@@ -43,7 +44,7 @@ def _weight(weight: float | Tensor, device: torch.device) -> Tensor:
     """float64 []; a tensor is not read."""
     if not isinstance(weight, Tensor):
         return torch.tensor(as_number("weight", weight), dtype=torch.float64, device=device)
-    check_float("weight", weight)
+    check_floats("weight", weight)
     if weight.numel() != 1:
         raise ValueError(f"weight must be one number; got shape {tuple(weight.shape)}")
     return weight.to(device=device, dtype=torch.float64).reshape(())
@@ -72,13 +73,19 @@ def interpolate(
     Raises ValueError or TypeError for images of different shapes, numbers that are not real and
     finite, or a t below the sampler's last timestep.
     """
-    check_float("xa", xa)
-    check_float("xb", xb)
-    weight, t = as_number("weight", weight), as_integer("t", t)
+    check_kind("sampler", sampler, Sampler, "a Sampler")
+    check_floats("xa", xa)
+    check_floats("xb", xb)
+    weight, t, seed = as_number("weight", weight), as_integer("t", t), as_integer("seed", seed)
     if xa.shape != xb.shape:
         raise ValueError(
             f"xa and xb must have one shape; got {tuple(xa.shape)} and {tuple(xb.shape)}"
         )
+    if xa.dim() < 2 or not xa.numel():
+        raise ValueError(f"xa and xb must have shape [N, C, ...]; got {tuple(xa.shape)}")
+    last = sampler.schedule.num_train_timesteps - 1
+    if t > last:
+        raise ValueError(f"t must be at most {last}; got {t}")
     below = [index for index in sampler.timesteps if index <= t]
     if not below:
         raise ValueError(f"t must be at least {sampler.timesteps[-1]}; got {t}")

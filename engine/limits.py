@@ -25,6 +25,12 @@ def check_memory(what: str, size: int) -> None:
         )
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError for a seed of more than 64 bits, signed or not."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} must fit in 64 bits; got {seed}")
+
+
 def check_threads(name: str, count: int | None) -> None:
     """Raise ValueError for a number of threads that no thread pool takes."""
     most = max(MOST_THREADS, os.cpu_count() or 1)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepfuse.engine.capture import CaptureRefused, calling_line, refuse_host_reads
+from stepfuse.engine.checks import as_sizes, check_kind
 from stepfuse.engine.condition import Staged, check_condition, check_replacement
 from stepfuse.engine.denoiser import Condition, Denoiser
 from stepfuse.engine.guidance import CFG, ClassifierGuidance, Guidance
@@ -106,9 +107,14 @@ def check_capturable(
 ) -> None:
     """Run one step of ``sampler`` for ``shape`` as it would run on CUDA, and look at it.
 
-    Raises `CaptureRefused` with one line for each host sync, CPU operand and allocation that
-    outlives the step, and where the model calls autograd, which cannot be looked at here.
+    Raises TypeError or ValueError for arguments that `Sampler.sample` does not take, and
+    `CaptureRefused` with one line for each host sync, CPU operand and allocation that outlives the
+    step, and where the model calls autograd, which cannot be looked at here.
     """
+    check_kind("sampler", sampler, Sampler, "a Sampler")
+    shape = as_sizes("shape", shape)
+    if len(shape) < 2:
+        raise ValueError(f"shape must be (N, C, ...); got {shape}")
     problems: list[str] = []
     conditions = _conditions(sampler, shape[0], condition)
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stepfuse.engine.checks import (
+    as_call,
+    as_integers,
+    check_kind,
+    check_literal,
+    check_precision,
+    check_words,
+)
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
 from stepfuse.engine.passes.network import PASSES, Network
@@ -21,9 +29,8 @@ from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
+from stepfuse.kernels.checks import as_integer
 
-_HOLDINGS = get_args(Holding)
-_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _RESTLESS = 8  # changes of one attribute after which nothing more is compiled for its next value
 _ANY = -1  # the number of a state in which the model runs itself
 
@@ -85,26 +92,17 @@ def optimize(
     raises for them. A pass that fails is left out and named; a model that cannot be traced has its
     GroupNorms exchanged instead, and `Optimized.explain` says why.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}; got {dtype}")
-    unknown = sorted(set(without) - set(PASSES))
-    if unknown:
-        raise ValueError(f"no pass is named {unknown[0]!r}; accepted: {', '.join(PASSES)}")
-    if weights not in _HOLDINGS:
-        raise ValueError(f"weights must be one of {', '.join(_HOLDINGS)}; got {weights!r}")
+    check_kind("model", model, nn.Module, "an nn.Module")
+    check_precision("dtype", dtype)
+    without = check_words("without", without, PASSES)
+    check_literal("weights", weights, Holding)
+    max_networks = as_integer("max_networks", max_networks)
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
     fast = Optimized(
         model, None if dtype is torch.float32 else dtype, without, max_networks, weights
     )
-    args = tuple(example_inputs)
-    kwargs: Mapping[str, Any] = {}
-    if args and isinstance(args[-1], dict):
-        args, kwargs = args[:-1], args[-1]
-    if not args or not isinstance(args[0], Tensor):
-        raise TypeError("example_inputs must start with the tensor x")
+    args, kwargs = as_call("example_inputs", example_inputs)
     fast.prepare(timesteps)
     fast.compile(*args, **kwargs)
     return fast
@@ -173,9 +171,12 @@ class Optimized(nn.Module):
         after this call reads the table only: there, a timestep that was not announced raises
         IndexError on the CPU and gives NaN on CUDA.
 
-        Raises ValueError for a timestep that is negative or above 4095.
+        Raises TypeError for what is no whole number, ValueError for a timestep that is negative or
+        above 4095.
         """
-        wanted = [int(t) for t in timesteps]
+        wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
+        if wanted and min(wanted) < 0:
+            raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
         with torch.no_grad(), self._lock:
             for network in self._networks.values():
                 network.prepare(wanted)

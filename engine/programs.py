@@ -13,6 +13,7 @@ from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
+from stepfuse.kernels.checks import as_integer, shown
 
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]
@@ -114,8 +115,10 @@ class Programs:
     def __init__(
         self, build: Build, denoiser: Denoiser, graph: GraphMode | None, limit: int
     ) -> None:
-        if graph is not None and graph not in get_args(GraphMode):
-            raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {graph!r}")
+        limit = as_integer("max_programs", limit)
+        modes = get_args(GraphMode)
+        if graph is not None and not (isinstance(graph, str) and graph in modes):
+            raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {shown(graph)}")
         if limit < 1:
             raise ValueError(f"max_programs must be at least 1; got {limit}")
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit

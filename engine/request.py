@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import as_sizes, check_callable, check_floats, check_values
 from stepfuse.engine.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.denoiser import Condition
 from stepfuse.engine.guidance import CFG, Guidance
@@ -16,6 +17,7 @@ from stepfuse.kernels import philox
 from stepfuse.kernels.checks import (
     as_integer,
     as_number,
+    check_flag,
     check_real,
     per_sample,
     sample_indices,
@@ -80,7 +82,7 @@ class Request:
         self.device, self.dtype, self.backend = device, dtype, backend
         count = self.shape[0]
         self.seeds = per_sample("seed", seed, count, device)
-        self.samples = sample_indices(first_index, count, device)
+        self.samples = sample_indices(first_index, count, device, "first_index")
         self.condition = check_condition(condition, count, device)
         self.replacement = (
             check_replacement(
@@ -151,6 +153,9 @@ class Request:
             start = as_integer("start", start, "an int or None")
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
+            last = len(self.alphas_cumprod) - 1
+            if start > last:
+                raise ValueError(f"start must be at most {last}; got {start}")
             if strength != 1:
                 raise ValueError(f"give start or strength, not both; got {start} and {strength}")
             reached = [i for i, t in enumerate(self.timesteps) if t <= start]
@@ -168,6 +173,7 @@ class Request:
             return None
         if self.image is None:
             raise ValueError("mask needs the image that is to be kept where mask is 0")
+        check_values("mask", mask)
         check_real("mask", mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask must hold 0 (keep) and 1 (generate) only")
@@ -182,6 +188,7 @@ class Request:
         if value is None:
             return None
         check_real(name, value)
+        check_floats(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
@@ -196,13 +203,22 @@ class Request:
         return cast
 
 
+def check_watching(progress: bool, callback: Any) -> None:
+    """TypeError unless progress is a flag and the callback, if there is one, can be called."""
+    check_flag("progress", progress)
+    if callback is not None:
+        check_callable("callback", callback, "callable as callback(step), or None")
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """Raise unless x holds floats, [N, C, ...]."""
+    check_floats(name, x)
+    if x.dim() < 2 or not x.numel():
+        raise ValueError(f"{name} must have shape [N, C, ...]; got {tuple(x.shape)}")
+
+
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be (N, C, ...); got {shape!r}")
-    try:
-        checked = tuple(as_integer("shape", n) for n in shape)
-    except TypeError:
-        raise TypeError(f"shape must be of whole numbers; got {tuple(shape)}") from None
-    if len(checked) < 2 or min(checked) < 1:
-        raise ValueError(f"shape must be (N, C, ...) with every entry at least 1; got {checked}")
+    checked = as_sizes("shape", shape)
+    if len(checked) < 2:
+        raise ValueError(f"shape must be (N, C, ...); got {checked}")
     return checked

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from stepfuse.engine.checks import check_kind, flag_or_precision
 from stepfuse.engine.condition import Staged
 from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
@@ -17,7 +18,7 @@ from stepfuse.engine.guidance import CFG, Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
-from stepfuse.engine.request import Part, Request
+from stepfuse.engine.request import Part, Request, check_images, check_watching
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.step import Step
 from stepfuse.engine.table import (
@@ -34,7 +35,7 @@ from stepfuse.engine.table import (
 from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
-from stepfuse.kernels.checks import as_integer, float_names, is_float
+from stepfuse.kernels.checks import as_integer, check_dtype
 
 
 class Sampler(Copyable):
@@ -102,12 +103,10 @@ class Sampler(Copyable):
         dtype: torch.dtype = torch.float32,
         max_programs: int = 4,
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, Schedule.linear() say; got {schedule!r}")
-        if not is_float(dtype):
-            raise TypeError(f"dtype must be {float_names()}, a floating-point type; got {dtype!r}")
+        check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
+        check_dtype("dtype", dtype)
         check_guidance(guidance)
-        max_programs = as_integer("max_programs", max_programs)
+        self.max_programs = as_integer("max_programs", max_programs)
         self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
         self.update = Update(
             method,
@@ -119,10 +118,9 @@ class Sampler(Copyable):
             rederive_epsilon,
             final_alpha_one,
         )
-        self.denoiser = Denoiser(_optimized(model, optimize, max_programs) if optimize else model)
+        self.denoiser = Denoiser(_optimized(model, optimize, self.max_programs))
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
-        self.max_programs = max_programs
         self._renew()
         self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
 
@@ -215,15 +213,20 @@ class Sampler(Copyable):
         condition: Condition | None = None,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
-        **start: Any,
+        *,
+        start: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
     ) -> Iterator[Step]:
         """`sample`, one `Step` at a time (progressive generation, DDPM section 4.3).
 
-        ``start`` takes the other keywords of `sample`: start, image, strength, mask. From the first
-        step until the iterator is finished or closed the sampler does nothing else: other threads
-        wait, and a call in the same thread raises RuntimeError.
+        From the first step until the iterator is finished or closed the sampler does nothing else:
+        other threads wait, and a call in the same thread raises RuntimeError.
         """
-        request = self._request(shape, seed, first_index, condition, x_T, noise, **start)
+        request = self._request(
+            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+        )
         return self._walk(request, self.plan)
 
     def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
@@ -248,6 +251,7 @@ class Sampler(Copyable):
         ``convention`` says where the model is evaluated, see `inversion_table`; x0 is not clipped
         on the way unless ``clip_sample`` is given. Guidance is left out.
         """
+        check_images("x0", x0)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
         table = inversion_table(self.schedule, self.timesteps, update, convention)
         request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
@@ -258,6 +262,7 @@ class Sampler(Copyable):
         self, z: Tensor, condition: Condition | None = None, *, progress: bool = False
     ) -> Tensor:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
+        check_images("z", z)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
         table = step_table(self.schedule, self.timesteps, update)
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
@@ -319,6 +324,7 @@ class Sampler(Copyable):
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
         """Every part of a request, one after the other, into one tensor."""
+        check_watching(progress, callback)
         result = torch.empty(request.shape, dtype=self.dtype, device=self.device)
         parts = list(request.parts(batch_size))
         steps = sum(len(plan.timesteps) - part.first_row for part in parts)
@@ -384,10 +390,9 @@ class Sampler(Copyable):
 
 
 def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
-    if isinstance(model, Optimized):
+    dtype = flag_or_precision("optimize", optimize)
+    if not optimize or isinstance(model, Optimized):
         return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize needs an nn.Module; got {type(model).__name__}")
-    dtype = optimize if isinstance(optimize, torch.dtype) else None
+    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
     # guidance may need two shapes for each of the sampler's
-    return Optimized(model, dtype, (), 2 * max_programs)
+    return Optimized(model, dtype, (), 2 * max_programs)  # type: ignore[arg-type]

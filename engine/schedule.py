@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.checks import as_integer, as_number, check_real
+from stepfuse.engine.checks import check_text, check_values
+from stepfuse.kernels.checks import as_integer, as_number, check_flag, check_real
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Schedule:
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
+        check_text("name", self.name)
         betas = _floats("betas", self.betas).clone()
         if betas.dim() != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a vector of at least one; got {tuple(betas.shape)}")
@@ -111,6 +113,7 @@ class Schedule:
         """
         num_train_timesteps = _checked_steps(num_train_timesteps)
         beta_start, beta_end = _betas(beta_start, beta_end)
+        check_flag("rescale", rescale)
         ratio = 1000 / num_train_timesteps if rescale else 1.0
         if num_train_timesteps > 1 and beta_end * ratio > 1:
             raise ValueError(
@@ -231,12 +234,16 @@ def _floats(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """float64 on the CPU, without history; TypeError for numbers that are not real."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {values!r}")
+    if isinstance(values, Tensor):
+        check_values(name, values)
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         kind = type(values).__name__
         raise TypeError(f"{name} must be a tensor or a sequence of numbers; got {kind}") from None
     check_real(name, tensor)
+    if tensor.dtype is torch.bool:
+        raise TypeError(f"{name} must be numbers; got truth values")
     if not isinstance(values, Tensor):  # Python's floats are not rounded to float32 first
         tensor = torch.as_tensor(values, dtype=torch.float64)
     return tensor.detach().to(dtype=torch.float64, device="cpu")

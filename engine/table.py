@@ -10,14 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from stepfuse.engine.checks import check_literal
 from stepfuse.engine.guidance import ClassifierGuidance, Guidance
 from stepfuse.engine.schedule import Schedule
-from stepfuse.kernels.checks import LARGEST, as_number
+from stepfuse.kernels.checks import LARGEST, as_number, check_flag
 from stepfuse.kernels.step_row import COLUMNS, Column
 
 Method = Literal["ddim", "ddpm", "ddim_hat", "ddgan"]
@@ -49,11 +50,9 @@ class Update:
             ("variance_type", VarianceType),
             ("variance_at_zero", VarianceAtZero),
         ):
-            value = getattr(self, name)
-            if value not in get_args(accepted):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(accepted))}; got {value!r}"
-                )
+            check_literal(name, getattr(self, name), accepted)
+        check_flag("rederive_epsilon", self.rederive_epsilon)
+        check_flag("final_alpha_one", self.final_alpha_one)
         object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
@@ -141,9 +140,7 @@ def inversion_table(
     abar = 1: S rows (as diffusers' inverse scheduler). ``update.clip_sample`` says whether x0 is
     clipped on the way.
     """
-    if convention not in get_args(Inversion):
-        names = ", ".join(get_args(Inversion))
-        raise ValueError(f"convention must be one of {names}; got {convention!r}")
+    check_literal("convention", convention, Inversion)
     abar = schedule.alphas_cumprod
     up = list(reversed(timesteps))
     if convention == "current":

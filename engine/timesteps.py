@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
+from stepfuse.engine.checks import as_list, check_literal
 from stepfuse.kernels.checks import as_integer, as_number, received
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
@@ -42,9 +43,9 @@ def spaced_timesteps(
     total = as_integer("num_train_timesteps", num_train_timesteps)
     if total < 1:
         raise ValueError(f"num_train_timesteps must be at least 1; got {total}")
-    if spacing not in get_args(Spacing):
-        names = ", ".join(get_args(Spacing))
-        raise ValueError(f"spacing must be one of {names}; got {spacing!r}")
+    if total >= 2**24:
+        raise ValueError(f"num_train_timesteps must be below 2^24; got {total}")
+    check_literal("spacing", spacing, Spacing)
     steps_offset = as_integer("steps_offset", steps_offset)
     if not 0 <= steps_offset < total:
         raise ValueError(f"steps_offset must be in 0 .. {total - 1}; got {steps_offset}")
@@ -53,7 +54,9 @@ def spaced_timesteps(
     try:
         steps = as_integer("steps", steps)
     except TypeError:
-        raise TypeError(f"steps must be an int or a string like 'ddim50'; got {steps!r}") from None
+        raise TypeError(
+            f"steps must be an int or a string like 'ddim50'; got {received(steps)}"
+        ) from None
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be in 1 .. {total} (num_train_timesteps); got {steps}")
     if spacing == "leading":
@@ -83,7 +86,7 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
 
     Numbers of arrays and tensors will do, floats too where they are whole.
     """
-    chosen = [_whole(t) for t in timesteps]
+    chosen = [_whole(t) for t in as_list("timesteps", timesteps, "a list of indices")]
     if not chosen:
         raise ValueError("timesteps must name at least one index; got an empty list")
     if any(a <= b for a, b in pairwise(chosen)):

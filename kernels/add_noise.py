@@ -11,10 +11,12 @@ from stepfuse.kernels.backends import function
 from stepfuse.kernels.checks import (
     INDICES,
     as_integer,
+    check_flag,
     check_float,
     check_like,
     check_out,
     check_range,
+    check_word,
     per_sample,
     sample_indices,
 )
@@ -66,13 +68,17 @@ def add_noise(
     check_float("x0", x0)
     if x0.dim() < 1 or x0.numel() == 0:
         raise ValueError(f"x0 must hold at least one sample; got shape {tuple(x0.shape)}")
-    if target not in (None, "epsilon", "v_prediction"):
-        raise ValueError(f'target must be None, "epsilon" or "v_prediction"; got {target!r}')
+    if target is not None:
+        check_word("target", target, ("epsilon", "v_prediction"), "None")
+    check_flag("inplace", inplace)
     if (noise is None) == (seed is None):
         raise ValueError("give either noise or seed: noise=None draws it and needs a seed")
     check_float("alphas_cumprod", alphas_cumprod)
-    if alphas_cumprod.dim() != 1:
-        raise ValueError(f"alphas_cumprod must be [T]; got shape {tuple(alphas_cumprod.shape)}")
+    if alphas_cumprod.is_meta and not x0.is_meta:
+        raise ValueError("alphas_cumprod must hold numbers; got a tensor on meta")
+    if alphas_cumprod.dim() != 1 or not alphas_cumprod.numel():
+        shape = tuple(alphas_cumprod.shape)
+        raise ValueError(f"alphas_cumprod must be [T] and hold something; got shape {shape}")
     device, count = x0.device, x0.shape[0]
     if not isinstance(t, Tensor):
         t = as_integer("t", t, INDICES)

@@ -44,8 +44,9 @@ def why_not(
 
     Raises ValueError for a backend that does not exist.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        got = repr(backend) if isinstance(backend, str) else type(backend).__name__
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {got}")
     kind = torch.device(device).type
     if backend in ("auto", "reference"):
         return ""
@@ -71,7 +72,7 @@ def resolve(backend: str, device: torch.device | str, dtype: torch.dtype | None 
 
     Raises BackendUnavailable with the reason where a backend asked for by name cannot run.
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         preferred = "cpp" if torch.device(device).type == "cpu" else "triton"
         return "reference" if why_not(preferred, device, dtype) else preferred
     reason = why_not(backend, device, dtype)
@@ -82,7 +83,7 @@ def resolve(backend: str, device: torch.device | str, dtype: torch.dtype | None 
 
 def function(op: str, name: str, backend: str, x: torch.Tensor) -> Callable[..., Any]:
     """``name`` of the module of ``op`` in the backend that will run for ``x``."""
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         found: Callable[..., Any] = _preferred(op, name, x.device, x.dtype)
         return found
     module = implementation(op, resolve(backend, x.device, x.dtype))

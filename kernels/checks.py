@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +60,55 @@ def check_real(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be real; got {x.dtype}")
 
 
-def check_float(name: str, x: Tensor) -> None:
-    """TypeError unless x holds floats of 16, 32 or 64 bits."""
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {received(value)}")
+
+
+def check_word(name: str, value: Any, accepted: Collection[str], *more: str) -> None:
+    """ValueError unless ``value`` is one of the ``accepted`` words; ``more`` is named besides."""
+    if not isinstance(value, str) or value not in accepted:
+        words = " or ".join((", ".join(accepted), *more))
+        raise ValueError(f"{name} must be one of {words}; got {shown(value)}")
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a dtype of floats of 16, 32 or 64 bits."""
+    if not isinstance(value, torch.dtype) or not is_float(value):
+        what = value if isinstance(value, torch.dtype) else shown(value)
+        raise TypeError(f"{name} must be {float_names()}, a floating-point type; got {what}")
+
+
+def check_shape(name: str, shape: Any) -> None:
+    """Raise unless ``shape`` is a tuple or list of sizes, 0 among them; symbolic ones will do."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of sizes; got {received(shape)}")
+    for size in shape:
+        if isinstance(size, torch.SymInt):
+            continue
+        if not 0 <= as_integer(name, size, "a tuple of sizes") <= _LAST:
+            raise ValueError(f"{name} must have sizes of at least 0; got {tuple(shape)}")
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """``value`` as a device. Raises TypeError or ValueError for what names none."""
+    if isinstance(value, torch.device):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a torch.device or its name; got {received(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must name a device, 'cpu' or 'cuda:0' say; got {value!r}"
+        ) from None
+
+
+def check_float(name: str, x: Any) -> None:
+    """TypeError unless x is a tensor of floats of 16, 32 or 64 bits."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {received(x)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be one of {float_names()}; got {x.dtype}")
 
@@ -77,7 +125,7 @@ def is_float(dtype: Any) -> bool:
 
 def check_like(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Raise unless x holds floats, has ``shape`` and lives on the device of ``like``."""
-    if x.dtype not in _FLOATS:
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
         check_float(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(x.shape)}")
@@ -118,21 +166,25 @@ def per_sample(name: str, value: int | Tensor, count: int, device: torch.device)
                 f"{name} must hold one value or one per sample ({count}); got {tuple(value.shape)}"
             )
         if value.device != device:
+            if value.is_meta:
+                raise ValueError(f"{name} must hold numbers; got a tensor on {value.device}")
             value = value.to(device)
         return value.to(torch.int64).expand(count).contiguous()
     return torch.full((count,), _signed(name, value), dtype=torch.int64, device=device)
 
 
-def sample_indices(first: int | Tensor, count: int, device: torch.device) -> Tensor:
+def sample_indices(
+    first: int | Tensor, count: int, device: torch.device, name: str = "sample"
+) -> Tensor:
     """Sample numbers as int64 [count]: first, first+1, ... for an int, the tensor itself otherwise.
 
     Numbers are 64-bit patterns too: the one after 2^63 - 1 is -2^63, that is 2^63.
     """
     if isinstance(first, Tensor):
         if first.shape != (count,):
-            raise ValueError(f"sample indices must have shape ({count},); got {tuple(first.shape)}")
-        return per_sample("sample indices", first, count, device)
-    start = _signed("first sample index", first)
+            raise ValueError(f"{name} must have shape ({count},); got {tuple(first.shape)}")
+        return per_sample(name, first, count, device)
+    start = _signed(name, first)
     if start + count <= _LAST:
         return torch.arange(start, start + count, dtype=torch.int64, device=device)
     return torch.full((count,), start, device=device) + torch.arange(count, device=device)
@@ -144,6 +196,11 @@ def _signed(name: str, value: Any) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"{name} must fit in 64 bits; got {number}")
     return number - 2**64 if number > _LAST else number
+
+
+def shown(value: Any) -> str:
+    """A word in a message: itself in quotes, or what came in its place."""
+    return repr(value) if isinstance(value, str) else received(value)
 
 
 def received(value: Any) -> str:

@@ -12,6 +12,7 @@ from stepfuse.kernels.backends import function
 from stepfuse.kernels.checks import (
     INDICES,
     as_integer,
+    check_flag,
     check_float,
     check_like,
     check_out,
@@ -79,6 +80,13 @@ def denoise_step(
     shape, device = x.shape, x.device
     if len(shape) < 2 or x.numel() == 0:
         raise ValueError(f"x must have shape [N, C, ...] and hold something; got {tuple(shape)}")
+    for name, flag in (
+        ("learned_variance", learned_variance),
+        ("return_x0", return_x0),
+        ("inplace", inplace),
+    ):
+        if flag is not True and flag is not False:
+            check_flag(name, flag)
     _check_outputs(x, model_output, uncond_output, learned_variance)
     check_float("table", table)
     if table.dim() != 2 or table.shape[1] != COLUMNS:
@@ -139,11 +147,13 @@ def _check_outputs(x: Tensor, output: Tensor, uncond: Tensor | None, learned: bo
     """ValueError unless the model output is [N, C or 2C, ...], or twice that for guidance."""
     shape = x.shape
     count, channels = shape[0], shape[1]
+    if not isinstance(output, Tensor):
+        check_float("model_output", output)
     given = output.shape
     if given == shape and uncond is None and not learned:
         check_like("model_output", output, shape, x)
         return
-    if uncond is None and given[0] == 2 * count:
+    if uncond is None and given[:1] == (2 * count,):
         count *= 2
     wide = len(given) > 1 and given[1] != channels
     outputs = channels * 2 if wide else channels

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from stepfuse.kernels.backends import function
-from stepfuse.kernels.checks import as_integer, as_number, check_float, check_like, check_out
+from stepfuse.kernels.checks import (
+    as_integer,
+    as_number,
+    check_float,
+    check_like,
+    check_out,
+    check_word,
+)
 from stepfuse.kernels.layout import as_images, buffer_for, cast, laid_out, layout_of, resolved
 from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.reference.group_norm_silu import formula
@@ -101,8 +108,7 @@ def _check(
     least = least_eps(x.dtype)
     if eps < least:
         raise ValueError(f"eps must be at least {least:.3g} in {x.dtype}, and positive; got {eps}")
-    if act not in ("silu", "none"):
-        raise ValueError(f'act must be "silu" or "none"; got {act!r}')
+    check_word("act", act, ("silu", "none"))
     if weight is not None:
         check_like("weight", weight, (channels,), x)
     if bias is not None:

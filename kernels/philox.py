@@ -20,10 +20,13 @@ from torch import Tensor
 from stepfuse.kernels.backends import BackendUnavailable, function, implementation, resolve
 from stepfuse.kernels.checks import (
     INDICES,
+    as_device,
     as_integer,
+    check_dtype,
     check_float,
     check_like,
     check_range,
+    check_shape,
     per_sample,
 )
 from stepfuse.kernels.layout import buffer_for, resolved
@@ -59,8 +62,11 @@ def normal(
     Returns ``shape`` for an int ``sample``, [N, *shape] for a tensor of N. Raises ValueError or
     TypeError for values out of range, `BackendUnavailable` where ``backend`` cannot run.
     """
+    check_shape("shape", shape)
+    check_dtype("dtype", dtype)
     many = isinstance(sample, Tensor)
-    device = sample.device if isinstance(sample, Tensor) else torch.device(device)
+    named = as_device("device", device)
+    device = sample.device if isinstance(sample, Tensor) else named
     count = len(sample) if isinstance(sample, Tensor) else 1
     counters = _counters(seed, sample, step, count, device)
     if out is None:
@@ -87,11 +93,12 @@ def integers(
 
     Of "reference" and "cpp"; Triton kernels turn the words into normals before they store them.
     """
+    check_shape("shape", shape)
     device = sample.device if isinstance(sample, Tensor) else torch.device("cpu")
     count = len(sample) if isinstance(sample, Tensor) else 1
     counters = resolved(*_counters(seed, sample, step, count, device))
     check_range("step", counters[2], INITIAL, ValueError)
-    if backend == "triton":
+    if isinstance(backend, str) and backend == "triton":
         raise BackendUnavailable("the triton backend does not store integers; use the reference")
     chosen = resolve(backend, device)
     module = implementation("philox", "reference" if chosen == "triton" else chosen)

@@ -77,7 +77,7 @@ def accelerate(
     Returns ``obj``. Raises TypeError for an object whose steps are others, with what differs.
     """
     _check(obj)
-    check_options(dtype, backend)
+    check_options(optimize, dtype, strict, backend)
     remove(obj)
     # on the CPU, wherever it will run
     names, reasons = agreeing(obj, lambda d: FastDiffusion(d, False, None, True, "auto"))

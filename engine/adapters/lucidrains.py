@@ -83,7 +83,7 @@ def accelerate(
     own.
     """
     learned = _check(obj)
-    check_options(dtype, backend)
+    check_options(optimize, dtype, strict, backend)
     network = FastNetwork(obj.model, optimize, dtype)
     remove(obj)
     names = [name for name in _REPLACED if not (learned and name == "ddim_sample")]

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepfuse.engine.checks import check_precision
 from stepfuse.engine.optimize import Optimized, WeightsChanged
 from stepfuse.kernels.backends import why_not
+from stepfuse.kernels.checks import check_flag
 
-_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 
 
-def check_options(dtype: Any, backend: str) -> None:
-    """ValueError for a dtype that no network is compiled for, or a backend that does not exist."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be None, float32, bfloat16 or float16; got {dtype}")
+def check_options(optimize: Any, dtype: Any, strict: Any, backend: Any) -> None:
+    """TypeError or ValueError for options that cannot be meant."""
+    check_flag("optimize", optimize)
+    check_flag("strict", strict)
+    check_precision("dtype", dtype)
     why_not(backend)
 
 

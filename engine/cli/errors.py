@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
@@ -45,6 +47,17 @@ def failing_on(*kinds: type[Exception], status: int = FAILURE) -> Iterator[None]
         yield
     except kinds as error:
         raise Problem(str(error), status) from error
+
+
+@contextlib.contextmanager
+def choosing_places() -> Iterator[None]:
+    """A place that takes no file is a mistake of whoever named it; a full disk is not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise Problem(describe(error)[0], USAGE) from error
 
 
 def describe(error: Exception) -> tuple[str, int]:

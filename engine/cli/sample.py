@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepfuse.engine.cli.errors import interruptible
+from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.limits import check_threads
 
@@ -261,7 +261,8 @@ def sample(
         columns,
     )
     target = Target.parse(f"{Path(model).stem}.png" if out is None else out, trajectory, force)
-    target.check()
+    with choosing_places():
+        target.check()
     with interruptible("no file was left half-written", options.less_memory):
         from stepfuse.engine.cli.drawing import draw_to
 

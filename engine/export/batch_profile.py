@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
+
+LARGEST = 2**31 - 1  # as sizes are counted by the runtimes
+_FORMS = "'1:8:64' (MIN:OPT:MAX), or one size"
 
 
 @dataclass(frozen=True)
@@ -14,17 +19,21 @@ class BatchProfile:
     maximum: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX; got {self}")
+        for name in ("minimum", "optimum", "maximum"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
+        if not 1 <= self.minimum <= self.optimum <= self.maximum <= LARGEST:
+            raise ValueError(
+                f"batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX <= {LARGEST}; got {self}"
+            )
 
     @classmethod
     def parse(cls, text: str | int | BatchProfile) -> BatchProfile:
         """ "1:8:64"; "8" is the fixed batch "8:8:8". Raises ValueError for anything else."""
         if isinstance(text, BatchProfile):
             return text
-        words = str(text).split(":")
+        words = text.split(":") if isinstance(text, str) else [str(_whole(text))]
         if len(words) not in (1, 3) or not all(w.isascii() and w.isdecimal() for w in words):
-            raise ValueError(f"batch must read like '1:8:64' (MIN:OPT:MAX) or '8'; got {text!r}")
+            raise ValueError(f"batch must be {_FORMS}; got {text!r}")
         sizes = [int(word) for word in words]
         return cls(*sizes) if len(sizes) == 3 else cls(*sizes * 3)
 
@@ -42,3 +51,13 @@ class BatchProfile:
 
     def __str__(self) -> str:
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+
+def _whole(size: Any) -> int:
+    """One batch size; this module is read before torch is."""
+    try:
+        if isinstance(size, bool) or (hasattr(size, "shape") and size.shape != ()):
+            raise TypeError
+        return operator.index(size)
+    except TypeError:
+        raise TypeError(f"batch must be {_FORMS}; got {type(size).__name__}") from None

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from stepfuse.engine.cli.errors import interruptible
+from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files import check_file
+from stepfuse.engine.limits import check_seed
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -24,6 +25,7 @@ EXAMPLES = (
     "  [cyan]stepfuse export -m digits -o sampler.onnx --whole-loop --steps 50 --guidance 2[/cyan]"
 )
 
+STEPS, METHOD, SPACING = "50", "ddim", "leading"
 WHAT, LOOP, CHECK, RT = "What is exported", "The whole sampler", "Comparison", "TensorRT"
 PRECISIONS = ("fp32", "fp16", "bf16")
 REPORTS = (".md", ".json")
@@ -66,10 +68,16 @@ class Options:
             for name, value in {**unfit, "--report": self.report}.items():
                 if value is not None:
                     raise ValueError(f"{name} is for a network alone; got --whole-loop too")
-        elif self.guidance != 1:
-            raise ValueError(
-                f"--guidance {self.guidance:g} is part of a sampler; give --whole-loop too"
-            )
+        else:
+            for option, said, usual in (
+                ("--steps", self.steps, STEPS),
+                ("--method", self.method, METHOD),
+                ("--spacing", self.spacing, SPACING),
+                ("--eta", f"{self.eta:g}", "0"),
+                ("--guidance", f"{self.guidance:g}", "1"),
+            ):
+                if said != usual:
+                    raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")
         if self.tensorrt is None:
             for name, given in (
                 ("--compute-capability", self.compute_capability),
@@ -87,6 +95,7 @@ class Options:
             raise ValueError(
                 f"--report must end in {' or '.join(REPORTS)}; got {str(self.report)!r}"
             )
+        check_seed("--seed", self.seed)
         paths = [path.resolve() for path in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError(f"two files with one name; got {', '.join(map(str, self.files))}")
@@ -148,10 +157,12 @@ def export_command(
             rich_help_panel=LOOP,
         ),
     ] = False,
-    steps: Annotated[str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)] = "50",
+    steps: Annotated[
+        str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
+    ] = STEPS,
     method: Annotated[
         str, typer.Option(metavar="ddim|ddpm", help="The sampler.", rich_help_panel=LOOP)
-    ] = "ddim",
+    ] = METHOD,
     spacing: Annotated[
         str,
         typer.Option(
@@ -159,7 +170,7 @@ def export_command(
             help="Which timesteps.",
             rich_help_panel=LOOP,
         ),
-    ] = "leading",
+    ] = SPACING,
     eta: Annotated[
         float,
         typer.Option(
@@ -245,8 +256,9 @@ def export_command(
         report=report,
         seed=seed,
     )
-    for path in options.files:
-        check_file(path)
+    with choosing_places():
+        for path in options.files:
+            check_file(path)
     less = "smaller batches need less (--batch)" if options.batch.maximum > 1 else ""
     with interruptible("no file was left half-written", less):
         from stepfuse.engine.export.exporting import export_to

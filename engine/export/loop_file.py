@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.checkpoint import Checkpoint
+from stepfuse.engine.checks import check_kind
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.loop_graph import Loop, looped
 from stepfuse.engine.export.network import Network, Source
@@ -22,6 +23,7 @@ from stepfuse.engine.guidance import CFG
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.table import Method
 from stepfuse.engine.timesteps import Spacing
+from stepfuse.kernels.checks import received
 from stepfuse.kernels.step_row import Column
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ def onnx_loop(
     Raises: as `onnx`, and ValueError where schedule or prediction type are not known, or for
         guidance that has no such form.
     """
+    for name in options:
+        if name not in FileOptions.__annotations__:
+            accepted = ", ".join(FileOptions.__annotations__)
+            raise TypeError(
+                f"onnx_loop has no option {name!r}; accepted besides its own: {accepted}"
+            )
     job = prepare(model, path, **options)
     known, source = job.metadata, job.source
     if known.schedule is None or known.prediction_type is None:
@@ -99,11 +107,11 @@ def onnx_loop(
     )
     settings = {
         "method": method,
-        "eta": eta,
+        "eta": float(eta),
         "timesteps": sampler.timesteps,
-        "clip_sample": clip_sample,
-        "rederive_epsilon": rederive_epsilon,
-        "final_alpha_one": final_alpha_one,
+        "clip_sample": None if clip_sample is None else float(clip_sample),
+        "rederive_epsilon": bool(rederive_epsilon),
+        "final_alpha_one": bool(final_alpha_one),
         "guidance_scale": None if guidance is None else guidance.scale,
     }
 
@@ -122,7 +130,8 @@ def _guidance(guidance: CFG | None, source: Source) -> CFG | None:
     """The same with tensors only, one entry that stands for all samples."""
     if guidance is None:
         return None
-    if not isinstance(guidance, CFG) or guidance.rescale:
+    check_kind("guidance", guidance, CFG, "a CFG without rescale, or None")
+    if guidance.rescale:
         raise ValueError(f"guidance must be a CFG without rescale; got {guidance!r}")
     replaced: dict[str, Tensor] = {}
     for name, value in guidance.unconditional.items():
@@ -133,7 +142,7 @@ def _guidance(guidance: CFG | None, source: Source) -> CFG | None:
         if value is None and name == source.metadata.label_input:
             value = torch.tensor([source.metadata.num_classes])
         if not isinstance(value, Tensor):
-            raise ValueError(f"unconditional {name!r} must be a tensor; got {value!r}")
+            raise ValueError(f"unconditional {name!r} must be a tensor; got {received(value)}")
         try:
             replaced[name] = value.detach().to("cpu", like.dtype).expand_as(like[:1]).contiguous()
         except RuntimeError:

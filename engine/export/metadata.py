@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from stepfuse._version import __version__
+from stepfuse.engine.checks import check_mapping, check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of, reason
@@ -100,9 +101,14 @@ class Metadata:
 
         Raises ValueError for strings that are not of this format.
         """
+        check_mapping("strings", strings, "a dict of strings")
+        if not all(isinstance(value, str) for value in strings.values()):
+            raise TypeError("strings must be a dict of strings; got a value that is none")
         found = {k.removeprefix(PREFIX): v for k, v in strings.items() if k.startswith(PREFIX)}
         if "format_version" not in found:
-            raise ValueError(f"no metadata of stepfuse, only {sorted(strings) or 'none at all'}")
+            raise ValueError(
+                f"strings hold no metadata of stepfuse, only {sorted(strings) or 'none at all'}"
+            )
         try:
             version = int(found["format_version"])
             if version != FORMAT_VERSION:
@@ -155,7 +161,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 def read_strings(path: str | os.PathLike[str]) -> dict[str, str]:
     """All ``metadata_props`` of an ONNX file. Raises ValueError as `read_metadata` does."""
     onnx = library("onnx", "reading an ONNX file")
-    path = Path(path)
+    path = Path(check_path("path", path))
     if kind_of(path) == NOT_THERE:
         raise ValueError(f"{path} is not there, or no file; accepted: the path of an ONNX file")
     check_regular(path, "the path of an ONNX file")

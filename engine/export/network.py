@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.checkpoint import Checkpoint
+from stepfuse.engine.checks import as_sizes
 from stepfuse.engine.denoiser import Denoiser
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.optimize import Optimized
 from stepfuse.engine.unet import UNet
+from stepfuse.kernels.checks import received
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DIFFUSERS_KEYS = ("in_channels", "sample_size", "block_out_channels")
+_INPUTS = "(x, t) or (x, t, {name: tensor})"
 TEXT_TOKENS = 77  # of CLIP, which Stable Diffusion's networks were trained with
 
 
@@ -92,6 +95,7 @@ def describe(
     model: nn.Module | Checkpoint,
     example_inputs: Sequence[Any] | None,
     sample_shape: Sequence[int] | None,
+    name: str = "model",
 ) -> Source:
     """The model below wrappers, with its inputs and what it says of itself.
 
@@ -110,14 +114,25 @@ def describe(
         model = model.original
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be an nn.Module or a Checkpoint, sf.load('digits') say; got {model!r}"
+            f"{name} must be an nn.Module or a Checkpoint, sf.load('digits') say; "
+            f"got {received(model)}"
         )
-    shape = known.sample_shape if sample_shape is None else tuple(sample_shape)
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise TypeError(f"example_inputs must be {_INPUTS}; got {received(example_inputs)}")
+    shape = known.sample_shape
+    if sample_shape is not None:
+        shape = as_sizes("sample_shape", sample_shape)
+        if len(shape) < 2:
+            raise ValueError(f"sample_shape must be (C, H, W); got {shape}")
     if example_inputs is None:
         x, condition = _usual_inputs(model, shape)
         t, constants = torch.tensor([0]), dict[str, Any]()
     else:
         x, t, condition, constants = _given_inputs(model, example_inputs)
+        if sample_shape is not None and shape != tuple(x.shape[1:]):
+            raise ValueError(
+                f"sample_shape must be that of example_inputs, {tuple(x.shape[1:])}; got {shape}"
+            )
     classes = model.config.num_classes if isinstance(model, UNet) else None
     variance = "learned_range" if _learned_variance(model) else "fixed_small"
     known = replace(
@@ -195,7 +210,7 @@ def _given_inputs(
         named["labels"] = args.pop()
     if len(args) != 2 or not all(isinstance(arg, Tensor) for arg in args):
         kinds = ", ".join(type(arg).__name__ for arg in example_inputs)
-        raise TypeError(f"example_inputs must be (x, t) or (x, t, {{name: tensor}}); got ({kinds})")
+        raise TypeError(f"example_inputs must be {_INPUTS}; got ({kinds})")
     x, t = (arg.detach().to("cpu") for arg in args)
     if x.dim() < 2 or x.shape[0] == 0 or t.dim() > 1:
         raise ValueError(

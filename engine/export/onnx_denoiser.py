@@ -14,12 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.checks import (
+    check_dtype_kind,
+    check_on_device,
+    check_path,
+    check_tensor,
+)
 from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.runtime import Provider, check_providers, device_of, quiet_options
+from stepfuse.engine.limits import check_threads
 from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import as_integer, received
 from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.registration import define
 
@@ -96,10 +104,10 @@ class OnnxDenoiser(Described, nn.Module):
     ) -> None:
         super().__init__()
         runtime = library("onnxruntime", "an OnnxDenoiser")
-        self.path = Path(path)
+        self.path = Path(check_path("path", path))
         self._arguments = (self.path.absolute(), providers, threads)
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1; got {threads}")
+        if threads is not None:
+            check_threads("threads", as_integer("threads", threads, "an int or None"))
         chosen = check_providers(runtime, providers)
         if kind_of(self.path) == NOT_THERE:
             raise ValueError(f"{path} is not there, or no file; accepted: an ONNX file")
@@ -132,19 +140,23 @@ class OnnxDenoiser(Described, nn.Module):
         Raises ValueError or TypeError for shapes, dtypes, a batch or names that the file does not
         take, RuntimeError where ONNX Runtime stops (a label out of range, say).
         """
-        if self.metadata is not None and self.metadata.batch is not None and x.dim():
+        check_tensor("x", x)
+        check_tensor("t", t)
+        if x.dim() == 0:
+            raise ValueError("x must have shape [N, C, ...]; got ()")
+        if self.metadata is not None and self.metadata.batch is not None:
             self.metadata.batch.check(x.shape[0])
         named = self._named(x, t, condition)
         values = []
         for port in self.inputs:
             value = named[port.name]
+            check_on_device(port.name, value)
             port.check(value.shape)
             if value.shape[:1] != x.shape[:1]:
                 raise ValueError(
                     f"{port.name} has {value.shape[0]} entries; accepted: {x.shape[0]}, as x has"
                 )
-            if value.is_floating_point() != port.dtype.is_floating_point:
-                raise TypeError(f"{port.name} has dtype {value.dtype}; accepted: {port.dtype}")
+            check_dtype_kind(port.name, value, port.dtype)
             value = value.to(device=self.like_x.device, dtype=port.dtype)
             values.append(value.contiguous())
         result: Tensor = _OP(values, self._handle)
@@ -200,7 +212,7 @@ class OnnxDenoiser(Described, nn.Module):
                 null = self.metadata.num_classes or 0
                 value = torch.full((x.shape[0],), null, dtype=torch.int64, device=x.device)
             if not isinstance(value, Tensor):
-                raise ValueError(f"the file needs the tensor {name!r}; got {value!r}")
+                raise ValueError(f"the file needs the tensor {name!r}; got {received(value)}")
             named[name] = value
         return named
 

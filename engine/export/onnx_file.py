@@ -16,6 +16,7 @@ from stepfuse.engine.export.onnx_job import Exported, Precision, prepare
 from stepfuse.engine.export.onnx_verify import verify_network
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType, VarianceType
+from stepfuse.kernels.checks import check_flag
 
 
 def onnx(
@@ -71,6 +72,7 @@ def onnx(
         BackendUnavailable: onnx or onnxscript is not installed.
         OSError: the file cannot be written.
     """
+    check_flag("dynamic_size", dynamic_size)
     job = prepare(
         model,
         path,

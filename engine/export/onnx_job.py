@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.checkpoint import Checkpoint
+from stepfuse.engine.checks import check_kind, check_literal, check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import Metadata
@@ -22,6 +23,7 @@ from stepfuse.engine.export.onnx_write import Draft
 from stepfuse.engine.files import check_file
 from stepfuse.engine.schedule import Schedule
 from stepfuse.engine.table import PredictionType, VarianceType
+from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -130,20 +132,24 @@ def prepare(
     progress: bool = False,
 ) -> Job:
     """Check the arguments of `stepfuse.export.onnx`, whose errors are raised here."""
+    check_path("path", path)
     profile = BatchProfile.parse(batch)
     opset = _checked_opset(opset, precision)
+    check_flag("verify", verify)
+    check_flag("progress", progress)
+    if external_data is not None:
+        check_flag("external_data", external_data)
     for name in ("onnx", "onnxscript"):
         library(name, "exporting to ONNX")
     check_file(path)
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule, Schedule.linear() say; got {schedule!r}")
+    if schedule is not None:
+        check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
     for name, value, accepted in (
         ("prediction_type", prediction_type, PredictionType),
         ("variance_type", variance_type, VarianceType),
     ):
-        if value is not None and value not in get_args(accepted):
-            names = ", ".join(get_args(accepted))
-            raise ValueError(f"{name} must be one of {names}; got {value!r}")
+        if value is not None:
+            check_literal(name, value, accepted)
     source = describe(model, example_inputs, sample_shape)
     known = source.metadata
     metadata = replace(
@@ -164,16 +170,14 @@ def sizes(value: Any) -> tuple[int | str, ...]:
 
 
 def _checked_opset(opset: int | None, precision: str) -> int:
-    if precision not in DTYPES:
-        raise ValueError(f"precision must be one of {', '.join(DTYPES)}; got {precision!r}")
+    check_word("precision", precision, DTYPES)
     if opset is None:
         return _USUAL_OPSET[precision]
     first = _FIRST_OPSET[precision]
-    if isinstance(opset, bool) or not isinstance(opset, int) or not first <= opset <= _LAST_OPSET:
-        raise ValueError(
-            f"opset must be in {first} .. {_LAST_OPSET} for {precision}; got {opset!r}"
-        )
-    return opset
+    number = as_integer("opset", opset, "an int or None")
+    if not first <= number <= _LAST_OPSET:
+        raise ValueError(f"opset must be in {first} .. {_LAST_OPSET} for {precision}; got {number}")
+    return number
 
 
 def _advance(bar: Any, stage: int) -> None:

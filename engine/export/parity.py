@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepfuse.kernels.checks import as_number
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -58,10 +60,18 @@ class Tolerance:
     Attributes:
         relative_l2: largest |c - r| / |r| of a prediction.
         psnr: smallest peak signal-to-noise ratio of the images, in dB, against a range of 2.
+
+    Raises TypeError or ValueError for what are no such numbers.
     """
 
     relative_l2: float
     psnr: float
+
+    def __post_init__(self) -> None:
+        if not 0 < as_number("relative_l2", self.relative_l2, finite=False) < math.inf:
+            raise ValueError(f"relative_l2 must be a positive number; got {self.relative_l2}")
+        if not math.isfinite(as_number("psnr", self.psnr, finite=False)):
+            raise ValueError(f"psnr must be a finite number of dB; got {self.psnr}")
 
     @property
     def cosine(self) -> float:

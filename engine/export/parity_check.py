@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.checkpoint import Checkpoint
+from stepfuse.engine.checks import (
+    as_seed,
+    check_callable,
+    check_clip,
+    check_kind,
+    check_literal,
+    check_path,
+)
 from stepfuse.engine.denoiser import Denoiser
-from stepfuse.engine.export.batch_profile import BatchProfile
+from stepfuse.engine.export.batch_profile import LARGEST, BatchProfile
 from stepfuse.engine.export.metadata import Metadata, read_metadata
 from stepfuse.engine.export.network import Source, describe, frozen_copy
 from stepfuse.engine.export.parity import TOLERANCES, Case, Deviation, Tolerance, psnr
@@ -32,7 +40,9 @@ from stepfuse.engine.export.parity_onnx import OnnxProbe
 from stepfuse.engine.export.parity_report import Report
 from stepfuse.engine.sampler import Sampler
 from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.table import PredictionType
 from stepfuse.engine.unet_blocks import GroupNormSiLU
+from stepfuse.kernels.checks import as_integer, as_number, check_flag, check_word
 from stepfuse.kernels.reference.group_norm_silu import formula
 
 Candidate = str | os.PathLike[str] | Callable[..., Any]
@@ -88,8 +98,18 @@ def check(
     Raises ValueError for settings that are not accepted and for files that are no ONNX network,
     `BackendUnavailable` where onnx or onnxruntime is missing.
     """
+    check_flag("progress", progress)
+    if schedule is not None:
+        check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
+    if prediction_type is not None:
+        check_literal("prediction_type", prediction_type, PredictionType)
+    if precision is not None:
+        check_word("precision", precision, TOLERANCES)
     said = _said(candidate)
-    source = describe(reference, example_inputs, sample_shape or said.sample_shape)
+    given_shape = sample_shape
+    if sample_shape is None and example_inputs is None:
+        given_shape = said.sample_shape
+    source = describe(reference, example_inputs, given_shape, "reference")
     known = _completed(said, source.metadata, schedule, prediction_type)
     assert known.schedule is not None
     precision = precision or known.precision
@@ -101,14 +121,15 @@ def check(
         ("bins", bins),
         ("steps", 1 if steps is None else steps),
     ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        if not 1 <= as_integer(name, value) <= LARGEST:
+            raise ValueError(f"{name} must be in 1 .. {LARGEST}; got {value}")
+    check_clip(clip_sample)
     sizes = batch_sizes(profile)
     parts = timestep_bins(known.schedule.num_train_timesteps, bins)
     count = max(len(parts), sizes[-1])
     exact, single = _Exact(source, torch.float64), _Exact(source, torch.float32)
     tried = _Tried(candidate, source)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed("seed", seed))
     total = (0 if steps is None else 2) + 2 * (2 + len(sizes))
     with tqdm(total=total, unit="run", desc="checking", disable=not progress, leave=False) as bar:
         x0 = torch.randn(images, *source.x.shape[1:], generator=generator).clamp_(-1, 1)
@@ -253,10 +274,13 @@ def _said(candidate: Candidate) -> Metadata:
     """What the candidate says of itself; nothing is not an error."""
     said: Any = getattr(candidate, "metadata", None)
     if isinstance(candidate, (str, os.PathLike)):
+        check_path("candidate", candidate)
         if not Path(candidate).is_file():
             raise ValueError(f"{candidate} is not there, or no file; accepted: an ONNX file")
         with contextlib.suppress(ValueError):
             said = read_metadata(candidate)
+    else:
+        check_callable("candidate", candidate, "the path of an .onnx file, or callable as (x, t)")
     if not isinstance(said, Metadata):
         return Metadata()
     if said.kind != "denoiser":
@@ -280,13 +304,12 @@ def _completed(
 
 
 def _limits(tolerance: Tolerance | float | None, precision: str) -> Tolerance:
-    if precision not in TOLERANCES:
-        raise ValueError(f"precision must be one of {', '.join(TOLERANCES)}; got {precision!r}")
+    check_word("precision", precision, TOLERANCES)
     if tolerance is None:
         return TOLERANCES[precision]
     if isinstance(tolerance, Tolerance):
         return tolerance
-    if not 0 < tolerance < math.inf:
+    if not 0 < as_number("tolerance", tolerance, finite=False) < math.inf:
         raise ValueError(f"tolerance must be a positive number; got {tolerance}")
     return replace(TOLERANCES[precision], relative_l2=float(tolerance))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import received, shown
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -43,9 +44,14 @@ def check_providers(runtime: Any, providers: Sequence[Provider] | None) -> list[
     if providers is None:
         gpu = [_ON_CUDA[0]] if _ON_CUDA[0] in built_in and torch.cuda.is_available() else []
         return [*gpu, CPU]
-    if isinstance(providers, str) or not providers:
-        raise ValueError(f"providers must be a list, [{CPU!r}] say; got {providers!r}")
+    if not isinstance(providers, (list, tuple)) or not providers:
+        raise ValueError(f"providers must be a list, [{CPU!r}] say; got {shown(providers)}")
     for provider in providers:
+        pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[0], str)
+        if not isinstance(provider, str) and not (pair and isinstance(provider[1], dict)):
+            raise TypeError(
+                f"providers must be names or (name, options); got {received(provider)} among them"
+            )
         name = provider if isinstance(provider, str) else provider[0]
         if name in built_in:
             continue

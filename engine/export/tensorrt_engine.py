@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from stepfuse._version import __version__
+from stepfuse.engine.checks import check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.onnx_facts import OnnxFacts, read_facts
 from stepfuse.engine.export.tensorrt_file import EngineInfo, Layer, TensorSpec, write_engine
@@ -28,6 +29,7 @@ from stepfuse.engine.files import check_file, write_file
 from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular
 from stepfuse.engine.signals import kept
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {
@@ -87,6 +89,16 @@ def tensorrt(
     library's own errors, `BackendUnavailable` where there is no library, OSError for files.
     Ctrl-C ends the build and leaves no file.
     """
+    check_path("onnx_path", onnx_path)
+    check_path("engine_path", engine_path)
+    for name, flag in (("strongly_typed", strongly_typed), ("tf32", tf32), ("progress", progress)):
+        check_flag(name, flag)
+    if precision is not None:
+        check_word("precision", precision, PRECISIONS)
+    if workspace is not None and not 1 <= as_integer("workspace", workspace) < 2**63:
+        raise ValueError(f"workspace must be in 1 .. 2^63-1 bytes, or None; got {workspace}")
+    if timing_cache is not None:
+        check_path("timing_cache", timing_cache)
     found = find_library(library)
     profile = BatchProfile.parse(batch)
     targets = parse_compute_capabilities(found, compute_capability)
@@ -139,8 +151,6 @@ def tensorrt(
 def _check_precision(
     library: Library, facts: OnnxFacts, precision: str | None, strongly_typed: bool
 ) -> str:
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if strongly_typed:
         if precision not in (None, facts.precision):
             raise ValueError(

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import check_word, received
 
 # name of the library -> the modules it may be installed as
 MODULES = {
@@ -61,8 +62,8 @@ def find_library(name: str | None = None) -> Library:
 
     Raises ValueError for a name that does not exist, `BackendUnavailable` where there is none.
     """
-    if name is not None and name not in MODULES:
-        raise ValueError(f"library must be one of {', '.join(MODULES)} or None; got {name!r}")
+    if name is not None:
+        check_word("library", name, MODULES, "None")
     names = [name] if name is not None else _order()
     reasons = []
     for candidate in names:
@@ -167,7 +168,12 @@ def parse_compute_capabilities(
     """
     if asked is None:
         return ()
-    words = asked.split(",") if isinstance(asked, str) else list(asked)
+    words = asked.split(",") if isinstance(asked, str) else asked
+    listed = isinstance(words, (list, tuple)) and len(words) > 0
+    if not listed or not all(isinstance(word, str) for word in words):
+        raise TypeError(
+            f"compute_capability must be 'sm_89', a list of such, or None; got {received(asked)}"
+        )
     accepted = library.compute_capabilities
     if not accepted:
         raise ValueError(

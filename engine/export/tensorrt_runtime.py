@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.checks import check_on_device, check_path, check_tensor
 from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.metadata import Metadata
 from stepfuse.engine.export.tensorrt_file import TensorSpec, check_library, read_engine
 from stepfuse.engine.export.tensorrt_library import Messages, find_library
 from stepfuse.kernels.backends import BackendUnavailable
+from stepfuse.kernels.checks import as_device, as_integer, check_real
+
+MOST_RESULTS = 1024
 
 
 class TensorRTDenoiser(Described, nn.Module):
@@ -54,9 +58,10 @@ class TensorRTDenoiser(Described, nn.Module):
         results: int = 2,
     ) -> None:
         super().__init__()
-        if results < 1:
-            raise ValueError(f"results must be at least 1; got {results}")
-        self.path = Path(path)
+        if not 1 <= as_integer("results", results) <= MOST_RESULTS:
+            raise ValueError(f"results must be in 1 .. {MOST_RESULTS}; got {results}")
+        self.path = Path(check_path("path", path))
+        as_device("device", device)
         self._arguments = (self.path.absolute(), device, results)
         self.info, plan = read_engine(path)
         library = find_library(self.info.library)
@@ -93,6 +98,8 @@ class TensorRTDenoiser(Described, nn.Module):
 
         Raises ValueError for shapes, a batch or names that the engine does not take.
         """
+        check_tensor("x", x)
+        check_tensor("t", t)
         count = x.shape[0] if x.dim() else 0
         self.info.batch.check(count)
         context = self._context(count)
@@ -131,6 +138,8 @@ class TensorRTDenoiser(Described, nn.Module):
         if value is None:
             assert self.metadata is not None
             return self._copy_of(spec)[:count].fill_(self.metadata.num_classes or 0)
+        check_on_device(spec.name, value)
+        check_real(spec.name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{spec.name} has shape {tuple(value.shape)}; accepted: {shape}")
         ready = value.is_contiguous() and not value.is_neg()
@@ -183,7 +192,7 @@ def _opened(path: Path, device: torch.device | str, results: int) -> TensorRTDen
 
 def _gpu(device: torch.device | str) -> torch.device:
     """The device with its number. Raises BackendUnavailable where it is not there."""
-    asked = torch.device(device)
+    asked = as_device("device", device)
     if asked.type != "cuda":
         raise ValueError(f"device must be a CUDA device; got {device!r}")
     if not torch.cuda.is_available():

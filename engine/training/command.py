@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from stepfuse.engine.cli.drawing import choose_device
-from stepfuse.engine.cli.errors import USAGE, failing_on, interruptible
+from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, interruptible
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.loop import train
-from stepfuse.engine.training.place import STATE
+from stepfuse.engine.training.place import STATE, check_place
 from stepfuse.engine.unet import UNetConfig
 
 PRESETS = {
@@ -98,6 +98,8 @@ def train_command(
     less = (
         f"fewer images per step (--batch-size, now {batch_size}) or a smaller --network need less"
     )
+    with choosing_places():
+        check_place(config)
     with interruptible(left, less), failing_on(FileNotFoundError, status=USAGE):
         path = train(config, progress=True)
     wrote(path)

@@ -67,14 +67,13 @@ USAGE = [
     (["--model", "nothing"], r"unknown checkpoint 'nothing'; accepted: .*\.safetensors file"),
     (["--colour"], "No such option: --colour.*"),
     (["stray"], r".*unexpected extra argument.*stray.*"),
-]
-FAILURES = [
     (["-o", "missing/a.png"], "cannot write missing/a.png: folder missing does not exist"),
     (["-o", "/dev/full"], "cannot write the folder /dev/full: it is a file"),
     (["-o", "/dev/full/a.png"], "cannot write /dev/full/a.png: folder /dev/full is not a folder"),
     (["-o", "/proc/a.png"], "/proc/a.png: .+"),
     (["-o", "x" * 300 + ".png"], "x{300}.png: File name too long"),
 ]
+FAILURES: list[tuple[list[str], str]] = []
 if not torch.cuda.is_available():
     FAILURES.append((["--device", "cuda"], "--device cuda: PyTorch sees 0 CUDA devices here; .*"))
 

@@ -32,7 +32,7 @@ def with_nan() -> Tensor:
     [
         ({"steps": 0}, ValueError, r"steps must be in 1 \.\. 1000.*got 0"),
         ({"steps": 1001}, ValueError, r"steps must be in 1 \.\. 1000.*got 1001"),
-        ({"steps": 2.5}, TypeError, "steps must be an int.*got 2.5"),
+        ({"steps": 2.5}, TypeError, "steps must be an int.*got float 2.5"),
         ({"steps": "ddim300"}, ValueError, "no whole stride .* 'ddim300'"),
         ({"spacing": "even"}, ValueError, "leading, trailing, linspace, quadratic; got 'even'"),
         ({"timesteps": [5, 5]}, ValueError, r"without repetition; got \[5, 5\]"),
@@ -72,7 +72,7 @@ def test_models_that_cannot_be_called(model: Any) -> None:
         ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seed .*\(2\); got \(3,\)"),
         ({"seed": torch.zeros(2)}, TypeError, "seed .* got torch.float32"),
-        ({"first_index": 1.5}, TypeError, "sample index must be an int"),
+        ({"first_index": 1.5}, TypeError, "first_index must be an int"),
         ({"first_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"\(2,\); got \(3,\)"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1; got 0"),
         ({"x_T": ZEROS[:1]}, ValueError, r"x_T must have shape \(2, 3, 4, 4\); got \(1, 3"),

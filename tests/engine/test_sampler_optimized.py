@@ -68,5 +68,5 @@ def test_changed_weights_raise_until_refreshed() -> None:
 
 
 def test_a_plain_function_cannot_be_optimised() -> None:
-    with pytest.raises(TypeError, match=r"optimize needs an nn\.Module; got function"):
+    with pytest.raises(TypeError, match=r"model for optimize must be an nn\.Module; got"):
         sf.Sampler(lambda x, t: x, sf.Schedule.linear(), optimize=True)

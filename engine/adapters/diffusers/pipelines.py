@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from stepfuse.engine.adapters.diffusers import unet as unets
+from stepfuse.engine.checks import check_precision
+from stepfuse.kernels.checks import check_flag
 
 CLASSES = (
     "DDPMPipeline",
@@ -29,7 +31,6 @@ _SCHEDULERS = {
     "DDIMInverseScheduler": "ddim_inverse",
 }
 _NAME = "_stepfuse"
-_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Changes:
@@ -58,11 +59,9 @@ def changes_of(pipe: Any) -> Changes | None:
 
 def check_options(optimize: Any, dtype: Any, strict: Any) -> None:
     """Raise TypeError or ValueError for options that cannot be meant."""
-    for name, value in (("optimize", optimize), ("strict", strict)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False; got {value!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}; got {dtype!r}")
+    check_flag("optimize", optimize)
+    check_flag("strict", strict)
+    check_precision("dtype", dtype)
     if dtype is not None and not optimize:
         raise ValueError(f"dtype={dtype} is that of the compiled U-Net; it needs optimize=True")
 

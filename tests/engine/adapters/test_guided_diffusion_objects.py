@@ -192,7 +192,7 @@ def test_what_cannot_be_accelerated() -> None:
         guided_diffusion.accelerate(object())
     with pytest.raises(TypeError, match=r"supported: .*SpacedDiffusion of"):
         sf.accelerate(oracle.Diffusion)  # the class, not an object
-    with pytest.raises(ValueError, match="dtype must be None, float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match=r"dtype must be one of None, .*got"):
         sf.accelerate(diffusion(), dtype=torch.float64)
     with pytest.raises(ValueError, match=r"backend must be one of auto, reference.*got 'cuda'"):
         sf.accelerate(diffusion(), backend="cuda")

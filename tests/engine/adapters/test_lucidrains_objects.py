@@ -199,7 +199,9 @@ def test_reasons() -> None:
         sf.accelerate(small())
     with pytest.raises(TypeError, match=r"no option 'graph'.*accepted: optimize, dtype, strict"):
         sf.accelerate(bump(), graph="auto")
-    with pytest.raises(ValueError, match=r"dtype must be None, float32.*got torch\.int8"):
+    with pytest.raises(
+        ValueError, match=r"dtype must be one of None, torch.float32.*got torch\.int8"
+    ):
         sf.accelerate(bump(), dtype=torch.int8)
     with pytest.raises(ValueError, match=r"backend must be one of auto, reference.*got 'cuda'"):
         sf.accelerate(bump(), backend="cuda")

@@ -138,7 +138,7 @@ USAGE = [
     (["-o", "a.pt"], r"--out must end in \.onnx; got 'a\.pt'"),
     (["--precision", "fp8"], "--precision must be one of fp32, fp16, bf16; got 'fp8'"),
     (["--batch", "8:4:16"], "batch must be MIN:OPT:MAX with .*; got 8:4:16"),
-    (["--batch", "few"], "batch must read like '1:8:64' .*; got 'few'"),
+    (["--batch", "few"], "batch must be '1:8:64' .*; got 'few'"),
     (["--batch", "0"], "batch must be MIN:OPT:MAX with .*; got 0:0:0"),
     (["--opset", "9"], "opset must be .*; got 9"),
     (["--opset", "18", "--precision", "bf16"], "opset must be .*bf16.*; got 18"),
@@ -154,8 +154,6 @@ USAGE = [
     (["--check", "--report", "r.txt"], r"--report must end in \.md or \.json; got 'r\.txt'"),
     (["-o", "a.onnx", "--tensorrt", "./a.onnx"], "two files with one name; got .*"),
     (["--colour"], "No such option: --colour.*"),
-]
-FAILURES = [
     (["-o", "no/a.onnx"], "cannot write no/a.onnx: folder no does not exist"),
     (["--tensorrt", "no/a.engine"], "cannot write no/a.engine: folder no does not exist"),
     (["-o", "/proc/a.onnx"], "/proc/a.onnx: .+"),
@@ -163,12 +161,12 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(
-    ("options", "line", "status"),
-    [(*case, 2) for case in USAGE] + [(*case, 1) for case in FAILURES],
+    ("options", "line"),
+    USAGE,
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_bad_input_gives_one_line(options: list[str], line: str, status: int, capsys: Any) -> None:
-    assert export(*options) == status
+def test_bad_input_gives_one_line(options: list[str], line: str, capsys: Any) -> None:
+    assert export(*options) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(f"error: {line}\n", captured.err)
     assert captured.out == ""

@@ -164,7 +164,7 @@ X, T, LABELS = inputs(2)
         (X, T.float(), {}, TypeError, "t has dtype torch.float32; accepted: torch.int64"),
         (X.long(), T, {}, TypeError, "x has dtype torch.int64; accepted: torch.float32"),
         (X, T, {"text": X}, ValueError, "no input 'text'; accepted: labels"),
-        (X, T, {"labels": 3}, ValueError, "needs the tensor 'labels'; got 3"),
+        (X, T, {"labels": 3}, ValueError, "needs the tensor 'labels'; got int 3"),
         (X, T, {"labels": LABELS[:, None]}, ValueError, "labels has shape"),
         (
             X,

@@ -1,0 +1,45 @@
+"""Every public callable: a valid call, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.api import exports, kernels, networks, sampling, schedules
+from tests.api.case import Call
+
+CALLS: dict[str, Callable[[], Call]] = {
+    **schedules.CALLS,
+    **sampling.CALLS,
+    **networks.CALLS,
+    **kernels.CALLS,
+    **exports.CALLS,
+}
+
+_RECORD = "made by this library for its callers to read"
+_LOOP = "called by the sampler in its loop, with tensors of its own, and recorded there"
+_MODEL = "its arguments are those of the user's model, whose errors are its own"
+
+LEFT_OUT = {
+    "group_norm_silu.least_eps": "asked by a pass over a graph, with the dtype of a node",
+    "Step": _RECORD,
+    "Step.of": "made by the sampler",
+    "export.Exported": _RECORD,
+    "export.Metadata": _RECORD,
+    "export.Report": _RECORD,
+    "export.Report.markdown": "it has no arguments",
+    "export.Report.rows": "it has no arguments",
+    "export.Report.summary": "it has no arguments",
+    "export.Report.table": "it has no arguments",
+    "export.Report.to_json": "it has no arguments",
+    "CFG.combine": _LOOP,
+    "CFG.is_active": _LOOP,
+    "CFG.scale_at": _LOOP,
+    "ClassifierGuidance.gradient": _LOOP,
+    "ClassifierGuidance.is_active": _LOOP,
+    "ClassifierGuidance.scale_at": _LOOP,
+    "OnnxDenoiser.run": "called by its operator, with tensors that forward has checked",
+    "Optimized": "made by optimize, which checks the same arguments",
+    "Optimized.compile": _MODEL,
+    "Optimized.watched_instead": "it has no arguments",
+    "Optimized.forward": _MODEL,
+}
