@@ -172,9 +172,9 @@ def test_other_types_and_gaps_are_copied_into_one_buffer(engine: Path) -> None:
     assert torch.equal(denoiser(wide, t.int(), labels=labels), expected)
     first = dict(denoiser._contexts[3].addresses)
     assert torch.equal(denoiser(slow, t.float(), labels=labels.int()), expected)
-    assert torch.equal(denoiser(torch._neg_view(-x), t, labels=labels), expected)
-    second = denoiser._contexts[3].addresses
+    second = dict(denoiser._contexts[3].addresses)
     assert (first["x"], first["t"]) == (second["x"], second["t"])
+    assert torch.equal(denoiser(torch._neg_view(-x), t, labels=labels), expected)
 
 
 def test_a_call_allocates_nothing(engine: Path) -> None:
