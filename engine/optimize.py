@@ -122,12 +122,14 @@ class Optimized(nn.Module):
         without: Collection[str],
         max_networks: int,
         weights: Holding = "parked",
+        ignored: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.original = model
         self.weights = weights
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
+        self._never_counts = frozenset(ignored)  # paths of `PythonState`
         self._workspace = Workspace()
         self._forget()
 
@@ -137,7 +139,7 @@ class Optimized(nn.Module):
         # number, dtype and device of the weights, the rest; the latest that held comes first
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
-        self._ignored: frozenset[str] = frozenset()  # what the forward builds once and keeps
+        self._ignored = self._never_counts  # and what the forward builds once and keeps
         self._changes: Counter[str] = Counter()
         self._lock = threading.RLock()
 

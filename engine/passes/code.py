@@ -25,3 +25,14 @@ def named_in(code: types.CodeType) -> Iterator[str]:
             yield from named_in(constant)
         elif isinstance(constant, str) and constant.isidentifier():
             yield constant
+
+
+NOTHING = object()
+
+
+def content(cell: types.CellType) -> Any:
+    """What a variable of a closure holds, `NOTHING` where it has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return NOTHING

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from stepfuse.engine.passes.code import NOTHING, content
+
 T = TypeVar("T")
 _LARGEST = 200_000  # objects; a trainer with its data set hangs on the model then
 
@@ -145,7 +147,7 @@ class Mirror:
         twin.__dict__.update(obj.__dict__)
         twin.__qualname__, twin.__module__ = obj.__qualname__, obj.__module__
         for cell, mine in zip(obj.__closure__ or (), cells, strict=True):
-            if _is_full(cell) and not _is_full(mine):
+            if content(cell) is not NOTHING and content(mine) is NOTHING:
                 mine.cell_contents = self.of(cell.cell_contents)
         return twin
 
@@ -174,14 +176,6 @@ def _copied(obj: Any) -> Any:
         return copy.copy(obj)
     except Exception:
         return obj
-
-
-def _is_full(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  (raises where the variable has no value)
-    except ValueError:
-        return False
-    return True
 
 
 _THEMSELVES = (

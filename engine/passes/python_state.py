@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from stepfuse.engine.passes.code import functions, named_in
+from stepfuse.engine.passes.code import NOTHING, content, functions, named_in
 from stepfuse.engine.passes.weights import probe
 
 _CONTAINERS = (dict, list, deque, set)
 # whose attributes and code are nobody's to change while a model runs
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "stepfuse", "pybind11_builtins"}
 # of every module: contents by size, attributes by what they hold
-_TABLES = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TABLES = ("_parameters", "_buffers", *_HOOKS)
 _MACHINERY = frozenset(vars(nn.Module()))
-_MISSING = object()
 
 
 class PythonState:
@@ -50,7 +50,8 @@ class PythonState:
         training: whether the flag ``training`` of modules counts.
         contents: whether tensors that are no parameters or buffers count by their values; by
             identity otherwise.
-        ignored: paths, as `changes` names them, that do not count.
+        ignored: paths, as `changes` names them, that do not count; hooks of a module are at
+            ``._forward_hooks`` and ``._forward_pre_hooks``.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class PythonState:
                 and all(self._count(held, path) == n for path, held, n, _ in self._unsteady)
                 and [*map(_listed, self._listed_only)] == self._copies
                 and all(held[name] is value for _, held, name, value in self._same)
-                and all(_content(cell) is value for _, cell, value in self._cells)
+                and all(content(cell) is value for _, cell, value in self._cells)
                 and all(look() == before for _, look, before in self._tensors)
                 and all(_bytes(array) == content for _, array, content in self._arrays)
             )
@@ -110,7 +111,7 @@ class PythonState:
         for (path, held, names), before in zip(self._places, self._values, strict=True):
             olds = before if len(names) > 1 else (before,)
             for name, old in zip(names, olds, strict=True):
-                if not _equal(held.get(name, _MISSING), old):
+                if not _equal(held.get(name, NOTHING), old):
                     yield f"{path}.{name}"
         for (path, held), size in zip(self._sized, self._sizes, strict=False):
             if len(held) != size:
@@ -128,7 +129,7 @@ class PythonState:
             except (LookupError, TypeError):
                 pass
             yield f"{path}.{name}"
-        yield from (path for path, cell, value in self._cells if _content(cell) is not value)
+        yield from (path for path, cell, value in self._cells if content(cell) is not value)
         yield from (path for path, look, before in self._tensors if look() != before)
         yield from (path for path, array, content in self._arrays if _bytes(array) != content)
 
@@ -153,7 +154,7 @@ class PythonState:
             for key in [k for k, v in dict(collected).items() if k not in keys and holds_fake(v)]:
                 del collected[key]
         for _, cell, value in self._cells:
-            if holds_fake(_content(cell)):
+            if holds_fake(content(cell)):
                 cell.cell_contents = value
         for cached, size in self._caches:
             if cached.cache_info().currsize > size:
@@ -210,7 +211,8 @@ class PythonState:
                 self._visit(other, path)
             return
         held = object.__getattribute__(module, "__dict__")
-        self._sized += [(f"{path}.{name}", held[name]) for name in _TABLES if name in held]
+        tables = {n: held[n] for n in _TABLES if n in held and f"{path}.{n}" not in self._ignored}
+        self._sized += [(f"{path}.{name}", table) for name, table in tables.items()]
         children = held.get("_modules", {})
         self._sized.append((path, children))
         self._watch(children, path, tuple(children))
@@ -223,8 +225,8 @@ class PythonState:
         names += ["training"] if self._training else []
         self._count_attributes(held, path)
         self._visit_mapping(held, path, names)
-        for table in (held.get("_forward_hooks", {}), held.get("_forward_pre_hooks", {})):
-            self._visit_all(table.values(), f"{path} (hook)")
+        for name in _HOOKS:
+            self._visit_all(tables.get(name, {}).values(), f"{path} (hook)")
         for name, child in children.items():
             self._visit(child, f"{path}.{name}")
         self._meet(type(module))
@@ -290,7 +292,7 @@ class PythonState:
         cells = function.__closure__ or ()
         for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
             if name != "__class__" and f"{path}.{name}" not in self._ignored:
-                content = _content(cell)
+                content = content(cell)
                 self._cells.append((f"{path}.{name}", cell, content))
                 self._visit(content, f"{path}.{name}")
         self._visit(function.__defaults__, path)
@@ -344,13 +346,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _listed(held: Any) -> Any:
     return frozenset(held) if isinstance(held, set) else tuple(held)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
 
 
 def _looking_at(tensor: Tensor) -> Callable[[], Any]:

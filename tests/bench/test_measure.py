@@ -285,8 +285,8 @@ def test_what_will_take_long_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch)
         ({"batches": ()}, "at least one batch size"),
         ({"batches": (4, 4)}, r"not name a size twice; got \[4, 4\]"),
         ({"rounds": 0}, "--rounds must be at least 1; got 0"),
-        ({"time_limit": -1.0}, "--time-limit must be above 0; got -1"),
-        ({"time_limit": float("nan")}, "--time-limit must be above 0; got nan"),
+        ({"time_limit": -1.0}, "--time-limit must be above 0 and finite; got -1"),
+        ({"time_limit": float("nan")}, "--time-limit must be above 0 and finite; got nan"),
         ({"processes": -1}, "at least 0; got -1"),
     ],
 )

@@ -33,6 +33,8 @@ _STATELESS = (
     "FusedAttnProcessor2_0",
     "SlicedAttnProcessor",
 )
+# hooks of the U-Net itself, which run around its forward, whatever that is
+_AROUND = ("_forward_hooks", "_forward_pre_hooks")
 _TABLE = 4096  # timesteps that have a row in the table of time embeddings: 0 .. 4095
 
 
@@ -177,7 +179,8 @@ class Forward:
             self.originals[reason] += 1
             return None
         if self._fast is None:
-            self._fast = Optimized(_Plain(self.unet), self.dtype, (), max_networks=8)
+            ignored = [f"model.unet.{table}" for table in _AROUND]
+            self._fast = Optimized(_Plain(self.unet), self.dtype, (), 8, ignored=ignored)
         return self._fast
 
     def _not_taken(
@@ -258,7 +261,8 @@ class _State:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self.holds = PythonState({"unet": unet}, contents=False).holds
+        ignored = frozenset(f"unet.{table}" for table in _AROUND)
+        self.holds = PythonState({"unet": unet}, contents=False, ignored=ignored).holds
         self.reason = _reason(unet)
 
 

@@ -163,7 +163,6 @@ def test_a_wrong_loop_never_gets_its_name(tmp_path: Path, monkeypatch: pytest.Mo
         ({"prediction_type": None}, "give schedule=... and prediction_type=..."),
         ({"steps": 41}, "41"),
         ({"eta": 2.0}, r"eta must be in \[0, 1\]; got 2.0"),
-        ({"guidance": 3.0}, "guidance must be a CFG without rescale; got 3.0"),
         ({"guidance": sf.CFG(3.0, rescale=0.7)}, "guidance must be a CFG without rescale"),
         ({"guidance": sf.CFG(3.0)}, "needs unconditional="),
         ({"guidance": sf.CFG(3.0, {"text": None})}, "no condition 'text'; accepted: labels"),
@@ -176,6 +175,10 @@ def test_bad_input(tmp_path: Path, options: dict[str, Any], words: str) -> None:
         export(tmp_path / "bad.onnx", **options)
     with pytest.raises(TypeError, match="dynamic_size"):
         export(tmp_path / "bad.onnx", dynamic_size=True)
+    with pytest.raises(
+        TypeError, match="guidance must be a CFG without rescale, or None; got float"
+    ):
+        export(tmp_path / "bad.onnx", guidance=3.0)
     assert not list(tmp_path.iterdir())
 
 
