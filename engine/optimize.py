@@ -139,7 +139,6 @@ class Optimized(nn.Module):
         # number, dtype and device of the weights, the rest; the latest that held comes first
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
-        self._ignored = self._never_counts  # and what the forward builds once and keeps
         self._changes: Counter[str] = Counter()
         self._lock = threading.RLock()
 
@@ -253,9 +252,12 @@ class Optimized(nn.Module):
         described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
+        call = (spec, described)
         with self._lock:
-            key = (self._state(), spec, described)
-            network = self._networks.get(key)
+            # where the model runs itself, what it changes of itself does not matter
+            itself = [n for k, n in self._networks.items() if k[1:] == call and n.alone]
+            key = (self._state(), *call) if not itself else (_ANY, *call)
+            network = itself[0] if itself else self._networks.get(key)
             if network is None:
                 self._refuse_if_released(
                     f"inputs of {calls.described(key[2])} need the weights again"
@@ -263,11 +265,11 @@ class Optimized(nn.Module):
                 # nothing of this belongs into a step that is being recorded
                 with _disable_current_modes(), calls.fakeness(leaves):
                     network = self._build(key[0], args, kwargs)
-                key = (self._state(), spec, described)
-                self._networks[key] = network
-                while len(self._networks) > self.max_networks:
-                    self._networks.popitem(last=False)
+                key = (self._state(), *call)
+            self._networks[key] = network
             self._networks.move_to_end(key)
+            while len(self._networks) > self.max_networks:
+                self._networks.popitem(last=False)
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
         return network, leaves
@@ -294,7 +296,8 @@ class Optimized(nn.Module):
         return self._count
 
     def _look(self) -> PythonState:
-        return PythonState({"model": self.original}, training=False, ignored=self._ignored)
+        roots = {"model": self.original}
+        return PythonState(roots, training=False, weights=False, ignored=self._never_counts)
 
     def _build(
         self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -309,10 +312,6 @@ class Optimized(nn.Module):
             network = numbered(self.original, args, kwargs, settings, self._workspace)
         else:
             network = compiled(self.original, args, kwargs, settings, self._workspace)
-        if not network.written <= self._ignored:
-            # it is in the model from the first call on
-            self._ignored |= network.written
-            self._states = [(n, k, self._look() if n == state else s) for n, k, s in self._states]
         network.prepare(self.timesteps)
         return network
 
@@ -325,7 +324,7 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_if_released("a copy or pickle compiles from the weights again")
-        compiled_here = ("_networks", "_states", "_ignored", "_changes", "_lock", "_count")
+        compiled_here = ("_networks", "_states", "_changes", "_lock", "_count")
         return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Recorded directly where that is possible (`direct_trace`), by torch.export otherwise; always on a
 mirror of the module, so that whatever happens the module itself stays what it was. One trace runs
-at a time in a process: tracers exchange methods of classes that all threads use.
+at a time in a process, and what tracers exchange for all threads is exchanged for one alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.this_thread import in_this_thread
 
 _one_at_a_time = threading.RLock()
 
@@ -64,12 +65,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
-    with _one_at_a_time, quietly(), torch.no_grad():
+    with _one_at_a_time, in_this_thread(), quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
         try:
             return _traced(model, args, kwargs)
-        except (CannotMirror, RecursionError) as error:
-            raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
+        except CannotMirror as error:
+            raise CannotTrace(str(error), alone=True) from error
         except ChangesItself as error:
             raise CannotTrace(str(error), True, error.paths) from error
         finally:

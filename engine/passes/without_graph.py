@@ -103,6 +103,11 @@ class WithoutGraph:
         self._state = PythonState({"model": self._twin})
         self.reports = [report]
 
+    @property
+    def alone(self) -> bool:
+        """Whether the model itself runs."""
+        return self._alone
+
     def nbytes(self) -> int:
         """Nothing is held beside the parameters of the original."""
         return 0
