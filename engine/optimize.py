@@ -26,6 +26,7 @@ from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.released import Released, WeightsReleased
+from stepfuse.engine.passes.trace import one_at_a_time
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
@@ -254,25 +255,36 @@ class Optimized(nn.Module):
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
         call = (spec, described)
         with self._lock:
-            # where the model runs itself, what it changes of itself does not matter
-            itself = [n for k, n in self._networks.items() if k[1:] == call and n.alone]
-            key = (self._state(), *call) if not itself else (_ANY, *call)
-            network = itself[0] if itself else self._networks.get(key)
-            if network is None:
-                self._refuse_if_released(
-                    f"inputs of {calls.described(key[2])} need the weights again"
-                )
-                # nothing of this belongs into a step that is being recorded
-                with _disable_current_modes(), calls.fakeness(leaves):
-                    network = self._build(key[0], args, kwargs)
-                key = (self._state(), *call)
-            self._networks[key] = network
-            self._networks.move_to_end(key)
-            while len(self._networks) > self.max_networks:
-                self._networks.popitem(last=False)
+            network = self._known(call)
+        if network is None:
+            with one_at_a_time, self._lock:
+                network = self._known(call) or self._made(call, args, kwargs, leaves)
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
         return network, leaves
+
+    def _known(self, call: Any) -> Compiled | Numbered | None:
+        """The network that serves such a call now, the last in the order of use."""
+        # where the model runs itself, what it changes of itself does not matter
+        itself = [k for k, n in self._networks.items() if k[1:] == call and n.alone]
+        key = itself[0] if itself else (self._state(), *call)
+        if key in self._networks:
+            self._networks.move_to_end(key)
+        return self._networks.get(key)
+
+    def _made(
+        self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Compiled | Numbered:
+        """A network for such a call, in the state that the model is in when it is made."""
+        self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
+        # nothing of this belongs into a step that is being recorded
+        with _disable_current_modes(), calls.fakeness(leaves):
+            network = self._build(self._state(), args, kwargs)
+        key = (self._state(), *call)
+        self._networks[key] = network
+        while len(self._networks) > self.max_networks:
+            self._networks.popitem(last=False)
+        return network
 
     def _state(self) -> int:
         """The number of the state that the model is in, a new one where it was in none of them."""

@@ -25,7 +25,7 @@ from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
 from stepfuse.engine.passes.this_thread import in_this_thread
 
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()  # taken before the lock of an `Optimized`
 
 
 class CannotTrace(RuntimeError):
@@ -65,7 +65,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
-    with _one_at_a_time, in_this_thread(), quietly(), torch.no_grad():
+    with one_at_a_time, in_this_thread(), quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
         try:
             return _traced(model, args, kwargs)
