@@ -147,10 +147,12 @@ class Optimized(nn.Module):
         """``model(x, t, **condition)``; t may be a tensor or a number.
 
         Where a gradient with respect to an input is wanted, the original runs: the compiled
-        networks have none. Threads may call at the same time.
+        networks have none. So it does under autocast. Threads may call at the same time.
 
         Raises `WeightsChanged` after a weight was changed.
         """
+        if torch.is_autocast_enabled(_device(args, kwargs)):
+            return self.original(*args, **kwargs)
         if torch.is_grad_enabled() and any(
             isinstance(leaf, Tensor) and leaf.requires_grad
             for leaf in calls.flatten(args, kwargs)[0]
@@ -342,6 +344,12 @@ class Optimized(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The type of device of the first tensor among the arguments."""
+    found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return next(found, "cpu")
 
 
 def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
