@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from stepfuse.engine.checks import (
 )
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
+from stepfuse.engine.passes.listening import tell
 from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
@@ -159,7 +162,8 @@ class Optimized(nn.Module):
         ):
             return self.original(*args, **kwargs)
         with torch.no_grad():
-            network, leaves = self._network(args, kwargs)
+            call, network, leaves = self._network(args, kwargs)
+            tell(_Ran(self, call, network))
             self._check(network)
             return network(leaves)
 
@@ -181,7 +185,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), self._lock, _unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -194,7 +198,7 @@ class Optimized(nn.Module):
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        with self._lock:
+        with self._lock, _unseen():
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
@@ -247,8 +251,10 @@ class Optimized(nn.Module):
 
     def _network(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Compiled | Numbered, list[Any]]:
-        """What runs for these arguments, compiled where nothing does, and the leaves to give it."""
+    ) -> tuple[Any, Compiled | Numbered, list[Any]]:
+        """What these arguments are like, what runs for them, compiled where nothing does, and the
+        leaves to give it.
+        """
         args, kwargs = calls.as_declared(self.original, args, kwargs)
         leaves, spec = calls.flatten(args, kwargs)
         number = args[1] if len(args) > 1 and calls.is_number(args[1]) else None
@@ -263,7 +269,7 @@ class Optimized(nn.Module):
                 network = self._known(call) or self._made(call, args, kwargs, leaves)
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
-        return network, leaves
+        return call, network, leaves
 
     def _known(self, call: Any) -> Compiled | Numbered | None:
         """The network that serves such a call now, the last in the order of use."""
@@ -280,7 +286,7 @@ class Optimized(nn.Module):
         """A network for such a call, in the state that the model is in when it is made."""
         self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
         # nothing of this belongs into a step that is being recorded
-        with _disable_current_modes(), calls.fakeness(leaves):
+        with _unseen(), calls.fakeness(leaves):
             network = self._build(self._state(), args, kwargs)
         key = (self._state(), *call)
         self._networks[key] = network
@@ -350,6 +356,30 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The type of device of the first tensor among the arguments."""
     found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
     return next(found, "cpu")
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A network that ran, see `listening`, and what the arguments of the call were like."""
+
+    optimized: Optimized
+    call: Any
+    network: Compiled | Numbered
+
+    def holds(self) -> bool:
+        """Whether such a call would run it again, and to the same result."""
+        with self.optimized._lock:
+            known = self.optimized._known(self.call)
+            return known is self.network and known.changed() is None
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """What is made inside belongs into no step that is being recorded, and can be written to
+    outside of ``torch.inference_mode``, too.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
