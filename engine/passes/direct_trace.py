@@ -9,7 +9,6 @@ everything else is left to torch.export.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.quiet import quietly
 
 _PLAIN = (Tensor, nn.Parameter)
 _SCALARS = (bool, int, float, str, type(None))
@@ -60,8 +60,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     try:
         fakes = call.fakes()
         # nobody runs the graph's own code, so that it is not written
-        with warnings.catch_warnings(), call.mode, _use_lazy_graph_module(True):
-            warnings.simplefilter("ignore")
+        with quietly(), call.mode, _use_lazy_graph_module(True):
             gm = make_fx(call, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too
         return None
