@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.random_sources import undrawn
 from stepfuse.engine.passes.released import Released, WeightsReleased
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
@@ -179,7 +181,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with torch.no_grad(), self._lock:
+        with _apart(), self._lock:
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -192,7 +194,7 @@ class Optimized(nn.Module):
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        with self._lock:
+        with _apart(), self._lock:
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
@@ -261,7 +263,12 @@ class Optimized(nn.Module):
                     f"inputs of {calls.described(key[2])} need the weights again"
                 )
                 # nothing of this belongs into a step that is being recorded
-                with _disable_current_modes(), calls.fakeness(leaves):
+                with (
+                    _disable_current_modes(),
+                    _apart(),
+                    undrawn(self._states[0][2]),
+                    calls.fakeness(leaves),
+                ):
                     network = self._build(key[0], args, kwargs)
                 key = (self._state(), spec, described)
                 self._networks[key] = network
@@ -331,6 +338,13 @@ class Optimized(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """For what is kept: written to later, within ``torch.inference_mode`` and outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:

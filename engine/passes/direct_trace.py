@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
 
 _PLAIN = (Tensor, nn.Parameter)
 _SCALARS = (bool, int, float, str, type(None))
@@ -57,6 +58,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in leaves):
         return None
     state = PythonState({"model": model}, training=False)
+    sources = RandomSources(state)
     try:
         fakes = call.fakes()
         # nobody runs the graph's own code, so that it is not written
@@ -65,6 +67,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     except Exception:  # torch.export says it better, if it fails too
         return None
     written = frozenset(state.changes())
+    if drawn := sources.drawn():
+        raise ChangesItself(written | drawn)
     if written:
         _check_again(call, fakes, written)
     nodes = list(gm.graph.nodes)
@@ -85,13 +89,18 @@ def written_by(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     call = _Call(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
     state = PythonState({"model": model}, training=False)
+    sources = RandomSources(state)
     try:
         fakes = call.fakes()
         with call.mode:
             call(*fakes)
     except Exception:  # whoever traces it says why
+        if drawn := sources.drawn():
+            raise ChangesItself(drawn) from None
         return frozenset()
     written = frozenset(state.changes())
+    if drawn := sources.drawn():
+        raise ChangesItself(written | drawn)
     if written:
         _check_again(call, fakes, written)
     return written

@@ -23,6 +23,8 @@ from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
+from stepfuse.engine.passes.undone import kept
 from stepfuse.engine.passes.unnoticed import unnoticed
 
 _one_at_a_time = threading.RLock()
@@ -67,14 +69,23 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     """
     with _one_at_a_time, quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
+        sources = RandomSources(reachable)
+        if sources.iterators:
+            kinds = ", ".join(sources.iterators)
+            raise CannotTrace(f"forward may read {kinds}, which a trace would advance", alone=True)
+        plain = [
+            obj for obj in reachable._seen.values() if type(obj) is Tensor
+        ]  # shared by mirrors
         try:
-            return _traced(model, args, kwargs)
+            with kept(plain):
+                return _traced(model, args, kwargs)
         except (CannotMirror, RecursionError) as error:
             raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
         except ChangesItself as error:
             raise CannotTrace(str(error), True, error.paths) from error
         finally:
             reachable.forget_fakes()
+            sources.put_back()
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
@@ -95,7 +106,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
-            raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
+            what = "its argument " if output.kind is OutputKind.USER_INPUT_MUTATION else ""
+            raise CannotTrace(f"forward writes to {what}{output.target!r}")
     return _with_named_weights(program, args, written)
 
 
