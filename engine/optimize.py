@@ -28,6 +28,7 @@ from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.random_sources import undrawn
 from stepfuse.engine.passes.released import Released, WeightsReleased
+from stepfuse.engine.passes.trace import one_at_a_time
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
 from stepfuse.engine.passes.workspace import Workspace
@@ -141,7 +142,6 @@ class Optimized(nn.Module):
         # number, dtype and device of the weights, the rest; the latest that held comes first
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
-        self._ignored = self._never_counts  # and what the forward builds once and keeps
         self._changes: Counter[str] = Counter()
         self._lock = threading.RLock()
 
@@ -255,29 +255,40 @@ class Optimized(nn.Module):
         described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
+        call = (spec, described)
         with self._lock:
-            key = (self._state(), spec, described)
-            network = self._networks.get(key)
-            if network is None:
-                self._refuse_if_released(
-                    f"inputs of {calls.described(key[2])} need the weights again"
-                )
-                # nothing of this belongs into a step that is being recorded
-                with (
-                    _disable_current_modes(),
-                    _apart(),
-                    undrawn(self._states[0][2]),
-                    calls.fakeness(leaves),
-                ):
-                    network = self._build(key[0], args, kwargs)
-                key = (self._state(), spec, described)
-                self._networks[key] = network
-                while len(self._networks) > self.max_networks:
-                    self._networks.popitem(last=False)
-            self._networks.move_to_end(key)
+            network = self._known(call)
+        if network is None:
+            with one_at_a_time, self._lock:
+                network = self._known(call) or self._made(call, args, kwargs, leaves)
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
         return network, leaves
+
+    def _known(self, call: Any) -> Compiled | Numbered | None:
+        """The network that serves such a call now, the last in the order of use."""
+        # where the model runs itself, what it changes of itself does not matter
+        itself = [k for k, n in self._networks.items() if k[1:] == call and n.alone]
+        key = itself[0] if itself else (self._state(), *call)
+        if key in self._networks:
+            self._networks.move_to_end(key)
+        return self._networks.get(key)
+
+    def _made(
+        self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
+    ) -> Compiled | Numbered:
+        """A network for such a call, in the state that the model is in when it is made."""
+        self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
+        # nothing of this belongs into a step that is being recorded
+        state = self._state()
+        undone = undrawn(self._states[0][2])
+        with _disable_current_modes(), _apart(), undone, calls.fakeness(leaves):
+            network = self._build(state, args, kwargs)
+        key = (self._state(), *call)
+        self._networks[key] = network
+        while len(self._networks) > self.max_networks:
+            self._networks.popitem(last=False)
+        return network
 
     def _state(self) -> int:
         """The number of the state that the model is in, a new one where it was in none of them."""
@@ -301,7 +312,8 @@ class Optimized(nn.Module):
         return self._count
 
     def _look(self) -> PythonState:
-        return PythonState({"model": self.original}, training=False, ignored=self._ignored)
+        roots = {"model": self.original}
+        return PythonState(roots, training=False, weights=False, ignored=self._never_counts)
 
     def _build(
         self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -316,10 +328,6 @@ class Optimized(nn.Module):
             network = numbered(self.original, args, kwargs, settings, self._workspace)
         else:
             network = compiled(self.original, args, kwargs, settings, self._workspace)
-        if not network.written <= self._ignored:
-            # it is in the model from the first call on
-            self._ignored |= network.written
-            self._states = [(n, k, self._look() if n == state else s) for n, k, s in self._states]
         network.prepare(self.timesteps)
         return network
 
@@ -332,7 +340,7 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_if_released("a copy or pickle compiles from the weights again")
-        compiled_here = ("_networks", "_states", "_ignored", "_changes", "_lock", "_count")
+        compiled_here = ("_networks", "_states", "_changes", "_lock", "_count")
         return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
-    """`subprocess.Popen` of a process that Ctrl-C and SIGTERM reach.
+    """`subprocess.Popen` of a process that Ctrl-C, SIGTERM and SIGHUP reach.
 
     A signal that the parent ignores (under nohup, and with some runners of continuous integration)
     is ignored by its children, too, who would wait for ever.
@@ -19,6 +19,7 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
 
 def _deliver() -> None:
     """Between fork and exec, which keeps the default of a signal and a signal that is ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)

@@ -69,9 +69,11 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     written = frozenset(state.changes())
     if drawn := sources.drawn():
         raise ChangesItself(written | drawn)
+    nodes = list(gm.graph.nodes)
     if written:
         _check_again(call, fakes, written)
-    nodes = list(gm.graph.nodes)
+        if any(_is_random(node) for node in nodes):
+            raise ChangesItself(written)  # drawn once, it must not be drawn again
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in call.results):
         return None
     if not all(_is_functional(node) for node in nodes):
@@ -145,6 +147,10 @@ def _check_again(call: _Call, fakes: list[Tensor], written: frozenset[str]) -> N
     again = frozenset(state.changes())
     if again:
         raise ChangesItself(written | again)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_functional(node: Node) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections import deque
@@ -26,7 +27,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from stepfuse.engine.passes.code import NOTHING, content
+from stepfuse.engine.passes.code import NOTHING
+from stepfuse.engine.passes.code import content as held_by
+from stepfuse.engine.passes.reach import is_a_users, root_of
 
 T = TypeVar("T")
 _LARGEST = 200_000  # objects; a trainer with its data set hangs on the model then
@@ -41,7 +44,12 @@ def mirrored(root: T) -> T:
 
     Raises `CannotMirror` for scripted modules and parameters that have no shape yet.
     """
-    found: T = Mirror().of(root)
+    try:
+        found: T = Mirror().of(root)
+    except CannotMirror:
+        raise
+    except Exception as error:  # of the user's classes, or of a chain that is too long
+        raise CannotMirror(f"{type(error).__name__}: {error}") from error
     return found
 
 
@@ -65,7 +73,7 @@ class Mirror:
         return self._made(obj)
 
     def _made(self, obj: Any) -> Any:
-        if isinstance(obj, nn.Module):
+        if issubclass(type(obj), nn.Module):  # a proxy pretends
             return self._module(obj)
         if isinstance(obj, torch.Tensor):
             if isinstance(obj, UninitializedTensorMixin):
@@ -78,7 +86,7 @@ class Mirror:
         if isinstance(obj, (tuple, frozenset)):
             return self._frozen(obj)
         if isinstance(obj, set):
-            return self._is(obj, type(obj)(self.of(v) for v in obj))
+            return self._is(obj, _rebuilt(type(obj), [self.of(v) for v in obj], obj))
         if isinstance(obj, types.MethodType):
             return self._is(obj, types.MethodType(self.of(obj.__func__), self.of(obj.__self__)))
         if isinstance(obj, functools.partial):
@@ -118,17 +126,17 @@ class Mirror:
     def _list(self, obj: Any) -> Any:
         twin = self._is(obj, [] if type(obj) is list else _copied(obj))
         if twin is not obj:
-            content = [self.of(value) for value in tuple(obj)]
-            twin.clear()
-            twin.extend(content)
+            kind: Any = list if isinstance(obj, list) else deque
+            content = [self.of(value) for value in kind.__iter__(obj)]
+            kind.clear(twin)
+            kind.extend(twin, content)
         return twin
 
     def _frozen(self, obj: Any) -> Any:
         content = [self.of(value) for value in obj]
         if all(a is b for a, b in zip(content, obj, strict=True)):
             return self._is(obj, obj)
-        kind = type(obj)
-        return self._is(obj, kind(*content) if hasattr(obj, "_fields") else kind(content))
+        return self._is(obj, _rebuilt(type(obj), content, obj))
 
     def _partial(self, obj: functools.partial[Any]) -> Any:
         args, keywords = self.of(obj.args), self.of(obj.keywords)
@@ -147,7 +155,7 @@ class Mirror:
         twin.__dict__.update(obj.__dict__)
         twin.__qualname__, twin.__module__ = obj.__qualname__, obj.__module__
         for cell, mine in zip(obj.__closure__ or (), cells, strict=True):
-            if content(cell) is not NOTHING and content(mine) is NOTHING:
+            if held_by(cell) is not NOTHING and held_by(mine) is NOTHING:
                 mine.cell_contents = self.of(cell.cell_contents)
         return twin
 
@@ -160,7 +168,9 @@ class Mirror:
         return found
 
     def _object(self, obj: Any) -> Any:
-        if not hasattr(obj, "__dict__"):
+        if root_of(type(obj)) in sys.stdlib_module_names and not is_a_users(type(obj)):
+            return self._is(obj, obj)  # locks, events, loggers: others wait for that very object
+        if not _has_attributes(obj):
             return self._is(obj, obj)
         twin = self._is(obj, _copied(obj))
         if twin is not obj and type(twin) is type(obj):
@@ -168,6 +178,21 @@ class Mirror:
             for name, value in dict(mine).items():
                 mine[name] = self.of(value)
         return twin
+
+
+def _has_attributes(obj: Any) -> bool:
+    try:
+        return isinstance(object.__getattribute__(obj, "__dict__"), dict)
+    except Exception:
+        return False
+
+
+def _rebuilt(kind: Any, content: list[Any], obj: Any) -> Any:
+    """The same container of other entries, or the object itself where its class refuses."""
+    try:
+        return kind(*content) if hasattr(obj, "_fields") else kind(content)
+    except Exception:
+        return obj
 
 
 def _copied(obj: Any) -> Any:

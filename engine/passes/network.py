@@ -161,6 +161,8 @@ class Network:
     results = main(leaves, e_1 .. e_k)          per evaluation
     """
 
+    alone = False  # it takes the model's place
+
     def __init__(
         self,
         model: nn.Module,

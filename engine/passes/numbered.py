@@ -59,6 +59,11 @@ class Numbered:
         """As `Network.refresh`."""
         self.network.refresh()
 
+    @property
+    def alone(self) -> bool:
+        """As `Network.alone`."""
+        return self.network.alone
+
     def nbytes(self) -> int:
         """As `Network.nbytes`."""
         return self.network.nbytes()

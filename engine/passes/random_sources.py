@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stepfuse.engine.passes.code import named_in
 from stepfuse.engine.passes.python_state import PythonState
 
 _NUMPYS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -37,7 +35,7 @@ class RandomSources:
         met = [obj for obj in met if not _is_iterator(obj)]
         sources: list[_Source] = [
             ("random", random.getstate, random.setstate),
-            ("numpy.random", lambda: np.random.get_state(legacy=False), np.random.set_state),
+            ("numpy.random", *_of_numpy(np.random.mtrand._rand)[1:]),
             *(_of_python(obj) for obj in met if isinstance(obj, random.Random)),
             *(_of_numpy(obj) for obj in met if isinstance(obj, _NUMPYS)),
         ]
@@ -77,17 +75,15 @@ def undrawn(state: PythonState) -> Iterator[None]:
 
 
 def _met(state: PythonState) -> Iterator[Any]:
-    """Objects that were visited, and those that code which was visited names as globals."""
+    """Objects that were visited, and those whose built-in methods are attributes."""
+    reach = state._reach
+    methods = (value for _, _, held in reach.attributes for value in list(held.values()))
+    owners = (getattr(m, "__self__", None) for m in methods if callable(m))
     known: set[int] = set()
-    for obj in list(state._seen.values()):
-        found = [obj]
-        if isinstance(obj, types.FunctionType):
-            held = obj.__globals__
-            found += [held[name] for name in named_in(obj.__code__) if name in held]
-        for one in found:
-            if id(one) not in known and (isinstance(one, _KINDS) or _is_iterator(one)):
-                known.add(id(one))
-                yield one
+    for obj in (*reach._seen.values(), *owners):
+        if id(obj) not in known and (isinstance(obj, _KINDS) or _is_iterator(obj)):
+            known.add(id(obj))
+            yield obj
 
 
 def _of_python(source: random.Random) -> _Source:

@@ -2,7 +2,7 @@
 
 Recorded directly where that is possible (`direct_trace`), by torch.export otherwise; always on a
 mirror of the module, so that whatever happens the module itself stays what it was. One trace runs
-at a time in a process: tracers exchange methods of classes that all threads use.
+at a time in a process, and what tracers exchange for all threads is exchanged for one alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
 from stepfuse.engine.passes.random_sources import RandomSources
+from stepfuse.engine.passes.this_thread import exporting_in_this_thread, in_this_thread
 from stepfuse.engine.passes.undone import kept
 from stepfuse.engine.passes.unnoticed import unnoticed
 
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()  # taken before the lock of an `Optimized`
 
 
 class CannotTrace(RuntimeError):
@@ -67,20 +68,18 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
     """
-    with _one_at_a_time, quietly(), torch.no_grad():
+    with one_at_a_time, in_this_thread(), quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
         sources = RandomSources(reachable)
         if sources.iterators:
             kinds = ", ".join(sources.iterators)
             raise CannotTrace(f"forward may read {kinds}, which a trace would advance", alone=True)
-        plain = [
-            obj for obj in reachable._seen.values() if type(obj) is Tensor
-        ]  # shared by mirrors
+        shared = [tensor for _, tensor in reachable._reach.tensors]  # by mirrors
         try:
-            with kept(plain):
+            with kept(shared):
                 return _traced(model, args, kwargs)
-        except (CannotMirror, RecursionError) as error:
-            raise CannotTrace(f"{type(error).__name__}: {error}", alone=True) from error
+        except CannotMirror as error:
+            raise CannotTrace(str(error), alone=True) from error
         except ChangesItself as error:
             raise CannotTrace(str(error), True, error.paths) from error
         finally:
@@ -96,7 +95,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
     try:
-        with unnoticed():
+        with exporting_in_this_thread(), unnoticed():
             program = torch.export.export(twin, args, kwargs, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})

@@ -10,7 +10,6 @@ that writes to its module, or does what no mirror can do, runs on the original.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -203,8 +202,6 @@ class _Mirror(Mirror):
         self.tensors: list[Tensor] = []
 
     def _made(self, obj: Any) -> Any:
-        if isinstance(obj, random.Random):
-            raise CannotMirror("it holds a random.Random, which is to give its numbers to it alone")
         if isinstance(obj, nn.Module):
             self.modules.append(obj)
         elif isinstance(obj, Tensor):

@@ -131,7 +131,7 @@ def test_a_folder_is_never_overwritten_unasked(tiny: str, capsys: Any) -> None:
         assert (picture.mode, picture.size) == ("L", (SIDE, SIDE))
         assert picture.text["label"] == "circle"  # type: ignore[attr-defined]
     capsys.readouterr()
-    assert sample(tiny, "-n", "1", "-o", "images/") == 1
+    assert sample(tiny, "-n", "1", "-o", "images/") == 2
     assert re.fullmatch(
         r"error: folder \S+/images is not empty; accepted: a new or an empty one, or --force\n",
         capsys.readouterr().err,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.cli_case import process, sample
+from tests.signalled import start
 
 from stepfuse.engine.cli import commands, run
 from stepfuse.engine.cli.errors import Problem, describe, interruptible
@@ -111,14 +112,13 @@ def wait_for(child: subprocess.Popen[bytes], wanted: Any) -> None:
 )
 def test_a_signal_ends_a_training_with_its_state(number: int, status: int) -> None:
     np.savez("a.npz", images=np.zeros((2, 8, 8), np.uint8))
-    child = subprocess.Popen(
+    child = start(
         [
             *[sys.executable, "-m", "stepfuse", "train", "a.npz", "--out", "run"],
             *["--batch-size", "1", "--save-every", "1", "--sample-every", "0", "--steps", "99999"],
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         wait_for(child, Path("run/state.pt").exists)

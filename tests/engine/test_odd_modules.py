@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -203,6 +205,44 @@ def test_threads_compile_and_call_at_once(shared: bool) -> None:
         thread.join()
     assert not wrong
     assert_same(before, model)
+
+
+class Waiting(nn.Module):
+    """Stops in the middle of its trace; by torch.export, which records constants as well."""
+
+    def __init__(self, exported: bool) -> None:
+        super().__init__()
+        self.conv, self.exported = nn.Conv2d(4, 4, 3, padding=1), exported
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.exported:
+            y = y * torch.tensor([2.0])
+        if threading.current_thread() is not threading.main_thread():
+            self.inside.set()
+            assert self.go.wait(60)
+        return y
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@torch.no_grad()
+def test_a_trace_is_not_noticed_in_other_threads(exported: bool) -> None:
+    model, given = Waiting(exported).eval(), inputs()
+    conv, expected = model.conv, model(*given)
+    thread = threading.Thread(target=optimize, args=(model, given))
+    thread.start()
+    assert model.inside.wait(60)
+    try:
+        for _ in range(3):  # one forward without data, then the tracer's
+            assert model.conv is conv
+            assert type(model.conv) is nn.Conv2d
+            assert torch.equal(model(*given), expected)
+            assert (type(math.pow(2, 3)), max(3, 1), min([2, 1])) == (float, 3, 1)
+            time.sleep(0.2)
+    finally:
+        model.go.set()
+        thread.join()
 
 
 def test_samplers_of_one_model_are_first_called_in_threads() -> None:

@@ -159,15 +159,6 @@ class Drawing(nn.Module):
         return self.conv(x) * self.draw() + t.reshape(-1, 1, 1, 1) if isinstance(t, Tensor) else x
 
 
-def held_numpy() -> Callable[[], float]:
-    generator = np.random.default_rng(0)
-    return generator.random
-
-
-def held_python() -> Callable[[], float]:
-    return random.Random(0).random
-
-
 class Held(Drawing):
     """Its generator is an attribute."""
 
@@ -192,6 +183,8 @@ def fresh(kind: str) -> nn.Module:
         "numpy held": lambda: Held(np.random.default_rng(0), "random"),
         "numpy's older held": lambda: Held(np.random.RandomState(0), "rand"),
         "python held": lambda: Held(random.Random(0), "random"),
+        "method of numpy": lambda: Drawing(np.random.default_rng(0).random),
+        "method of python": lambda: Drawing(random.Random(0).random),
         "count held": lambda: Held(itertools.count(1), "__next__"),
         "generator held": lambda: Held(iter([1.0, 2.0, 3.0, 4.0]), "__next__"),
     }
@@ -199,7 +192,7 @@ def fresh(kind: str) -> nn.Module:
 
 
 KINDS = ["python", "numpy", "numpy of a file", "numpy held", "numpy's older held", "python held",
-         "count held", "generator held"]  # fmt: skip
+         "method of numpy", "method of python", "count held", "generator held"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -332,7 +332,8 @@ def test_the_command_trains_and_resumes(images: Path) -> None:
     assert first.exit_code == 0, first.output
     assert str(out / "model.safetensors") in first.output.replace("\n", "")
     assert checkpoint.load(out / "model.safetensors").training["steps"] == 1
-    assert isinstance(run("--steps", "1").exception, FileExistsError)
+    again = str(run("--steps", "1").exception)
+    assert again == f"{out} holds a run already; resume it or take another folder"
     assert run("--steps", "2", "--resume").exit_code == 0
     assert checkpoint.load(out / "model.safetensors").training["steps"] == 2
     assert isinstance(run("--steps", "0").exception, ValueError)

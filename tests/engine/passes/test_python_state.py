@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import types
 from collections.abc import Callable
@@ -24,6 +25,21 @@ def helper(x: Tensor) -> Tensor:
     return x * GAIN * SETTINGS["gain"]
 
 
+def attributed(x: Tensor) -> Tensor:
+    scale: float = attributed.scale  # type: ignore[attr-defined]
+    return x * scale
+
+
+attributed.scale = 1.0  # type: ignore[attr-defined]
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
 class Processor:
     """An object without a framework, as attention processors are."""
 
@@ -32,6 +48,11 @@ class Processor:
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.scale * self.scales[1]
+
+
+class Louder(Processor):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
 
 
 class Inner(nn.Module):
@@ -43,18 +64,33 @@ class Inner(nn.Module):
         self.processor, self.scaling, self.active = Processor(), {"a": 1.5}, ("a",)
         self.table, self.array = torch.ones(3, 1, 1), np.ones(2)
         self.merged: set[str] = set()
+        self.slotted, self.namespace = Slotted(), argparse.Namespace(scale=1.0)
+        self.hidden = [nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, bias=False)]
+        self.register_buffer("mask", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.processor(self.conv(x)) * self.table
         for name in self.active:
             x = x * self.scaling[name] + len(self.merged)
+        for layer in self.hidden:
+            x = layer(x)
+        x = attributed(x) * self.slotted.scale * self.namespace.scale
+        if self.mask is not None:
+            x = x * self.mask
         return helper(x) ** self.power * float(self.array[0])
 
 
 def model_with_everything() -> Any:
     model = nn.Module()
     model.inner = Inner()
-    model.layers = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Identity()])
+    model.layers = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Identity(), nn.Conv2d(3, 3, 1)])
+    model.layers[2].weight = model.layers[0].weight
+    hook = model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+
+    def exchange_hook() -> None:
+        hook.remove()
+        model.layers[0].register_forward_hook(lambda module, args, out: out * 0.5)
+
     offset = [0.0]
     factor = 1.0
 
@@ -68,7 +104,7 @@ def model_with_everything() -> Any:
         factor = value
 
     model.forward = scaled
-    model.offset, model.set_factor = offset, set_factor
+    model.offset, model.set_factor, model.exchange_hook = offset, set_factor, exchange_hook
     return model.eval()
 
 
@@ -94,6 +130,23 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "an attribute over that of the class": lambda m: setattr(m.inner, "power", 2),
     "what a closure holds": lambda m: m.offset.__setitem__(0, 1.0),
     "a variable of a closure": lambda m: m.set_factor(3.0),
+    "another hook in the place of one": lambda m: m.exchange_hook(),
+    "the order of layers": lambda m: m.layers._modules.update({"0": m.layers._modules.pop("0")}),
+    "another class": lambda m: setattr(m.inner.processor, "__class__", Louder),
+    "a slot": lambda m: setattr(m.inner.slotted, "scale", 0.5),
+    "a namespace": lambda m: setattr(m.inner.namespace, "scale", 0.5),
+    "an attribute of a function": lambda m: setattr(attributed, "scale", 0.5),
+    "a weight of a module that is not registered": lambda m: m.inner.hidden[0].weight.data.mul_(3),
+    "an unregistered module's other weight": lambda m: setattr(
+        m.inner.hidden[0], "weight", nn.Parameter(torch.ones(3, 3, 1, 1))
+    ),
+    "a bias where there was none": lambda m: setattr(
+        m.inner.hidden[1], "bias", nn.Parameter(torch.ones(3))
+    ),
+    "one of two places of a weight": lambda m: setattr(
+        m.layers[2], "weight", nn.Parameter(torch.ones(3, 3, 1, 1))
+    ),
+    "a buffer where there was none": lambda m: setattr(m.inner, "mask", torch.rand(3, 1, 1)),
 }
 
 
@@ -115,6 +168,7 @@ def test_a_change_is_seen_and_followed(name: str) -> None:
     after = model(*given)
     assert not torch.allclose(after, before)
     assert torch.allclose(fast(*given), after, atol=1e-5)
+    attributed.scale = 1.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["a global", "an entry of a global dict", "a class attribute"])
@@ -167,16 +221,90 @@ def test_a_number_that_never_rests_is_not_compiled_for_ever() -> None:
 
 @torch.no_grad()
 def test_what_the_forward_does_not_read_by_name_compiles_once() -> None:
-    """Lists of the user's that hang on the model, filled by nobody, and gradients."""
+    """A trainer's counters and logs that hang on the model, flags, and gradients."""
     model, given = model_with_everything(), inputs()
+    model.log, model.seen = [], 0
     fast = optimize(model, given)
     model.train()
     model.requires_grad_(False)
-    for _ in range(3):
+    for i in range(3):
         fast(*given)
+        model.log.append(i)
+        model.seen += 1
+        model.inner.last_loss = 0.1 * i
     model.eval()
     fast(*given)
     assert len(fast._networks) == 1
+
+
+class Caching(nn.Module):
+    """Builds what it needs where nobody looks: in its class, in a function of it, in slots."""
+
+    tables: dict[int, Tensor] = {}  # noqa: RUF012  (of the class, as users write it)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Slotted()
+
+    @staticmethod
+    @functools.lru_cache
+    def ramp(count: int) -> Tensor:
+        return torch.linspace(-1, 1, count)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        width = x.shape[-1]
+        if width not in self.tables:
+            self.tables[width] = torch.linspace(0, 1, width)
+        if self.kept.scale == 1.0:
+            self.kept.scale = torch.full((1,), 2.0)
+        return x * self.tables[width] + self.ramp(width) * self.kept.scale
+
+
+@torch.no_grad()
+def test_nothing_without_data_stays_where_nobody_looks() -> None:
+    model, given = Caching(), inputs()
+    fast = optimize(model, given)
+    assert not Caching.tables
+    assert model.kept.scale == 1.0
+    expected = model(*given)
+    assert expected.isfinite().all()
+    assert torch.allclose(fast(*given), expected)
+    Caching.tables.clear()
+
+
+class Building(nn.Module):
+    """Builds a table once, and reads a setting beside it."""
+
+    def __init__(self, random: bool) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"scale": 1.0}
+        self.table, self.random = None, random
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.rand(4) if self.random else torch.arange(4.0)
+        step = self.options.setdefault("step", torch.ones(4))
+        return (x + self.table * step) * self.options["scale"]
+
+
+@pytest.mark.parametrize("random", [False, True])
+@torch.no_grad()
+def test_what_is_built_once_is_watched_like_all_else(random: bool) -> None:
+    model, given = Building(random), inputs()
+    fast = optimize(model, given)
+    first = fast(*given)
+    assert torch.equal(fast(*given), first), "drawn once"
+    assert torch.equal(model(*given), first) or not random
+    for change in (
+        lambda: model.options.update(scale=3.0),
+        lambda: setattr(model, "table", torch.zeros(4)),
+        lambda: model.table.fill_(2.0),
+        lambda: model.options.pop("step"),
+        lambda: setattr(model, "table", None),
+    ):
+        change()
+        if model.table is not None or not random:
+            assert torch.allclose(fast(*given), model(*given))
 
 
 def by_attribute() -> tuple[Any, Callable[[], None]]:
