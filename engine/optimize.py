@@ -21,7 +21,7 @@ from stepfuse.engine.checks import (
     check_words,
 )
 from stepfuse.engine.passes import calls
-from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
+from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
 from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
@@ -143,6 +143,8 @@ class Optimized(nn.Module):
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
+        # of each kind of call, those of other settings that came
+        self._settings: dict[Any, set[Any]] = {}
         self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,8 +257,8 @@ class Optimized(nn.Module):
         described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
-        call = (spec, described)
         with self._lock:
+            call = self._counted(spec, described)
             network = self._known(call)
         if network is None:
             with one_at_a_time, self._lock:
@@ -274,6 +276,18 @@ class Optimized(nn.Module):
             self._networks.move_to_end(key)
         return self._networks.get(key)
 
+    def _counted(self, spec: Any, described: tuple[Any, ...]) -> Any:
+        """The call as it is counted: without the values of its settings, where too many came."""
+        call = (spec, described)
+        loose = tuple(calls.of_any_value(part) for part in described)
+        if loose == described:
+            return call
+        came = self._settings.setdefault((spec, loose), set())
+        if len(came) < _RESTLESS:
+            came.add(described)
+            return call
+        return call if any(key[1:] == call for key in self._networks) else (spec, loose)
+
     def _made(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Compiled | Numbered:
@@ -283,15 +297,19 @@ class Optimized(nn.Module):
         state = self._state()
         undone = undrawn(self._states[0][2])
         with _disable_current_modes(), _apart(), undone, calls.fakeness(leaves):
-            network = self._build(state, args, kwargs)
-        key = (self._state(), *call)
+            network = self._build(state, call[1], args, kwargs)
+        key = (self._state(new=True), *call)
         self._networks[key] = network
         while len(self._networks) > self.max_networks:
             self._networks.popitem(last=False)
         return network
 
-    def _state(self) -> int:
-        """The number of the state that the model is in, a new one where it was in none of them."""
+    def _state(self, new: bool = False) -> int:
+        """The number of the state that the model is in, a new one where it was in none of them.
+
+        Where weights are released, no other than those that were compiled for can run: that is
+        raised, unless the ``new`` one is what compiling has left.
+        """
         first = next(self.original.parameters(), None)
         kind = None if first is None else (first.dtype, first.device)
         for i, (number, known, state) in enumerate(self._states):
@@ -299,7 +317,14 @@ class Optimized(nn.Module):
                 if i:
                     self._states.insert(0, self._states.pop(i))
                 return number
-        for path in self._states[0][2].changes() if self._states else ():
+        changes = list(self._states[0][2].changes()) if self._states else []
+        if self._states and not new:
+            what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
+            self._refuse_if_released(
+                f"{what} changed since the network was compiled, which is not to be had for another "
+                "value without the weights; put it back"
+            )
+        for path in changes:
             self._changes[path] += 1
             if self._changes[path] > _RESTLESS:
                 return _ANY
@@ -316,7 +341,7 @@ class Optimized(nn.Module):
         return PythonState(roots, training=False, weights=False, ignored=self._never_counts)
 
     def _build(
-        self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, state: int, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Compiled | Numbered:
         kwargs = dict(sorted(kwargs.items()))
         settings = Settings(self.dtype, self.without, self.weights)
@@ -324,6 +349,9 @@ class Optimized(nn.Module):
         if state == _ANY:
             reason = "an attribute changes again and again"
             network = WithoutGraph(self.original, args, kwargs, self.dtype, reason, alone=True)
+        elif any(map(calls.is_of_any_value, described)):
+            reason, leaves = "an argument changes again and again", calls.flatten(args, kwargs)[0]
+            network = without_graph(self.original, args, kwargs, settings, leaves, reason)
         elif len(args) > 1 and calls.is_number(args[1]):
             network = numbered(self.original, args, kwargs, settings, self._workspace)
         else:
@@ -340,7 +368,7 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_if_released("a copy or pickle compiles from the weights again")
-        compiled_here = ("_networks", "_states", "_changes", "_lock", "_count")
+        compiled_here = ("_networks", "_states", "_changes", "_settings", "_lock", "_count")
         return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from stepfuse.engine.passes.emit import maker
 from stepfuse.engine.passes.graph import PassReport
 from stepfuse.engine.passes.network import PASSES, Network, PassFailed
+from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
 from stepfuse.engine.passes.released import WeightsReleased
 from stepfuse.engine.passes.trace import CannotTrace
 from stepfuse.engine.passes.weights import Holding
@@ -140,6 +142,10 @@ def without_graph(
     Tried out where the arguments have values, without a trace on them or the model. Raises the
     model's own error where it has one.
     """
+    iterators = RandomSources(PythonState({"model": model}, training=False)).iterators
+    if iterators:
+        reason += f"; forward may read {', '.join(iterators)}, which nobody can set back"
+        return WithoutGraph(model, args, kwargs, settings.dtype, reason, alone=True)
     network = WithoutGraph(model, args, kwargs, settings.dtype, reason)
     if not have_values(leaves):
         return network

@@ -113,6 +113,8 @@ def numbered(
         network = compiled(model, given, kwargs, settings, workspace)
         if not isinstance(network, WithoutGraph):
             return Numbered(network, per_sample)
+        plain.remark(f"with a tensor in its place, {network.reports[0].note}")
+        return plain
     plain.remark("the model does not take a tensor in its place")
     return plain
 

@@ -73,7 +73,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         sources = RandomSources(reachable)
         if sources.iterators:
             kinds = ", ".join(sources.iterators)
-            raise CannotTrace(f"forward may read {kinds}, which a trace would advance", alone=True)
+            raise CannotTrace(f"forward may read {kinds}, which nobody can set back", alone=True)
         shared = [tensor for _, tensor in reachable._reach.tensors]  # by mirrors
         try:
             with kept(shared):
