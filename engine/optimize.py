@@ -6,7 +6,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +21,14 @@ from stepfuse.engine.checks import (
     check_words,
 )
 from stepfuse.engine.passes import calls
-from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
-from stepfuse.engine.passes.listening import tell
-from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
+from stepfuse.engine.passes.held_memory import held_memory, released_weights
+from stepfuse.engine.passes.listening import Ran, tell
+from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.numbered import Numbered, numbered
-from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
-from stepfuse.engine.passes.released import Released, WeightsReleased
+from stepfuse.engine.passes.random_sources import undrawn
+from stepfuse.engine.passes.released import WeightsReleased
 from stepfuse.engine.passes.trace import one_at_a_time
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
@@ -144,6 +144,8 @@ class Optimized(nn.Module):
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
+        # of each kind of call, those of other settings that came
+        self._settings: dict[Any, set[Any]] = {}
         self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +165,7 @@ class Optimized(nn.Module):
             return self.original(*args, **kwargs)
         with torch.no_grad():
             call, network, leaves = self._network(args, kwargs)
-            tell(_Ran(self, call, network))
+            tell(Ran(self, call, network))
             self._check(network)
             return network(leaves)
 
@@ -185,7 +187,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with torch.no_grad(), self._lock, _unseen():
+        with self._lock, _unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -228,7 +230,7 @@ class Optimized(nn.Module):
                 f"inputs                 {calls.described(key[2])}",
                 *(str(r) for r in network.reports),
             ]
-            lines.append(f"memory                 {_held_memory(self.original, network)}")
+            lines.append(f"memory                 {held_memory(self.original, network)}")
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
@@ -261,8 +263,8 @@ class Optimized(nn.Module):
         described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
-        call = (spec, described)
         with self._lock:
+            call = self._counted(spec, described)
             network = self._known(call)
         if network is None:
             with one_at_a_time, self._lock:
@@ -280,22 +282,40 @@ class Optimized(nn.Module):
             self._networks.move_to_end(key)
         return self._networks.get(key)
 
+    def _counted(self, spec: Any, described: tuple[Any, ...]) -> Any:
+        """The call as it is counted: without the values of its settings, where too many came."""
+        call = (spec, described)
+        loose = tuple(calls.of_any_value(part) for part in described)
+        if loose == described:
+            return call
+        came = self._settings.setdefault((spec, loose), set())
+        if len(came) < _RESTLESS:
+            came.add(described)
+            return call
+        return call if any(key[1:] == call for key in self._networks) else (spec, loose)
+
     def _made(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Compiled | Numbered:
         """A network for such a call, in the state that the model is in when it is made."""
         self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
         # nothing of this belongs into a step that is being recorded
-        with _unseen(), calls.fakeness(leaves):
-            network = self._build(self._state(), args, kwargs)
-        key = (self._state(), *call)
+        state = self._state()
+        undone = undrawn(self._states[0][2])
+        with _unseen(), undone, calls.fakeness(leaves):
+            network = self._build(state, call[1], args, kwargs)
+        key = (self._state(new=True), *call)
         self._networks[key] = network
         while len(self._networks) > self.max_networks:
             self._networks.popitem(last=False)
         return network
 
-    def _state(self) -> int:
-        """The number of the state that the model is in, a new one where it was in none of them."""
+    def _state(self, new: bool = False) -> int:
+        """The number of the state that the model is in, a new one where it was in none of them.
+
+        Where weights are released, no other than those that were compiled for can run: that is
+        raised, unless the ``new`` one is what compiling has left.
+        """
         first = next(self.original.parameters(), None)
         kind = None if first is None else (first.dtype, first.device)
         for i, (number, known, state) in enumerate(self._states):
@@ -303,7 +323,14 @@ class Optimized(nn.Module):
                 if i:
                     self._states.insert(0, self._states.pop(i))
                 return number
-        for path in self._states[0][2].changes() if self._states else ():
+        changes = list(self._states[0][2].changes()) if self._states else []
+        if self._states and not new:
+            what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
+            self._refuse_if_released(
+                f"{what} changed since the network was compiled, which for another value is not to "
+                "be had without the weights; put it back"
+            )
+        for path in changes:
             self._changes[path] += 1
             if self._changes[path] > _RESTLESS:
                 return _ANY
@@ -320,7 +347,7 @@ class Optimized(nn.Module):
         return PythonState(roots, training=False, weights=False, ignored=self._never_counts)
 
     def _build(
-        self, state: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, state: int, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Compiled | Numbered:
         kwargs = dict(sorted(kwargs.items()))
         settings = Settings(self.dtype, self.without, self.weights)
@@ -328,6 +355,9 @@ class Optimized(nn.Module):
         if state == _ANY:
             reason = "an attribute changes again and again"
             network = WithoutGraph(self.original, args, kwargs, self.dtype, reason, alone=True)
+        elif any(map(calls.is_of_any_value, described)):
+            reason, leaves = "an argument changes again and again", calls.flatten(args, kwargs)[0]
+            network = without_graph(self.original, args, kwargs, settings, leaves, reason)
         elif len(args) > 1 and calls.is_number(args[1]):
             network = numbered(self.original, args, kwargs, settings, self._workspace)
         else:
@@ -336,7 +366,7 @@ class Optimized(nn.Module):
         return network
 
     def _refuse_if_released(self, what: str) -> None:
-        if _released(self.original):
+        if released_weights(self.original):
             runs = " or ".join(calls.described(key[2]) for key in self._networks) or "nothing"
             raise WeightsReleased(
                 f"{what}, which weights='released' has freed; compiled for {runs}"
@@ -344,7 +374,7 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_if_released("a copy or pickle compiles from the weights again")
-        compiled_here = ("_networks", "_states", "_changes", "_lock", "_count")
+        compiled_here = ("_networks", "_states", "_changes", "_settings", "_lock", "_count")
         return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -358,21 +388,6 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return next(found, "cpu")
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """A network that ran, see `listening`, and what the arguments of the call were like."""
-
-    optimized: Optimized
-    call: Any
-    network: Compiled | Numbered
-
-    def holds(self) -> bool:
-        """Whether such a call would run it again, and to the same result."""
-        with self.optimized._lock:
-            known = self.optimized._known(self.call)
-            return known is self.network and known.changed() is None
-
-
 @contextmanager
 def _unseen() -> Iterator[None]:
     """What is made inside belongs into no step that is being recorded, and can be written to
@@ -380,25 +395,3 @@ def _unseen() -> Iterator[None]:
     """
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
-    """What is held for a network: constants of its own, and the model's weights, where they are."""
-    weights = [*model.parameters(), *model.buffers()]
-    freed = sum(w.nbytes for w in _released(model))
-    files = Files()
-    filed = sum(w.nbytes for w in weights if w in files)
-    text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
-    text += f"; model {(sum(w.nbytes for w in weights) - freed - filed) / _MB:.1f} MB"
-    text += f", {filed / _MB:.1f} MB in a file" if filed else ""
-    text += f", {freed / _MB:.1f} MB released" if freed else ""
-    inner = network.network if isinstance(network, Numbered) else network
-    note = inner.weights.note if isinstance(inner, Network) else ""
-    return f"{text} ({note})" if note else text
-
-
-def _released(model: nn.Module) -> list[Tensor]:
-    return [w for w in (*model.parameters(), *model.buffers()) if isinstance(w, Released)]
-
-
-_MB = 1 << 20

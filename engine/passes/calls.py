@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from stepfuse.engine.settings import setting_key
 
+_ANY = " of any value"
+
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """The leaves of the arguments, keyword arguments in the order of their names."""
@@ -40,6 +42,16 @@ def key(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         return "array", (leaf.shape, leaf.dtype.str, leaf.tobytes())
     return "setting", setting_key(leaf, "an argument")
+
+
+def of_any_value(part: Any) -> Any:
+    """What is left of a `key` where the value of what is no tensor does not count."""
+    return (f"{part[0]}{_ANY}", None) if part[0] in ("setting", "array") else part
+
+
+def is_of_any_value(part: Any) -> bool:
+    """Whether it is what `of_any_value` leaves of a setting or an array."""
+    return isinstance(part[0], str) and part[0].endswith(_ANY)
 
 
 def is_number(value: Any) -> bool:

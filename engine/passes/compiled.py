@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from stepfuse.engine.passes.emit import maker
 from stepfuse.engine.passes.graph import PassReport
 from stepfuse.engine.passes.network import PASSES, Network, PassFailed
+from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
 from stepfuse.engine.passes.released import WeightsReleased
 from stepfuse.engine.passes.trace import CannotTrace
 from stepfuse.engine.passes.weights import Holding
@@ -48,6 +50,8 @@ def compiled(
 ) -> Compiled:
     """``model`` for arguments like these, run once where they have values.
 
+    Random numbers may be drawn.
+
     Raises what the model itself raises for these arguments, and nothing else.
     """
     leaves = pytree.tree_leaves((args, kwargs))
@@ -59,9 +63,9 @@ def compiled(
         if why.alone:
             dtype, reason = settings.dtype, str(why)
             return WithoutGraph(model, args, kwargs, dtype, reason, True, why.written)
-        return _without_graph(model, args, kwargs, settings, leaves, str(why))
+        return without_graph(model, args, kwargs, settings, leaves, str(why))
     except PassFailed as why:
-        return _without_graph(model, args, kwargs, settings, leaves, str(why))
+        return without_graph(model, args, kwargs, settings, leaves, str(why))
     for name, reason in left_out.items():
         network.reports.append(PassReport(name, note=f"left out: {reason}"))
     return network
@@ -114,18 +118,18 @@ def _suspect(reports: Sequence[PassReport], settings: Settings, gone: dict[str, 
 
 
 def _try(network: Network, leaves: Sequence[Any]) -> None:
-    """Run once, where the arguments have values; random numbers stay as they are."""
-    if _have_values(leaves):
-        with torch.random.fork_rng(devices=[]):
-            network(leaves)
+    """Run once, where the arguments have values."""
+    if have_values(leaves):
+        network(leaves)
 
 
-def _have_values(leaves: Sequence[Any]) -> bool:
+def have_values(leaves: Sequence[Any]) -> bool:
+    """Whether every tensor among them has data."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
 
 
-def _without_graph(
+def without_graph(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -133,16 +137,24 @@ def _without_graph(
     leaves: Sequence[Any],
     reason: str,
 ) -> WithoutGraph:
-    """The modules with fused norms, or the model itself where they fail."""
+    """The modules with fused norms, or the model itself where they fail.
+
+    Tried out where the arguments have values, without a trace on them or the model. Raises the
+    model's own error where it has one.
+    """
+    iterators = RandomSources(PythonState({"model": model}, training=False)).iterators
+    if iterators:
+        reason += f"; forward may read {', '.join(iterators)}, which nobody can set back"
+        return WithoutGraph(model, args, kwargs, settings.dtype, reason, alone=True)
     network = WithoutGraph(model, args, kwargs, settings.dtype, reason)
-    if not _have_values(leaves):
+    if not have_values(leaves):
         return network
     try:
-        with torch.random.fork_rng(devices=[]):
-            network.try_out(leaves)
+        network.try_out(leaves)
     except Exception as error:
         try:
-            model(*args, **kwargs)
+            with network.undone(leaves):
+                model(*args, **kwargs)
         except Exception as own:
             raise own from None  # the model's own error, without what was tried
         network.run_alone(f"{type(error).__name__}: {error}")

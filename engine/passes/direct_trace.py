@@ -9,7 +9,6 @@ everything else is left to torch.export.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
 
 _PLAIN = (Tensor, nn.Parameter)
 _SCALARS = (bool, int, float, str, type(None))
@@ -57,15 +58,17 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in leaves):
         return None
     state = PythonState({"model": model}, training=False)
+    sources = RandomSources(state)
     try:
         fakes = call.fakes()
         # nobody runs the graph's own code, so that it is not written
-        with warnings.catch_warnings(), call.mode, _use_lazy_graph_module(True):
-            warnings.simplefilter("ignore")
+        with quietly(), call.mode, _use_lazy_graph_module(True):
             gm = make_fx(call, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too
         return None
     written = frozenset(state.changes())
+    if drawn := sources.drawn():
+        raise ChangesItself(written | drawn)
     nodes = list(gm.graph.nodes)
     if written:
         kept = _check_again(call, fakes, written)
@@ -88,13 +91,18 @@ def written_by(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     call = _Call(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
     state = PythonState({"model": model}, training=False)
+    sources = RandomSources(state)
     try:
         fakes = call.fakes()
         with call.mode:
             call(*fakes)
     except Exception:  # whoever traces it says why
+        if drawn := sources.drawn():
+            raise ChangesItself(drawn) from None
         return frozenset()
     written = frozenset(state.changes())
+    if drawn := sources.drawn():
+        raise ChangesItself(written | drawn)
     if written:
         _check_again(call, fakes, written)
     return written

@@ -8,7 +8,6 @@ get, and what came of it is kept as long as the process runs.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.passes.heap import trim
+from stepfuse.engine.passes.quiet import quietly
 
 Made = tuple[tuple[torch.Size, torch.dtype], ...]
 _known: dict[Any, Made | None] = {}
@@ -63,8 +63,7 @@ def _run(target: Any, leaves: list[Any], spec: pytree.TreeSpec) -> Made | None:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     real = all(_is_here(tensor.device) for tensor in tensors)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quietly():
             if real:
                 made = _run_on_zeros(target, leaves, spec)
             else:

@@ -23,7 +23,10 @@ from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
+from stepfuse.engine.passes.random_sources import RandomSources
 from stepfuse.engine.passes.this_thread import exporting_in_this_thread, in_this_thread
+from stepfuse.engine.passes.undone import kept
+from stepfuse.engine.passes.unnoticed import unnoticed
 
 one_at_a_time = threading.RLock()  # taken before the lock of an `Optimized`
 
@@ -67,14 +70,21 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     """
     with one_at_a_time, in_this_thread(), quietly(), torch.no_grad():
         reachable = PythonState({"model": model}, training=False)
+        sources = RandomSources(reachable)
+        if sources.iterators:
+            kinds = ", ".join(sources.iterators)
+            raise CannotTrace(f"forward may read {kinds}, which nobody can set back", alone=True)
+        shared = [tensor for _, tensor in reachable._reach.tensors]  # by mirrors
         try:
-            return _traced(model, args, kwargs)
+            with kept(shared):
+                return _traced(model, args, kwargs)
         except CannotMirror as error:
             raise CannotTrace(str(error), alone=True) from error
         except ChangesItself as error:
             raise CannotTrace(str(error), True, error.paths) from error
         finally:
             reachable.forget_fakes()
+            sources.put_back()
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
@@ -85,7 +95,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
     try:
-        with exporting_in_this_thread():
+        with exporting_in_this_thread(), unnoticed():
             program = torch.export.export(twin, args, kwargs, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -95,7 +105,8 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise CannotTrace(f"{type(error).__name__}: {first}") from error
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
-            raise CannotTrace(f"forward changes {output.target!r}; call model.eval()")
+            what = "its argument " if output.kind is OutputKind.USER_INPUT_MUTATION else ""
+            raise CannotTrace(f"forward writes to {what}{output.target!r}")
     return _with_named_weights(program, args, written)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.passes.graph import PassReport
-from stepfuse.engine.passes.mirror import CannotMirror, mirrored
+from stepfuse.engine.passes.mirror import CannotMirror, Mirror
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.runs import has_instructions
 from stepfuse.engine.passes.trace import evaluating
+from stepfuse.engine.passes.undone import undone
+from stepfuse.engine.passes.weights import WeightGone
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 
 
@@ -42,6 +45,8 @@ class FusedGroupNorm(nn.Module):
 class WithoutGraph:
     """``model`` for the shapes of (args, kwargs), with the interface of a `Network`.
 
+    Parameters and buffers that were replaced in the original are taken over at the next call.
+
     Args:
         reason: why there is no graph.
         alone: nothing but the model itself may run.
@@ -60,11 +65,12 @@ class WithoutGraph:
     ) -> None:
         self._source, self._dtype = model, dtype
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        self._twin: nn.Module | None = None
-        self._alone = alone
+        self._twin: _Twin | None = None
+        self.alone, self._passing = alone, False
         self.written = written
         self.reports = [PassReport("module replacement", note=f"no graph: {reason}")]
-        self.refresh()
+        if not alone:
+            self._mirror()
         device = next((v.device for v in leaves if isinstance(v, Tensor)), None)
         if dtype is not None and device is not None and not has_instructions(device, dtype):
             self._stay_in_float32(f"no instructions for {dtype} on this CPU")
@@ -74,46 +80,75 @@ class WithoutGraph:
         return self._lowered(leaves, self._run)
 
     def try_out(self, leaves: Sequence[Any]) -> None:
-        """Run the modules once, unless only the model itself may; it is not run here."""
-        if self._twin is not None:
-            self._lowered(leaves, self._twin)
-            self._watch()
+        """Run the modules once, unless only the model itself may; it is not run here, and nothing
+        that its operators write stays.
+        """
+        twin = self._twin
+        if twin is not None:
+            with self.undone(leaves):
+                self._lowered(leaves, twin.module)
+                self._watch(twin)
+
+    def result(self, leaves: Sequence[Any]) -> Any:
+        """What the modules compute in the model's own precision, as `try_out` runs them.
+
+        Other leaves than it was built for will do, too. Not where only the model itself may run.
+        """
+        twin = self._twin
+        assert twin is not None
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
+        with self.undone(leaves):
+            return twin.module(*args, **kwargs)
+
+    def undone(self, leaves: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+        """Inside, what operators write to ``leaves`` and to tensors of the model is taken back."""
+        held = [] if self._twin is None else self._twin.tensors
+        return undone([*held, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
 
     def run_alone(self, why: str) -> None:
         """Let the model itself run from here on."""
-        self._twin, self._alone = None, True
+        self._twin, self.alone = None, True
         report = self.reports[0]
         report.matched = report.candidates = 0
         report.note += f"; the model runs as it is: {why}"
+
+    def remark(self, why: str, passing: bool = False) -> None:
+        """Say more of why there is no graph; ``passing`` reasons hold until ``refresh``, which
+        raises `WeightGone` then, for the model to be compiled again.
+        """
+        self.reports[0].note += f"; {why}"
+        self._passing = self._passing or passing
 
     def prepare(self, timesteps: Iterable[int]) -> None:
         """There is no table."""
 
     def refresh(self) -> None:
         """Take over replaced parameters; changed ones are shared already."""
-        if self._alone:
-            return
-        report = PassReport("module replacement", note=self.reports[0].note)
-        try:
-            twin = mirrored(self._source)
-        except (CannotMirror, RecursionError) as error:
-            self.run_alone(str(error))
-            return
-        self._twin = evaluating(_with_fused_norms(twin, report, {}))
-        self._state = PythonState({"model": self._twin})
-        self.reports = [report]
-
-    @property
-    def alone(self) -> bool:
-        """Whether the model itself runs."""
-        return self._alone
+        if self._passing:
+            raise WeightGone("the model is to be compiled again")
+        if not self.alone:
+            self._mirror()
 
     def nbytes(self) -> int:
         """Nothing is held beside the parameters of the original."""
         return 0
 
     def changed(self) -> None:
-        """Parameters are shared with the original, so that they never differ."""
+        """Parameters are those of the original, so that they never differ."""
+
+    def _mirror(self) -> None:
+        report = PassReport("module replacement", note=self.reports[0].note)
+        mirror = _Mirror()
+        try:
+            module = mirror.of(self._source)
+        except (CannotMirror, RecursionError) as error:
+            self.run_alone(str(error))
+            return
+        module = evaluating(_with_fused_norms(module, report, {}))
+        held = [t for m in mirror.modules for t in (m._parameters, m._buffers)]
+        state = PythonState({"model": module})
+        self._twin = _Twin(module, state, [(t, dict(t)) for t in held], mirror.tensors)
+        self.reports = [report]
 
     def _lowered(self, leaves: Sequence[Any], run: Callable[..., Any]) -> Any:
         """``run`` under autocast, the result in the dtype of x."""
@@ -138,21 +173,61 @@ class WithoutGraph:
         self.reports[0].note += f"; the network runs in float32: {why}"
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self._twin is not None:
-            result = self._twin(*args, **kwargs)
-            if self._watch():
+        if self._twin is not None and self._twin.is_outdated():
+            self._mirror()
+        twin = self._twin
+        if twin is not None:
+            result = twin.module(*args, **kwargs)
+            if self._watch(twin):
                 return result
         # what the forward writes belongs into the original
         with _evaluating(self._source):
             return self._source(*args, **kwargs)
 
-    def _watch(self) -> bool:
+    def _watch(self, twin: _Twin) -> bool:
         """Whether the forward has left its modules as they were; it goes back to them if not."""
-        if self._state.holds():
+        if twin.state.holds():
             return True
-        self.written |= frozenset(self._state.changes())
+        self.written |= frozenset(twin.state.changes())
         self.run_alone(f"forward changes {min(self.written, default='the module')!r}")
         return False
+
+
+class _Mirror(Mirror):
+    """One that remembers what it has met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
+
+    def _made(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Module):
+            self.modules.append(obj)
+        elif isinstance(obj, Tensor):
+            self.tensors.append(obj)
+        return super()._made(obj)
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A mirror of the modules.
+
+    ``state`` is its own; ``tables`` are those of parameters and buffers of the original, each with
+    what it held; ``tensors`` are all that the two share.
+    """
+
+    module: nn.Module
+    state: PythonState
+    tables: list[tuple[dict[str, Any], dict[str, Any]]]
+    tensors: list[Tensor]
+
+    def is_outdated(self) -> bool:
+        """Whether a parameter or buffer of the original was replaced, added or removed."""
+        return any(
+            len(table) != len(held) or any(table.get(name, self) is not held[name] for name in held)
+            for table, held in self.tables
+        )
 
 
 def _with_fused_norms(
