@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.checks import (
     as_call,
@@ -23,7 +21,7 @@ from stepfuse.engine.checks import (
 )
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled
-from stepfuse.engine.passes.listening import tell
+from stepfuse.engine.passes.listening import tell, unseen
 from stepfuse.engine.passes.network import PASSES, Network
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.parked import Files
@@ -150,10 +148,12 @@ class Optimized(nn.Module):
         """``model(x, t, **condition)``; t may be a tensor or a number.
 
         Where a gradient with respect to an input is wanted, the original runs: the compiled
-        networks have none. Threads may call at the same time.
+        networks have none. So it does under autocast. Threads may call at the same time.
 
         Raises `WeightsChanged` after a weight was changed.
         """
+        if torch.is_autocast_enabled(_device(args, kwargs)):
+            return self.original(*args, **kwargs)
         if torch.is_grad_enabled() and any(
             isinstance(leaf, Tensor) and leaf.requires_grad
             for leaf in calls.flatten(args, kwargs)[0]
@@ -183,7 +183,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with torch.no_grad(), self._lock, _unseen():
+        with torch.no_grad(), self._lock, unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -196,7 +196,7 @@ class Optimized(nn.Module):
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        with self._lock, _unseen():
+        with self._lock, unseen():
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
@@ -284,7 +284,7 @@ class Optimized(nn.Module):
         """A network for such a call, in the state that the model is in when it is made."""
         self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
         # nothing of this belongs into a step that is being recorded
-        with _unseen(), calls.fakeness(leaves):
+        with unseen(), calls.fakeness(leaves):
             network = self._build(self._state(), args, kwargs)
         key = (self._state(), *call)
         self._networks[key] = network
@@ -365,13 +365,10 @@ class _Ran:
             return known is self.network and known.changed() is None
 
 
-@contextmanager
-def _unseen() -> Iterator[None]:
-    """What is made inside belongs into no step that is being recorded, and can be written to
-    outside of ``torch.inference_mode``, too.
-    """
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        yield
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The type of device of the first tensor among the arguments."""
+    found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return next(found, "cpu")
 
 
 def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
@@ -27,7 +28,15 @@ def key(leaf: Any) -> Any:
     Raises TypeError for an object that holds tensors where nobody sees them.
     """
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        # a forward may ask whether its input is contiguous
+        kind = (
+            leaf.shape,
+            leaf.dtype,
+            leaf.device,
+            leaf.is_contiguous(),
+            leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last),
+        )
+        return kind
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         return "array", (leaf.shape, leaf.dtype.str, leaf.tobytes())
     return "setting", setting_key(leaf, "an argument")
@@ -65,7 +74,7 @@ def described(parts: Iterable[Any]) -> str:
 
 
 def _in_words(part: Any) -> str:
-    if len(part) == 3:
+    if len(part) == 5:
         return f"{list(part[0])} {str(part[1]).removeprefix('torch.')}"
     kind, value = part
     if kind == "setting":

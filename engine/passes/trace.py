@@ -23,7 +23,7 @@ from stepfuse.engine.passes.graph import is_tensor
 from stepfuse.engine.passes.mirror import CannotMirror, mirrored
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.quiet import quietly
-from stepfuse.engine.passes.this_thread import in_this_thread
+from stepfuse.engine.passes.this_thread import exporting_in_this_thread, in_this_thread
 
 one_at_a_time = threading.RLock()  # taken before the lock of an `Optimized`
 
@@ -85,9 +85,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
     try:
-        program = torch.export.export(twin, args, kwargs, strict=False)
-        if any(_mutates(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})
+        with exporting_in_this_thread():
+            program = torch.export.export(twin, args, kwargs, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
     # torch.export raises exceptions of many kinds, user code of any kind
     except Exception as error:
         first = str(error).strip().split("\n")[0]

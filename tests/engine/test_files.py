@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.signalled import start
 
 from stepfuse.engine import files
 from stepfuse.engine.signals import Terminated, kept, terminating
@@ -43,7 +44,7 @@ SLOW = textwrap.dedent(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_temporary_name(tmp_path: Path, what: str, number: int) -> None:
     """Also in a script of somebody's own, which dies of the signal as it would have anyway."""
-    child = subprocess.Popen(
+    child = start(
         [sys.executable, "-c", SLOW, what],
         cwd=tmp_path,
         stdout=subprocess.PIPE,

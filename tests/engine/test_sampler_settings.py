@@ -77,3 +77,45 @@ def test_a_setting_that_would_be_ignored_cannot_be_assigned(name: str) -> None:
     assert getattr(captured, name) is value
     public = {n for n in vars(captured) if not n.startswith("_")}
     assert public == set(sf.Sampler.FIXED)
+
+
+class Convolved(nn.Module):
+    """Has an operator that autocast runs in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(x).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_captured_under_autocast_is_not_replayed_outside(dtype: torch.dtype) -> None:
+    model = Convolved().eval()
+    captured, eager = sampler(model), sf.Sampler(model, sf.Schedule.linear(), graph=None, steps=4)
+    images = []
+    for inside in (True, False, True):
+        with torch.autocast("cpu", dtype, enabled=inside):
+            images.append(captured.sample(SHAPE))
+            assert torch.equal(images[-1], eager.sample(SHAPE))
+    assert not torch.equal(images[0], images[1])
+    with torch.autocast("cpu", torch.bfloat16 if dtype is torch.float16 else torch.float16):
+        assert torch.equal(captured.sample(SHAPE), eager.sample(SHAPE))
+    assert captured.stats()["eager_steps"] == 0, captured.explain()
+
+
+def test_weights_that_autocast_has_cast_are_cast_again_by_a_replay() -> None:
+    model = Convolved().eval()
+    captured, eager = sampler(model), sf.Sampler(model, sf.Schedule.linear(), graph=None, steps=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager.sample(SHAPE)  # keeps a copy of the weight until the block is left
+        before = captured.sample(SHAPE)
+    with torch.no_grad():
+        model.conv.weight.mul_(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        after = captured.sample(SHAPE)
+        assert torch.equal(after, eager.sample(SHAPE))
+    assert not torch.equal(after, before)
+    assert captured.stats()["captures"] == 1
