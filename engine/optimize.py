@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.checks import (
     as_call,
@@ -23,7 +21,7 @@ from stepfuse.engine.checks import (
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
 from stepfuse.engine.passes.held_memory import held_memory, released_weights
-from stepfuse.engine.passes.listening import Ran, tell
+from stepfuse.engine.passes.listening import Ran, tell, unseen
 from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.python_state import PythonState
@@ -187,7 +185,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with self._lock, _unseen():
+        with one_at_a_time, self._lock, unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -200,7 +198,7 @@ class Optimized(nn.Module):
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        with self._lock, _unseen():
+        with one_at_a_time, self._lock, unseen():
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
@@ -302,7 +300,7 @@ class Optimized(nn.Module):
         # nothing of this belongs into a step that is being recorded
         state = self._state()
         undone = undrawn(self._states[0][2])
-        with _unseen(), undone, calls.fakeness(leaves):
+        with unseen(), undone, calls.fakeness(leaves):
             network = self._build(state, call[1], args, kwargs)
         key = (self._state(new=True), *call)
         self._networks[key] = network
@@ -386,12 +384,3 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The type of device of the first tensor among the arguments."""
     found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
     return next(found, "cpu")
-
-
-@contextmanager
-def _unseen() -> Iterator[None]:
-    """What is made inside belongs into no step that is being recorded, and can be written to
-    outside of ``torch.inference_mode``, too.
-    """
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        yield

@@ -34,6 +34,7 @@ class Layout:
     masked: bool
     training: bool
     condition: Hashable
+    autocast: torch.dtype | None = None
 
     @classmethod
     def of(cls, part: Part, denoiser: Denoiser) -> Layout:
@@ -47,7 +48,15 @@ class Layout:
             part.mask is not None,
             denoiser.module is not None and denoiser.module.training,
             structure_key((part.condition, part.replacement)),
+            _autocast(x.device.type),
         )
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    """The dtype that autocast has for operators on this type of device; None where it is off."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class Program:

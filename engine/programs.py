@@ -172,7 +172,7 @@ class Runner:
         def step() -> None:
             program.advance(guided)
 
-        with program.kept():
+        with program.kept(), _without_cast_weights():
             if program.x.device.type == "cuda":
                 graph = CudaGraph(step, repeat, self._pool)
                 self._pool = graph.graph.pool()
@@ -182,6 +182,19 @@ class Runner:
             program.step.fill_(program.rows - 1)
             check_replay(recording, step, program.state(), (program.x, program.x0))
             return recording
+
+
+@contextmanager
+def _without_cast_weights() -> Iterator[None]:
+    """Under autocast, let every use of a weight cast it: a replay would go on with a copy that
+    autocast keeps, whatever becomes of the weight.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 class Programs:

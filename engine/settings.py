@@ -137,7 +137,7 @@ class _Keys:
             )
             return value, *(tuple(self.of(held, where) for held in group) for group in reads)
 
-    def _values_of_class(self, kind: type) -> Hashable:
+    def _values_of_class(self, kind: type) -> tuple[Hashable, ...]:
         """Numbers, containers and the like that stand in a class of a user, and its functions."""
         found: list[Hashable] = []
         with self._of_code():

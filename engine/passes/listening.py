@@ -1,4 +1,4 @@
-"""Which compiled networks ran: asked by whoever keeps what one of them did, a recorded step say."""
+"""What is heard of compiled networks by whoever records a step: that they ran, and no more."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,12 @@ def tell(network: Ran) -> None:
     for heard in _listeners.lists:
         if network not in heard:
             heard.append(network)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is made inside belongs into no step that is being recorded, and can be written to
+    outside of ``torch.inference_mode``, too.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stepfuse.engine.passes.code import content
 from stepfuse.engine.passes.python_state import PythonState
 
 _NUMPYS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -75,13 +76,23 @@ def undrawn(state: PythonState) -> Iterator[None]:
 
 
 def _met(state: PythonState) -> Iterator[Any]:
-    """Objects that were visited, and those whose built-in methods are attributes."""
+    """Objects that were visited, and those whose built-in methods are attributes.
+
+    Iterators count where the model holds one or its code names one: whatever else hangs on the
+    objects that code can come to has one somewhere.
+    """
     reach = state._reach
+    held = [value for _, _, attributes in reach.attributes for value in list(attributes.values())]
+    held += [content(cell) for _, cell in reach.cells]
+    held += [space[n] for _, _, space, names in reach.spaces.values() for n in names if n in space]
+    handed = {id(value) for value in held}
     methods = (value for _, _, held in reach.attributes for value in list(held.values()))
     owners = (getattr(m, "__self__", None) for m in methods if callable(m))
     known: set[int] = set()
     for obj in (*reach._seen.values(), *owners):
-        if id(obj) not in known and (isinstance(obj, _KINDS) or _is_iterator(obj)):
+        if id(obj) in known:
+            continue
+        if isinstance(obj, _KINDS) or (id(obj) in handed and _is_iterator(obj)):
             known.add(id(obj))
             yield obj
 

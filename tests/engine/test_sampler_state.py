@@ -360,6 +360,3 @@ def test_what_changes_again_and_again_is_not_captured_again_and_again(when: str)
     captured.reset()
     captured.sample(SHAPE)
     assert captured.stats()["captures"] == 10, "reset() begins anew"
-
-
-# --- settings of the sampler

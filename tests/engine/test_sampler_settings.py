@@ -1,4 +1,4 @@
-"""What is assigned to a sampler after it was built: guidance is in force, the rest is refused."""
+"""What can be assigned to a sampler is in force, and what would be ignored cannot be assigned."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 
-SCHEDULE = sf.Schedule.linear()
 SHAPE = (2, 4, 8, 8)
-# float32 products summed in another order, through the clipped steps of a loop
-SAME_IMAGES = 1e-3
 
 
-def _sampler(model: nn.Module, **options: Any) -> sf.Sampler:
-    return sf.Sampler(model.eval(), SCHEDULE, steps=6, **options)
+def sampler(model: Any, **settings: Any) -> sf.Sampler:
+    return sf.Sampler(model, sf.Schedule.linear(), graph="step", steps=4, **settings)
 
 
 class Labelled(nn.Module):
@@ -42,10 +39,10 @@ GUIDED = {"condition": {"by": torch.tensor([1.0, 2.0])}}
     ],
 )
 def test_an_assigned_guidance_is_in_force(after: Any) -> None:
-    captured = _sampler(Labelled(), guidance=sf.CFG(2.0, {"by": 0.0}))
+    captured = sampler(Labelled(), guidance=sf.CFG(2.0, {"by": 0.0}))
     before = captured.sample(SHAPE, **GUIDED)
     captured.guidance = after
-    fresh = _sampler(Labelled(), guidance=after)
+    fresh = sampler(Labelled(), guidance=after)
     got = captured.sample(SHAPE, **GUIDED)
     assert torch.equal(got, fresh.sample(SHAPE, **GUIDED))
     assert captured.num_function_evaluations == fresh.num_function_evaluations
@@ -58,7 +55,7 @@ def test_an_assigned_guidance_is_in_force(after: Any) -> None:
 
 
 def test_a_guidance_that_cannot_be_meant_changes_nothing() -> None:
-    captured = _sampler(Labelled(), guidance=sf.CFG(2.0, {"by": 0.0}))
+    captured = sampler(Labelled(), guidance=sf.CFG(2.0, {"by": 0.0}))
     before = captured.sample(SHAPE, **GUIDED)
     with pytest.raises(TypeError, match=r"guidance must be a CFG, .* or None; got int 5"):
         captured.guidance = 5  # type: ignore[assignment]
@@ -71,7 +68,7 @@ def test_a_guidance_that_cannot_be_meant_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", sorted(sf.Sampler.FIXED))
 def test_a_setting_that_would_be_ignored_cannot_be_assigned(name: str) -> None:
-    captured = _sampler(Labelled())
+    captured = sampler(Labelled())
     value = getattr(captured, name)
     with pytest.raises(AttributeError, match=rf"Sampler\.{name} cannot be assigned: "):
         setattr(captured, name, value)
@@ -80,3 +77,45 @@ def test_a_setting_that_would_be_ignored_cannot_be_assigned(name: str) -> None:
     assert getattr(captured, name) is value
     public = {n for n in vars(captured) if not n.startswith("_")}
     assert public == set(sf.Sampler.FIXED)
+
+
+class Convolved(nn.Module):
+    """Has an operator that autocast runs in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.conv(x).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_captured_under_autocast_is_not_replayed_outside(dtype: torch.dtype) -> None:
+    model = Convolved().eval()
+    captured, eager = sampler(model), sf.Sampler(model, sf.Schedule.linear(), graph=None, steps=4)
+    images = []
+    for inside in (True, False, True):
+        with torch.autocast("cpu", dtype, enabled=inside):
+            images.append(captured.sample(SHAPE))
+            assert torch.equal(images[-1], eager.sample(SHAPE))
+    assert not torch.equal(images[0], images[1])
+    with torch.autocast("cpu", torch.bfloat16 if dtype is torch.float16 else torch.float16):
+        assert torch.equal(captured.sample(SHAPE), eager.sample(SHAPE))
+    assert captured.stats()["eager_steps"] == 0, captured.explain()
+
+
+def test_weights_that_autocast_has_cast_are_cast_again_by_a_replay() -> None:
+    model = Convolved().eval()
+    captured, eager = sampler(model), sf.Sampler(model, sf.Schedule.linear(), graph=None, steps=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager.sample(SHAPE)  # keeps a copy of the weight until the block is left
+        before = captured.sample(SHAPE)
+    with torch.no_grad():
+        model.conv.weight.mul_(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        after = captured.sample(SHAPE)
+        assert torch.equal(after, eager.sample(SHAPE))
+    assert not torch.equal(after, before)
+    assert captured.stats()["captures"] == 1
