@@ -22,12 +22,12 @@ from stepfuse.engine.checks import (
 )
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
-from stepfuse.engine.passes.network import PASSES, Network
+from stepfuse.engine.passes.held import held_memory
+from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.numbered import Numbered, numbered
-from stepfuse.engine.passes.parked import Files
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.random_sources import undrawn
-from stepfuse.engine.passes.released import Released, WeightsReleased
+from stepfuse.engine.passes.released import WeightsReleased, released
 from stepfuse.engine.passes.trace import one_at_a_time
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
@@ -226,7 +226,7 @@ class Optimized(nn.Module):
                 f"inputs                 {calls.described(key[2])}",
                 *(str(r) for r in network.reports),
             ]
-            lines.append(f"memory                 {_held_memory(self.original, network)}")
+            lines.append(f"memory                 {held_memory(self.original, network)}")
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
@@ -321,8 +321,7 @@ class Optimized(nn.Module):
         if self._states and not new:
             what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
             self._refuse_if_released(
-                f"{what} changed since the network was compiled, which is not to be had for another "
-                "value without the weights; put it back"
+                f"{what} changed after compiling; put it back, as another value needs the weights"
             )
         for path in changes:
             self._changes[path] += 1
@@ -360,7 +359,7 @@ class Optimized(nn.Module):
         return network
 
     def _refuse_if_released(self, what: str) -> None:
-        if _released(self.original):
+        if released(self.original):
             runs = " or ".join(calls.described(key[2]) for key in self._networks) or "nothing"
             raise WeightsReleased(
                 f"{what}, which weights='released' has freed; compiled for {runs}"
@@ -381,25 +380,3 @@ def _apart() -> Iterator[None]:
     """For what is kept: written to later, within ``torch.inference_mode`` and outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
-    """What is held for a network: constants of its own, and the model's weights, where they are."""
-    weights = [*model.parameters(), *model.buffers()]
-    freed = sum(w.nbytes for w in _released(model))
-    files = Files()
-    filed = sum(w.nbytes for w in weights if w in files)
-    text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
-    text += f"; model {(sum(w.nbytes for w in weights) - freed - filed) / _MB:.1f} MB"
-    text += f", {filed / _MB:.1f} MB in a file" if filed else ""
-    text += f", {freed / _MB:.1f} MB released" if freed else ""
-    inner = network.network if isinstance(network, Numbered) else network
-    note = inner.weights.note if isinstance(inner, Network) else ""
-    return f"{text} ({note})" if note else text
-
-
-def _released(model: nn.Module) -> list[Tensor]:
-    return [w for w in (*model.parameters(), *model.buffers()) if isinstance(w, Released)]
-
-
-_MB = 1 << 20

@@ -37,7 +37,8 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         text.thread = None
-        for held in (filters, warnings.filters):  # another list within somebody's catch_warnings
+        now: Any = warnings.filters  # another list within somebody's catch_warnings
+        for held in (filters, now):
             with contextlib.suppress(ValueError):
                 held.remove(entry)
         for logger in loggers:

@@ -77,7 +77,7 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
                 continue
             if tensor.layout is torch.strided:
-                memory = tensor.untyped_storage()
+                memory: Any = tensor.untyped_storage()
                 if memory._cdata in self._watched and memory._cdata not in self._before:
                     self._before[memory._cdata] = memory.clone()
 
@@ -101,6 +101,6 @@ def _set_version(versions: Sequence[tuple[Tensor, int]]) -> None:
     """How often they count as written to; tensors of inference mode do not count."""
     counting = [(tensor, version) for tensor, version in versions if not tensor.is_inference()]
     if counting:
-        torch._C._autograd._unsafe_set_version_counter(  # type: ignore[attr-defined]
+        torch._C._autograd._unsafe_set_version_counter(
             tuple(tensor for tensor, _ in counting), tuple(version for _, version in counting)
         )

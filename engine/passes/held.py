@@ -1,0 +1,28 @@
+"""What is held in memory for a network, in words."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stepfuse.engine.passes.compiled import Compiled
+from stepfuse.engine.passes.network import Network
+from stepfuse.engine.passes.numbered import Numbered
+from stepfuse.engine.passes.parked import Files
+from stepfuse.engine.passes.released import released
+
+_MB = 1 << 20
+
+
+def held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
+    """Constants of its own, and the model's weights, where they are."""
+    weights = [*model.parameters(), *model.buffers()]
+    freed = sum(w.nbytes for w in released(model))
+    files = Files()
+    filed = sum(w.nbytes for w in weights if w in files)
+    text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
+    text += f"; model {(sum(w.nbytes for w in weights) - freed - filed) / _MB:.1f} MB"
+    text += f", {filed / _MB:.1f} MB in a file" if filed else ""
+    text += f", {freed / _MB:.1f} MB released" if freed else ""
+    inner = network.network if isinstance(network, Numbered) else network
+    note = inner.weights.note if isinstance(inner, Network) else ""
+    return f"{text} ({note})" if note else text
