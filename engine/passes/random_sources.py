@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stepfuse.engine.passes.code import content
 from stepfuse.engine.passes.python_state import PythonState
 
 _NUMPYS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -26,17 +27,20 @@ class RandomSources:
     """The generators of random numbers that what ``state`` has met may draw from, as they are now.
 
     Those of Python and NumPy for everybody are among them. ``iterators`` names the kinds of those
-    that were met: nobody can tell where they are, or set them back.
+    of the model's own: nobody can tell where they are, or set them back.
     """
 
     def __init__(self, state: PythonState) -> None:
         met = list(_met(state))
-        self.iterators = sorted({_named(obj) for obj in met if _is_iterator(obj)})
-        met = [obj for obj in met if not _is_iterator(obj)]
+        self.iterators = sorted({_named(obj) for obj in _own(state) if _is_iterator(obj)})
         sources: list[_Source] = [
             ("random", random.getstate, random.setstate),
             ("numpy.random", *_of_numpy(np.random.mtrand._rand)[1:]),
-            *(_of_python(obj) for obj in met if isinstance(obj, random.Random)),
+            *(
+                _of_python(obj)
+                for obj in met
+                if isinstance(obj, random.Random) and not _is_iterator(obj)
+            ),
             *(_of_numpy(obj) for obj in met if isinstance(obj, _NUMPYS)),
         ]
         self._drawn = [(source, source[1]()) for source in sources]
@@ -81,9 +85,28 @@ def _met(state: PythonState) -> Iterator[Any]:
     owners = (getattr(m, "__self__", None) for m in methods if callable(m))
     known: set[int] = set()
     for obj in (*reach._seen.values(), *owners):
-        if id(obj) not in known and (isinstance(obj, _KINDS) or _is_iterator(obj)):
+        if id(obj) not in known and isinstance(obj, _KINDS):
             known.add(id(obj))
             yield obj
+
+
+def _own(state: PythonState) -> Iterator[Any]:
+    """What hangs on the roots, and globals that are named in the files of their modules' classes.
+
+    Other files have iterators for purposes of their own.
+    """
+    reach = state._reach
+    files = {type(module).__module__ for _, module in reach.modules}
+    roots = {path.partition(".")[0] for path, _ in reach.modules[:1]}
+    for path, _, held in reach.attributes:
+        if path.partition(".")[0] in roots:
+            yield from list(held.values())
+    for path, cell in reach.cells:
+        if path.partition(".")[0] in roots:
+            yield content(cell)
+    for where, _, space, names in reach.spaces.values():
+        if where in files:
+            yield from (space[name] for name in names if name in space)
 
 
 def _of_python(source: random.Random) -> _Source:
