@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
+from stepfuse.engine.passes.parked import home
 from stepfuse.engine.passes.workspace import Call, Plan, Workspace, may_alias
 
 # frames that are not the reader's
@@ -37,6 +39,30 @@ class Captured(Protocol):
     def replay(self) -> None:
         """Do it once."""
 
+    def holds(self) -> bool:
+        """Whether the tensors that it reads still lie where they lay."""
+
+
+class _Read:
+    """Tensors that a step was given, and where each of them lies.
+
+    A captured step goes on reading there: the views and the addresses that it keeps do not follow a
+    tensor to other memory (``weight.data = ...``).
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Tensor, int]] = {}  # by id; held, so that no id is used twice
+
+    def add(self, tensor: Tensor) -> None:
+        """One that existed before the step."""
+        plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+        if plain and id(tensor) not in self._found:
+            self._found[id(tensor)] = tensor, home(tensor)
+
+    def holds(self) -> bool:
+        """Whether all are where they were; one that was parked counts as where it was before."""
+        return all(home(tensor) == address for tensor, address in self._found.values())
+
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operations of one run of ``step``, written out as one Python function and compiled.
@@ -55,11 +81,16 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []  # so that no such id is used twice
         self._bound: dict[str, Any] = {}  # what the compiled function reads by name
         self._lines: list[tuple[str, Call]] = []
+        self._read = _Read()
         with self:
             step()
         self.replay = self._compile()
         self.operations = len(self._lines)
         del self._names, self._alive, self._lines
+
+    def holds(self) -> bool:
+        """Whether the tensors that it reads still lie where they lay."""
+        return self._read.holds()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -67,7 +98,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         refuse_host_reads(func, args)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        reads = [self._names[id(leaf)] for leaf in read if id(leaf) in self._names]
+        reads = []
+        for leaf in read:
+            if id(leaf) in self._names:
+                reads.append(self._names[id(leaf)])
+            else:
+                self._read.add(leaf)
         call = self._written(func, args, kwargs)
         result = func(*args, **kwargs)
         if read and not reads and func.is_view:
@@ -160,9 +196,13 @@ class CudaGraph:
     def __init__(self, step: Step, repeat: int = 1, pool: Any = None) -> None:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
+        reading = Reading()
         with torch.cuda.stream(side):
-            for _ in range(3):
+            for _ in range(2):
                 step()
+            with reading:
+                step()
+        self.holds = reading.read.holds
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         try:
@@ -175,6 +215,28 @@ class CudaGraph:
     def replay(self) -> None:
         """Launch the graph on the current stream."""
         self.graph.replay()
+
+
+class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = _Read()
+        self._made = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf not in self._made:
+                self.read.add(leaf)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._made[leaf] = True
+        return result
 
 
 def refuse_host_reads(func: Any, args: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stepfuse.engine.settings import setting_key
+from stepfuse.engine.settings import is_value, setting_key
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,16 @@ class Staged:
     Args:
         condition: an example, checked; tensors are copied.
         replacement: of `check_replacement`; None where there is no second evaluation.
+
+    ``changeable`` lists the settings that are no mere values (functions, objects), by their place.
     """
 
     def __init__(self, condition: Any, replacement: Any = None) -> None:
-        self._condition, self._replacement = pytree.tree_map_only(
-            Tensor, torch.clone, (condition, replacement)
-        )
+        with torch.inference_mode(False):  # to be written to outside of it, too
+            self._condition, self._replacement = pytree.tree_map_only(
+                Tensor, torch.clone, (condition, replacement)
+            )
+        self.changeable = self._changeable()
 
     def load(self, condition: Any, replacement: Any = None) -> None:
         """Take over tensors, into the buffers, and settings; of the structure of the example."""
@@ -138,6 +142,19 @@ class Staged:
 
         self._condition = pytree.tree_map(filled, self._condition, condition)
         self._replacement = pytree.tree_map(filled, self._replacement, replacement)
+        self.changeable = self._changeable()
+
+    def _changeable(self) -> list[tuple[str, Any]]:
+        """Settings, by place, that may mean something else to the model later: no mere values."""
+        found = []
+
+        def leaf(value: Any, place: Place) -> None:
+            if not (isinstance(value, (Tensor, Kept)) or is_value(value)):
+                found.append((str(place), value))
+
+        _mapped(self._condition, Place("condition"), leaf)
+        _mapped(self._replacement, Place("unconditional"), leaf)
+        return found
 
     @property
     def condition(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Copyable:
             yield
         except Exception as error:
             part = getattr(value, "model", value) if name == "denoiser" else value
-            named = "model" if name == "denoiser" else name
+            named = "model" if name == "denoiser" else name.lstrip("_")
             raise TypeError(
                 f"cannot {verb} this {type(self).__name__}: its {named}, {_described(part)}, "
                 f"does not let itself be: {' '.join(str(error).split())}"

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepfuse.engine.checks import check_callable
-from stepfuse.engine.passes.parked import home
 
 Model = nn.Module | Callable[..., Any]
 Condition = Mapping[str, Any]
@@ -60,13 +59,3 @@ class Denoiser:
         name = getattr(model, "label_input", None)
         if name is not None and condition.get(name) is not None:
             model.check_labels(condition[name])
-
-    def check_weights(self) -> None:
-        """Let an optimised model raise where it holds copies of weights that were changed since."""
-        check = getattr(self.model, "check_weights", None)
-        if check is not None:
-            check()
-
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Identity and address of every weight: changes when one is replaced, not when updated."""
-        return tuple((id(p), home(p)) for p in self.parameters())

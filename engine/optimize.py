@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from stepfuse.engine.checks import (
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
 from stepfuse.engine.passes.held import held_memory
+from stepfuse.engine.passes.listening import tell
 from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.python_state import PythonState
@@ -143,25 +145,27 @@ class Optimized(nn.Module):
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
-        # of each kind of call, those of other settings that came
-        self._settings: dict[Any, set[Any]] = {}
+        self._settings = calls.Settled(_RESTLESS)
         self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model(x, t, **condition)``; t may be a tensor or a number.
 
         Where a gradient with respect to an input is wanted, the original runs: the compiled
-        networks have none. Threads may call at the same time.
+        networks have none. So it does under autocast. Threads may call at the same time.
 
         Raises `WeightsChanged` after a weight was changed.
         """
+        if torch.is_autocast_enabled(_device(args, kwargs)):
+            return self.original(*args, **kwargs)
         if torch.is_grad_enabled() and any(
             isinstance(leaf, Tensor) and leaf.requires_grad
             for leaf in calls.flatten(args, kwargs)[0]
         ):
             return self.original(*args, **kwargs)
         with torch.no_grad():
-            network, leaves = self._network(args, kwargs)
+            call, network, leaves = self._network(args, kwargs)
+            tell(_Ran(self, call, network))
             self._check(network)
             return network(leaves)
 
@@ -183,7 +187,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with _apart(), self._lock:
+        with torch.no_grad(), self._lock, _unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -196,7 +200,7 @@ class Optimized(nn.Module):
         `WeightsReleased` where there is nothing to read any more.
         """
         self._refuse_if_released("refresh() reads the weights again")
-        with _apart(), self._lock:
+        with self._lock, _unseen():
             state = self._state()
             for key in [k for k in self._networks if k[0] != state]:
                 del self._networks[key]
@@ -249,8 +253,10 @@ class Optimized(nn.Module):
 
     def _network(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Compiled | Numbered, list[Any]]:
-        """What runs for these arguments, compiled where nothing does, and the leaves to give it."""
+    ) -> tuple[Any, Compiled | Numbered, list[Any]]:
+        """What these arguments are like, what runs for them, compiled where nothing does, and the
+        leaves to give it.
+        """
         args, kwargs = calls.as_declared(self.original, args, kwargs)
         leaves, spec = calls.flatten(args, kwargs)
         number = args[1] if len(args) > 1 and calls.is_number(args[1]) else None
@@ -258,14 +264,15 @@ class Optimized(nn.Module):
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
         with self._lock:
-            call = self._counted(spec, described)
+            compiled_for = [key[1:] for key in self._networks]
+            call = self._settings.counted((spec, described), compiled_for)
             network = self._known(call)
         if network is None:
             with one_at_a_time, self._lock:
                 network = self._known(call) or self._made(call, args, kwargs, leaves)
         if number is not None and isinstance(network, Numbered):
             leaves[1] = network.tensor(number, leaves[0])
-        return network, leaves
+        return call, network, leaves
 
     def _known(self, call: Any) -> Compiled | Numbered | None:
         """The network that serves such a call now, the last in the order of use."""
@@ -276,18 +283,6 @@ class Optimized(nn.Module):
             self._networks.move_to_end(key)
         return self._networks.get(key)
 
-    def _counted(self, spec: Any, described: tuple[Any, ...]) -> Any:
-        """The call as it is counted: without the values of its settings, where too many came."""
-        call = (spec, described)
-        loose = tuple(calls.of_any_value(part) for part in described)
-        if loose == described:
-            return call
-        came = self._settings.setdefault((spec, loose), set())
-        if len(came) < _RESTLESS:
-            came.add(described)
-            return call
-        return call if any(key[1:] == call for key in self._networks) else (spec, loose)
-
     def _made(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Compiled | Numbered:
@@ -295,8 +290,7 @@ class Optimized(nn.Module):
         self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
         # nothing of this belongs into a step that is being recorded
         state = self._state()
-        undone = undrawn(self._states[0][2])
-        with _disable_current_modes(), _apart(), undone, calls.fakeness(leaves):
+        with _unseen(), undrawn(self._states[0][2]), calls.fakeness(leaves):
             network = self._build(state, call[1], args, kwargs)
         key = (self._state(new=True), *call)
         self._networks[key] = network
@@ -375,8 +369,31 @@ class Optimized(nn.Module):
         self._forget()
 
 
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """For what is kept: written to later, within ``torch.inference_mode`` and outside of it."""
-    with torch.inference_mode(False), torch.no_grad():
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The type of device of the first tensor among the arguments."""
+    found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return next(found, "cpu")
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A network that ran, see `listening`, and what the arguments of the call were like."""
+
+    optimized: Optimized
+    call: Any
+    network: Compiled | Numbered
+
+    def holds(self) -> bool:
+        """Whether such a call would run it again, and to the same result."""
+        with self.optimized._lock:
+            known = self.optimized._known(self.call)
+            return known is self.network and known.changed() is None
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """What is made inside belongs into no step that is being recorded, and can be written to
+    outside of ``torch.inference_mode``, too.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield

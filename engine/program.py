@@ -76,6 +76,12 @@ class Program:
         self.denoiser, self.guidance, self.layout = denoiser, guidance, layout
         self.learned_variance, self.backend = learned_variance, backend
         self.mean_guidance = mean_guidance
+        self.staged = staged
+        with torch.inference_mode(False):  # buffers can be written to outside of it, too
+            self._make_buffers(capacity)
+
+    def _make_buffers(self, capacity: int) -> None:
+        layout = self.layout
         shape, device = layout.shape, layout.device
         self.x = torch.zeros(shape, dtype=layout.dtype, device=device)
         self.x0 = torch.zeros_like(self.x)
@@ -93,7 +99,6 @@ class Program:
         self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.t)
         self.samples = torch.zeros_like(self.t)
-        self.staged = staged
 
     def load(self, part: Part, table: Tensor) -> None:
         """Set everything a run needs; copies into the buffers, keeps none of the arguments."""

@@ -3,61 +3,106 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 
 from stepfuse.engine.capture import Captured, CaptureRefused, CudaGraph, Recording, check_replay
 from stepfuse.engine.denoiser import Denoiser
+from stepfuse.engine.guidance import ClassifierGuidance
+from stepfuse.engine.passes.listening import Ran, listening
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.request import Part
+from stepfuse.engine.settings import setting_key
 from stepfuse.kernels.checks import as_integer, shown
 
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]
+_RESTLESS = 8  # changes of one thing after which steps that read it are not captured any more
 
 
 class Runner:
-    """A program with its captured steps, at most one with and one without guidance."""
+    """A program with its captured steps, at most one with and one without guidance.
 
-    def __init__(self, program: Program, graph: GraphMode | None, counts: Counter[str]) -> None:
+    A captured step keeps what Python decided when it was captured. Before it is replayed after
+    others could change something, `check` compares: the Python state that the step reads, which
+    weights it reads and where they lie, the settings of its condition, and the compiled networks in
+    it. Where one is not what it was, the step is captured anew.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        graph: GraphMode | None,
+        counts: Counter[str],
+        optimized: WeakSet[Any],
+    ) -> None:
+        self._optimized = optimized
         self.program, self.graph, self.counts = program, graph, counts
         self.captured: dict[tuple[bool, int], Captured] = {}
         self.refused = "" if graph is not None else "not asked for (graph=None)"
-        self._weights = program.denoiser.fingerprint()
-        self._state = self._look()
+        self.networks: list[Ran] = []  # in the captured steps
+        self._changes: Counter[str] = Counter()
         self._pool: Any = None
 
-    def _look(self) -> PythonState:
-        """What the step decides from, beside tensors; tensors are read anew at every replay."""
-        roots = {"model": self.program.denoiser.model, "guidance": self.program.guidance}
-        return PythonState(roots, contents=False)
+    def _look(self) -> None:
+        """Picture what the step decides from, beside tensors, which are read at every replay."""
+        settings = self.program.staged.changeable
+        guidance = self.program.guidance
+        roots = {
+            "model": self.program.denoiser.model,
+            "guidance": guidance.fn if isinstance(guidance, ClassifierGuidance) else None,
+            **dict(settings),
+        }
+        self._state = PythonState(roots, contents=False)
+        self._settings = self._setting_keys()
 
-    def check_state(self) -> None:
-        """Forget what was captured where the Python state that the step read is another now."""
-        if self.captured and not self._state.holds():
-            self.captured.clear()
-            self._state = self._look()
-            self._weights = self.program.denoiser.fingerprint()
+    def _setting_keys(self) -> dict[str, Hashable]:
+        return {name: setting_key(value, name) for name, value in self.program.staged.changeable}
 
-    def check_weights(self) -> None:
-        """RuntimeError where a weight is no longer the tensor that was captured."""
-        if self.captured:
-            self.program.denoiser.check_weights()
-        if self.captured and self._weights != self.program.denoiser.fingerprint():
-            raise RuntimeError(
-                "the model's weights were replaced after its step was captured; call "
-                "sampler.reset(), or update weights in place (tensor.copy_)"
-            )
+    def _different(self) -> list[str]:
+        """What is not as it was when the steps were captured, in words; for a look only."""
+        now = self._setting_keys()
+        found = [name for name, key in self._settings.items() if now.get(name) != key]
+        if not self._state.holds():
+            found += list(self._state.changes()) or ["its Python state"]
+        return found
+
+    def check(self) -> None:
+        """Forget what was captured where it may do something else than the step would now.
+
+        What changes again and again is not captured any more.
+        """
+        if not self.captured:
+            return
+        changed = self._different()
+        if not all(captured.holds() for captured in self.captured.values()):
+            changed.append("where tensors of the model lie")
+        if not all(network.holds() for network in self.networks):
+            changed.append("what an optimised model in the step computes with")
+        if not changed:
+            return
+        self._forget()
+        for name in dict.fromkeys(changed):
+            self._changes[name] += 1
+            if self._changes[name] > _RESTLESS:
+                self.refused = f"{name} changed {self._changes[name]} times between captured steps"
+
+    def _forget(self) -> None:
+        self.captured.clear()
+        self.networks.clear()
 
     def run_step(self, guided: bool) -> None:
         """One step: replayed where it could be captured, eager where not."""
         captured = self._capture(guided)
         self._count(captured, 1)
         if captured is None:
-            self.program.advance(guided)
+            with self._listening():
+                self.program.advance(guided)
         else:
             captured.replay()
 
@@ -92,6 +137,36 @@ class Runner:
         return self.captured.get(key)
 
     def _captured(self, guided: bool, repeat: int) -> Captured:
+        """A capture in which nothing changed that the step decides from.
+
+        What is built at a first call and kept is there when the step is captured again.
+
+        Raises `CaptureRefused` where the step changes its state then, too: a replay would not.
+        """
+        for _ in range(2):
+            if not self.captured:  # what was captured before was compared with the last picture
+                self._look()
+            with self._listening() as networks:
+                captured = self._recorded(guided, repeat)
+            changed = self._different()
+            if not changed:
+                self.networks += [network for network in networks if network not in self.networks]
+                return captured
+            self._forget()
+        raise CaptureRefused(
+            f"the step itself changes {', '.join(dict.fromkeys(changed))}, which a replay would not"
+        )
+
+    @contextmanager
+    def _listening(self) -> Iterator[list[Ran]]:
+        """Inside, the step's own code runs; the optimised models in it are remembered."""
+        with listening() as networks:
+            try:
+                yield networks
+            finally:
+                self._optimized.update(network.optimized for network in networks)
+
+    def _recorded(self, guided: bool, repeat: int) -> Captured:
         program = self.program
 
         def step() -> None:
@@ -124,19 +199,19 @@ class Programs:
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit
         self._runners: dict[Layout, Runner] = {}  # the one used last at the end
         self._counts: Counter[str] = Counter()
+        self.optimized: WeakSet[Any] = WeakSet()  # models that ran in a step
 
     def get(self, part: Part) -> Runner:
-        """The runner for a part's layout, built where there is none."""
+        """The runner for a part's layout, built where there is none; to be loaded, then checked."""
         layout = Layout.of(part, self._denoiser)
         runner = self._runners.pop(layout, None)
         if runner is None:
-            runner = Runner(self._build(layout, part), self._graph, self._counts)
+            program = self._build(layout, part)
+            runner = Runner(program, self._graph, self._counts, self.optimized)
         self._runners[layout] = runner
         while len(self._runners) > self._limit:
             del self._runners[next(iter(self._runners))]
             self._counts["evictions"] += 1
-        runner.check_state()
-        runner.check_weights()
         return runner
 
     def clear(self) -> None:

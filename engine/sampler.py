@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from stepfuse.engine.checks import check_kind, flag_or_precision
 from stepfuse.engine.condition import Staged
-from stepfuse.engine.copies import Copyable
 from stepfuse.engine.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.guidance import CFG, Guidance, check_guidance
+from stepfuse.engine.guidance import Guidance, check_guidance
 from stepfuse.engine.optimize import Optimized
+from stepfuse.engine.planned import Planned
 from stepfuse.engine.program import Layout, Program
 from stepfuse.engine.programs import GraphMode, Programs, Runner
 from stepfuse.engine.request import Part, Request, check_images, check_watching
@@ -32,13 +32,13 @@ from stepfuse.engine.table import (
     inversion_table,
     step_table,
 )
-from stepfuse.engine.timesteps import Spacing, check_timesteps, spaced_timesteps
+from stepfuse.engine.timesteps import Spacing
 from stepfuse.engine.turn import Turn
 from stepfuse.kernels.backends import resolve
 from stepfuse.kernels.checks import as_integer, check_dtype
 
 
-class Sampler(Copyable):
+class Sampler(Planned):
     """Samples from a denoising model by DDPM, DDIM and their family.
 
         x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
@@ -75,6 +75,7 @@ class Sampler(Copyable):
     do not fit together.
 
     A copy or pickle has the settings and the model and no buffers yet; it samples the same images.
+    Of the settings ``guidance`` can be assigned; the table is changed by `set_timesteps`.
     """
 
     OWN = ("_programs", "_lock")
@@ -107,8 +108,8 @@ class Sampler(Copyable):
         check_dtype("dtype", dtype)
         check_guidance(guidance)
         self.max_programs = as_integer("max_programs", max_programs)
-        self.schedule, self.guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
-        self.update = Update(
+        self.schedule, self._guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
+        update = Update(
             method,
             eta,
             prediction_type,
@@ -122,38 +123,20 @@ class Sampler(Copyable):
         self.device = self.denoiser.device or torch.device("cpu")
         self.backend = resolve(backend, self.device, dtype)
         self._renew()
-        self.set_timesteps(steps, spacing, steps_offset, timesteps=timesteps)
+        self._plan(update, self._chosen(steps, spacing, steps_offset, timesteps), guidance)
+
+    def _follow(self, plan: Plan, update: Update, guidance: Guidance | None) -> None:
+        with self._lock:
+            if isinstance(self.denoiser.model, Optimized):
+                self.denoiser.model.prepare(plan.timesteps)
+            if guidance is not self._guidance:
+                self._programs.clear()  # they are built for the other
+            planned = {"plan": plan, "timesteps": plan.timesteps, "update": update}
+            vars(self).update(planned, _guidance=guidance)
 
     def _renew(self) -> None:
         self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
         self._lock = Turn()
-
-    def set_timesteps(
-        self,
-        steps: int | str = 50,
-        spacing: Spacing = "leading",
-        steps_offset: int = 0,
-        *,
-        timesteps: Sequence[int] | None = None,
-        eta: float | None = None,
-    ) -> None:
-        """Another table for the same sampler: captured steps are kept, since they only read it.
-
-        Arguments as in the constructor; ``eta=None`` keeps eta.
-        """
-        total = self.schedule.num_train_timesteps
-        update = self.update if eta is None else replace(self.update, eta=eta)
-        chosen = (
-            check_timesteps(timesteps, total)
-            if timesteps is not None
-            else spaced_timesteps(total, steps, spacing, steps_offset)
-        )
-        table = step_table(self.schedule, chosen, update)
-        plan = Plan.of(table, self.guidance, self.mean_guidance)
-        with self._lock:
-            if isinstance(self.denoiser.model, Optimized):
-                self.denoiser.model.prepare(chosen)
-            self.update, self.timesteps, self.plan = update, chosen, plan
 
     @torch.no_grad()
     def sample(
@@ -235,6 +218,7 @@ class Sampler(Copyable):
             runner = self._load(part, plan)
             for i in self._steps(runner, part, plan):
                 yield Step.of(i, plan, runner.program)
+                runner.check()  # whoever had the step may have changed the model
 
     @torch.no_grad()
     def encode(
@@ -268,17 +252,6 @@ class Sampler(Copyable):
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
-    @property
-    def num_function_evaluations(self) -> int:
-        """Model evaluations per sample; a guided step of classifier-free guidance has two."""
-        twice = sum(self.plan.guided) if isinstance(self.guidance, CFG) else 0
-        return len(self.timesteps) + twice
-
-    @property
-    def mean_guidance(self) -> bool:
-        """Whether a classifier's gradient shifts the mean (DDPM) or epsilon (DDIM)."""
-        return self.update.method in ("ddpm", "ddgan")
-
     def explain(self) -> str:
         """The plan in words: table, evaluations, backends, and what was captured or why not."""
         update, first, last = self.update, self.timesteps[0], self.timesteps[-1]
@@ -302,18 +275,22 @@ class Sampler(Copyable):
         return self._programs.stats()
 
     def reset(self) -> None:
-        """Forget every program: needed after weights were replaced (not updated in place)."""
+        """Forget every program, and what was found out about capturing its steps."""
         with self._lock:
             self._programs.clear()
 
     def refresh(self) -> None:
         """Read the weights again, after they were changed, into an optimised model's packed copies.
 
-        Captured steps are kept. Not needed for other models: there a changed weight is in force.
+        Of the model, and of every optimised one that ran in a step. Captured steps are kept. Not
+        needed for other models: there a changed weight is in force.
         """
         with self._lock:
-            if isinstance(self.denoiser.model, Optimized):
-                self.denoiser.model.refresh()
+            models = list(self._programs.optimized)
+            if isinstance(self.denoiser.model, Optimized) and self.denoiser.model not in models:
+                models.append(self.denoiser.model)
+            for model in models:
+                model.refresh()
 
     def _run(
         self,
@@ -338,6 +315,7 @@ class Sampler(Copyable):
                         bar.update()
                         if callback is not None:
                             callback(Step.of(i, plan, runner.program))
+                            runner.check()  # it may have changed the model
                 result[part.start : part.stop].copy_(runner.program.x)
         return result
 
@@ -349,13 +327,13 @@ class Sampler(Copyable):
                     runner.program.take_noise(part.noise[i])
                 runner.run_step(plan.guided[i])
             yield i
-            runner.check_state()  # whoever had the step may have changed the model
 
     def _load(self, part: Part, plan: Plan) -> Runner:
         """The runner for a part, its buffers filled."""
         with torch.no_grad():
             runner = self._programs.get(part)
             runner.program.load(part, plan.table)
+            runner.check()
         return runner
 
     def _build(self, layout: Layout, part: Part) -> Program:

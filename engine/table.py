@@ -76,6 +76,11 @@ class Update:
         """Whether the second half of the model's channels enters the update."""
         return self.method == "ddpm" and self.variance_type.startswith("learned")
 
+    @property
+    def shifts_mean(self) -> bool:
+        """Whether a classifier's gradient shifts the mean (DDPM) or epsilon (DDIM)."""
+        return self.method in ("ddpm", "ddgan")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
@@ -29,7 +30,15 @@ def key(leaf: Any) -> Any:
     Raises TypeError for an object that holds tensors where nobody sees them.
     """
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        # a forward may ask whether its input is contiguous
+        kind = (
+            leaf.shape,
+            leaf.dtype,
+            leaf.device,
+            leaf.is_contiguous(),
+            leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last),
+        )
+        return kind
     if isinstance(leaf, np.ndarray) and leaf.dtype != object:
         return "array", (leaf.shape, leaf.dtype.str, leaf.tobytes())
     return "setting", setting_key(leaf, "an argument")
@@ -43,6 +52,26 @@ def of_any_value(part: Any) -> Any:
 def is_of_any_value(part: Any) -> bool:
     """Whether it is what `of_any_value` leaves of a setting or an array."""
     return isinstance(part[0], str) and part[0].endswith(_ANY)
+
+
+class Settled:
+    """Which calls are told apart by the values of their settings: ``most`` of each kind."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._came: dict[Any, set[Any]] = {}
+
+    def counted(self, call: Any, compiled_for: Collection[Any]) -> Any:
+        """``call``, (structure, keys), or, where too many like it came, what all of them are."""
+        spec, described = call
+        loose = tuple(map(of_any_value, described))
+        if loose == described:
+            return call
+        came = self._came.setdefault((spec, loose), set())
+        if len(came) < self._most:
+            came.add(described)
+            return call
+        return call if call in compiled_for else (spec, loose)
 
 
 def is_number(value: Any) -> bool:
@@ -77,7 +106,7 @@ def described(parts: Iterable[Any]) -> str:
 
 
 def _in_words(part: Any) -> str:
-    if len(part) == 3:
+    if len(part) == 5:
         return f"{list(part[0])} {str(part[1]).removeprefix('torch.')}"
     kind, value = part
     if kind == "setting":

@@ -71,9 +71,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         raise ChangesItself(written | drawn)
     nodes = list(gm.graph.nodes)
     if written:
-        _check_again(call, fakes, written)
-        if any(_is_random(node) for node in nodes):
-            raise ChangesItself(written)  # drawn once, it must not be drawn again
+        kept = _check_again(call, fakes, written)
+        if kept and any(_is_random(node) for node in nodes):
+            raise ChangesItself(written)  # what was drawn once must not be drawn again
     if not all(isinstance(leaf, (Tensor, *_SCALARS)) for leaf in call.results):
         return None
     if not all(_is_functional(node) for node in nodes):
@@ -136,8 +136,11 @@ class _Call:
         return tuple(self.results)
 
 
-def _check_again(call: _Call, fakes: list[Tensor], written: frozenset[str]) -> None:
-    """Raise `ChangesItself` where a second call writes to the module, as the first has done."""
+def _check_again(call: _Call, fakes: list[Tensor], written: frozenset[str]) -> bool:
+    """Whether the first call has left tensors in the module.
+
+    Raises `ChangesItself` where a second one writes to it, too.
+    """
     state = PythonState({"model": call.model}, training=False)
     try:
         with call.mode:
@@ -147,10 +150,14 @@ def _check_again(call: _Call, fakes: list[Tensor], written: frozenset[str]) -> N
     again = frozenset(state.changes())
     if again:
         raise ChangesItself(written | again)
+    return state.has_fakes()
 
 
 def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether it draws numbers; dropout is off, here and in attention."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return not any(word in str(node.target) for word in ("dropout", "attention"))
 
 
 def _is_functional(node: Node) -> bool:

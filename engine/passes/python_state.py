@@ -165,6 +165,13 @@ class PythonState:
         yield from (path for path, look, before in self._tensors if look() != before)
         yield from (path for path, array, held in self._arrays if _sample(array) != held)
 
+    def has_fakes(self) -> bool:
+        """Whether tensors without data are among what can be reached."""
+        weights = [t for _, m in self._reach.modules for t in (*m._parameters.values(),)]
+        return any(
+            isinstance(t, FakeTensor) for t in (*weights, *dict(self._reach.tensors).values())
+        )
+
     def forget_fakes(self) -> None:
         """Put back what was there where a tensor without data is now, and empty grown caches.
 

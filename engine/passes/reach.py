@@ -166,7 +166,9 @@ class Reach:
 
     def _look_at_object(self, obj: Any, path: str) -> None:
         held = getattr(obj, "__dict__", None)
-        if isinstance(held, dict):
+        if isinstance(held, dict) and isinstance(obj, _HOLDERS):
+            self._add(held, path)  # read by keys, whatever names there are
+        elif isinstance(held, dict):
             self.attributes.append((path, obj, held))
             for name, value in list(held.items()):
                 if self.follows(path, name):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine.capture import CaptureRefused, Recording, check_replay
+from stepfuse.engine.capture import CaptureRefused, Reading, Recording, check_replay
 from stepfuse.engine.unet import UNet, UNetConfig
 
 SHAPE = (3, 1, 8, 8)
@@ -166,10 +166,10 @@ def test_weights_updated_in_place_take_effect(unet: UNet) -> None:
 
 
 @pytest.mark.parametrize("replace", ["parameter", "data"])
-def test_replaced_weights_raise_until_reset(replace: str) -> None:
+def test_replaced_weights_take_effect(replace: str) -> None:
     model = small_unet()
     eager, captured = both(model, steps=3)
-    captured.sample(SHAPE, condition=LABELS)
+    before = captured.sample(SHAPE, condition=LABELS)
     name, weight = next(iter(model.named_parameters()))
     fresh = nn.Parameter(weight.detach() * 1.5)
     if replace == "data":
@@ -177,10 +177,8 @@ def test_replaced_weights_raise_until_reset(replace: str) -> None:
     else:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, fresh)
-    with pytest.raises(RuntimeError, match=r"weights were replaced.*reset"):
-        captured.sample(SHAPE, condition=LABELS)
-    captured.reset()
-    assert_same_images(eager, captured, condition=LABELS)
+    assert not torch.equal(assert_same_images(eager, captured, condition=LABELS), before)
+    assert captured.stats()["captures"] == 2, "the step was captured anew"
 
 
 def test_outputs_survive_the_next_replay(unet: UNet) -> None:
@@ -252,6 +250,29 @@ def test_a_recording_keeps_buffers_by_reference_and_frees_what_it_makes() -> Non
     recording.replay()
     assert torch.equal(x, torch.full((4,), 10.0))
     assert recording.operations == 7
+
+
+def test_a_capture_knows_where_the_tensors_lie_that_it_was_given() -> None:
+    x, weight, other = torch.ones(4), torch.full((2, 4), 2.0), torch.ones(4)
+
+    def step() -> None:
+        made = x * 3
+        made.add_(1)
+        x.copy_((weight.t() @ torch.ones(2)) + made)
+
+    recording = Recording(step)
+    with Reading() as reading:
+        step()
+    assert recording.holds()
+    assert reading.read.holds()
+    assert {id(t) for t, _ in reading.read._found.values()} == {id(x), id(weight)}
+    other.data = torch.ones(4)
+    x.add_(1)
+    assert recording.holds()
+    assert reading.read.holds()
+    weight.data = torch.full((2, 4), 3.0)
+    assert not recording.holds()
+    assert not reading.read.holds()
 
 
 def test_check_replay_sees_a_wrong_recording() -> None:

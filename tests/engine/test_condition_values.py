@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -102,6 +102,152 @@ def test_an_object_that_was_changed_is_another_setting(
     after = sampler.sample(SHAPE, condition={"by": options})
     assert not torch.equal(after, before)
     assert torch.equal(after, build(model, graph=None).sample(SHAPE, condition={"by": options}))
+
+
+class Mode:
+    """A class whose attribute is a setting."""
+
+    k: Any = 0.5
+
+    def value(self) -> float:
+        return float(total(self.k))
+
+
+GLOBAL: list[float] = [0.5]
+
+
+def reads_a_global() -> float:
+    return GLOBAL[0]
+
+
+def changing(what: str) -> tuple[Any, Callable[[], None]]:
+    """A setting that a model calls or reads ``k`` of, and what makes it mean something else."""
+    state = [0.5]
+    local = 0.5
+
+    def default(held: list[float] = state) -> float:
+        return held[0]
+
+    def enclosed() -> float:
+        return local
+
+    def through() -> float:
+        return enclosed()
+
+    def rebind() -> None:
+        nonlocal local
+        local = 0.25
+
+    class Own(Mode):
+        pass
+
+    class Listed(Mode):
+        k: ClassVar[list[float]] = [0.5]
+
+    def fill() -> None:
+        state[0] = 0.25
+
+    def fill_global() -> None:
+        GLOBAL[0] = 0.25
+
+    own, net = Own(), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(net.weight, 0.5)
+
+    def set_class() -> None:
+        Own.k = 0.25
+
+    def set_weight() -> None:
+        net.weight = nn.Parameter(torch.full((1, 1), 0.25))
+
+    def set_method() -> None:
+        Own.value = lambda self: 0.25  # type: ignore[method-assign]
+
+    found: dict[str, tuple[Any, Callable[[], None]]] = {
+        "closure": (lambda: state[0], fill),
+        "variable": (enclosed, rebind),
+        "function in a closure": (through, rebind),
+        "default": (default, fill),
+        "global": (reads_a_global, fill_global),
+        "partial": (functools.partial(default), fill),
+        "method": (own.value, lambda: setattr(own, "k", 0.25)),
+        "method, by its class": (own.value, set_class),
+        "method, exchanged": (own, set_method),
+        "class": (Own, set_class),
+        "list in a class": (Listed, lambda: Listed.k.__setitem__(0, 0.25)),
+        "object, by its class": (own, set_class),
+        "weight in a closure": (lambda: net.weight, set_weight),
+    }
+    return found[what]
+
+
+def read(x: Tensor, t: Tensor, by: Any) -> Tensor:
+    if isinstance(by, type):
+        return Bumpy()(x, t) * total(by.k)
+    value = by.value() if isinstance(by, Mode) else by()
+    return Bumpy()(x, t) * value
+
+
+KINDS = [
+    "closure", "variable", "function in a closure", "default", "global", "partial", "method",
+    "method, by its class", "method, exchanged", "class", "list in a class",
+    "object, by its class", "weight in a closure",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KINDS)
+@pytest.mark.parametrize("when", ["between calls", "in a callback"])
+def test_what_a_setting_reads_is_part_of_it(
+    what: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = []
+    for graph in (None, "step"):
+        monkeypatch.setitem(globals(), "GLOBAL", [0.5])
+        setting, change = changing(what)
+        sampler = build(read, graph=graph)
+        condition = {"by": setting}
+        called = False
+
+        def once(step: sf.Step, change: Callable[[], None] = change) -> None:
+            nonlocal called
+            if step.index == 0 and not called:
+                called = True
+                change()
+
+        first = sampler.sample(SHAPE, condition=condition)
+        if when == "between calls":
+            change()
+            images.append([first, sampler.sample(SHAPE, condition=condition)])
+        else:
+            changed = sampler.sample(SHAPE, condition=condition, callback=once)
+            images.append([first, changed, sampler.sample(SHAPE, condition=condition)])
+        assert not torch.equal(images[-1][0], images[-1][1])
+    assert all(torch.equal(a, b) for a, b in zip(*images, strict=True))
+    assert sampler.stats()["eager_steps"] == 0, sampler.explain()
+
+
+def test_a_setting_that_was_changed_in_a_callback_leaves_nothing_behind() -> None:
+    """The next call finds the program under what the setting was at first."""
+    sampler, options = build(scaled), Options(0.5)
+    before = sampler.sample(SHAPE, condition={"by": options})
+
+    def change(step: sf.Step) -> None:
+        options.scale = 0.25
+
+    sampler.sample(SHAPE, condition={"by": options}, callback=change)
+    assert torch.equal(sampler.sample(SHAPE, condition={"by": Options(0.5)}), before)
+
+
+def test_code_that_reaches_much_is_a_setting_too() -> None:
+    """Libraries, tensors, modules and large containers that it reads are not looked into."""
+    much, net, one = list(range(10**6)), nn.Linear(2, 2), torch.ones(3)
+
+    def function() -> float:
+        return float(np.float64(len(much) / 10**6)) + 0 * one[0] + 0 * net.weight[0, 0]
+
+    sampler = build(lambda x, t, by: Bumpy()(x, t) * by())
+    for _ in range(2):
+        sampler.sample(SHAPE, condition={"by": function})
+    assert captures(sampler) == 1
 
 
 def test_numbers_that_are_equal_are_not_the_same() -> None:
