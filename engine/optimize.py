@@ -6,7 +6,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ from stepfuse.engine.checks import (
 )
 from stepfuse.engine.passes import calls
 from stepfuse.engine.passes.compiled import Compiled, Settings, compiled, without_graph
-from stepfuse.engine.passes.held import held_memory
-from stepfuse.engine.passes.listening import tell
+from stepfuse.engine.passes.held_memory import held_memory, released_weights
+from stepfuse.engine.passes.listening import Ran, tell
 from stepfuse.engine.passes.network import PASSES
 from stepfuse.engine.passes.numbered import Numbered, numbered
 from stepfuse.engine.passes.python_state import PythonState
 from stepfuse.engine.passes.random_sources import undrawn
-from stepfuse.engine.passes.released import WeightsReleased, released
+from stepfuse.engine.passes.released import WeightsReleased
 from stepfuse.engine.passes.trace import one_at_a_time
 from stepfuse.engine.passes.weights import Holding, WeightGone
 from stepfuse.engine.passes.without_graph import WithoutGraph
@@ -145,7 +144,8 @@ class Optimized(nn.Module):
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
-        self._settings = calls.Settled(_RESTLESS)
+        # of each kind of call, those of other settings that came
+        self._settings: dict[Any, set[Any]] = {}
         self._lock = threading.RLock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ class Optimized(nn.Module):
             return self.original(*args, **kwargs)
         with torch.no_grad():
             call, network, leaves = self._network(args, kwargs)
-            tell(_Ran(self, call, network))
+            tell(Ran(self, call, network))
             self._check(network)
             return network(leaves)
 
@@ -187,7 +187,7 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with torch.no_grad(), self._lock, _unseen():
+        with self._lock, _unseen():
             for network in self._networks.values():
                 network.prepare(wanted)
             self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
@@ -264,8 +264,7 @@ class Optimized(nn.Module):
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
         with self._lock:
-            compiled_for = [key[1:] for key in self._networks]
-            call = self._settings.counted((spec, described), compiled_for)
+            call = self._counted(spec, described)
             network = self._known(call)
         if network is None:
             with one_at_a_time, self._lock:
@@ -283,6 +282,18 @@ class Optimized(nn.Module):
             self._networks.move_to_end(key)
         return self._networks.get(key)
 
+    def _counted(self, spec: Any, described: tuple[Any, ...]) -> Any:
+        """The call as it is counted: without the values of its settings, where too many came."""
+        call = (spec, described)
+        loose = tuple(calls.of_any_value(part) for part in described)
+        if loose == described:
+            return call
+        came = self._settings.setdefault((spec, loose), set())
+        if len(came) < _RESTLESS:
+            came.add(described)
+            return call
+        return call if any(key[1:] == call for key in self._networks) else (spec, loose)
+
     def _made(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
     ) -> Compiled | Numbered:
@@ -290,7 +301,8 @@ class Optimized(nn.Module):
         self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
         # nothing of this belongs into a step that is being recorded
         state = self._state()
-        with _unseen(), undrawn(self._states[0][2]), calls.fakeness(leaves):
+        undone = undrawn(self._states[0][2])
+        with _unseen(), undone, calls.fakeness(leaves):
             network = self._build(state, call[1], args, kwargs)
         key = (self._state(new=True), *call)
         self._networks[key] = network
@@ -315,7 +327,8 @@ class Optimized(nn.Module):
         if self._states and not new:
             what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
             self._refuse_if_released(
-                f"{what} changed after compiling; put it back, as another value needs the weights"
+                f"{what} changed since the network was compiled, which for another value is not to "
+                "be had without the weights; put it back"
             )
         for path in changes:
             self._changes[path] += 1
@@ -353,7 +366,7 @@ class Optimized(nn.Module):
         return network
 
     def _refuse_if_released(self, what: str) -> None:
-        if released(self.original):
+        if released_weights(self.original):
             runs = " or ".join(calls.described(key[2]) for key in self._networks) or "nothing"
             raise WeightsReleased(
                 f"{what}, which weights='released' has freed; compiled for {runs}"
@@ -373,21 +386,6 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The type of device of the first tensor among the arguments."""
     found = (v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
     return next(found, "cpu")
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """A network that ran, see `listening`, and what the arguments of the call were like."""
-
-    optimized: Optimized
-    call: Any
-    network: Compiled | Numbered
-
-    def holds(self) -> bool:
-        """Whether such a call would run it again, and to the same result."""
-        with self.optimized._lock:
-            known = self.optimized._known(self.call)
-            return known is self.network and known.changed() is None
 
 
 @contextmanager

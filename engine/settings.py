@@ -86,8 +86,9 @@ class _Keys:
         again = self._again(value)
         if again is not None:
             return again
-        values_of_class = self._values_of_class(kind)
-        return kind, *self._contents(value, where), self._state(value, where), values_of_class
+        values_of_class: Hashable = self._values_of_class(kind)
+        named: Any = kind
+        return named, *self._contents(value, where), self._state(value, where), values_of_class
 
     def _again(self, value: Any) -> Hashable | None:
         """What stands for a value that was met before; None where it was not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,26 +52,6 @@ def of_any_value(part: Any) -> Any:
 def is_of_any_value(part: Any) -> bool:
     """Whether it is what `of_any_value` leaves of a setting or an array."""
     return isinstance(part[0], str) and part[0].endswith(_ANY)
-
-
-class Settled:
-    """Which calls are told apart by the values of their settings: ``most`` of each kind."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._came: dict[Any, set[Any]] = {}
-
-    def counted(self, call: Any, compiled_for: Collection[Any]) -> Any:
-        """``call``, (structure, keys), or, where too many like it came, what all of them are."""
-        spec, described = call
-        loose = tuple(map(of_any_value, described))
-        if loose == described:
-            return call
-        came = self._came.setdefault((spec, loose), set())
-        if len(came) < self._most:
-            came.add(described)
-            return call
-        return call if call in compiled_for else (spec, loose)
 
 
 def is_number(value: Any) -> bool:

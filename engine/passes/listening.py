@@ -5,18 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 
-class Ran(Protocol):
-    """A compiled network that ran."""
+@dataclass(frozen=True)
+class Ran:
+    """A network of an `Optimized` that ran, and what the arguments of the call were like."""
 
-    @property
-    def optimized(self) -> Any:
-        """The `stepfuse.engine.optimize.Optimized` that it belongs to."""
+    optimized: Any
+    call: Any
+    network: Any
 
     def holds(self) -> bool:
-        """Whether a call like that one would run it again, and to the same result."""
+        """Whether such a call would run it again, and to the same result."""
+        with self.optimized._lock:
+            known = self.optimized._known(self.call)
+            return bool(known is self.network and known.changed() is None)
 
 
 class _Listeners(threading.local):

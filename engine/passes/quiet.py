@@ -37,8 +37,8 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         text.thread = None
-        now: Any = warnings.filters  # another list within somebody's catch_warnings
-        for held in (filters, now):
+        lists: tuple[Any, ...] = (filters, warnings.filters)
+        for held in lists:  # another list within somebody's catch_warnings
             with contextlib.suppress(ValueError):
                 held.remove(entry)
         for logger in loggers:

@@ -44,11 +44,6 @@ class Released(nn.Parameter):
         )
 
 
-def released(model: nn.Module) -> list[Tensor]:
-    """Those of a model's weights that were freed."""
-    return [w for w in (*model.parameters(), *model.buffers()) if isinstance(w, Released)]
-
-
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf",
                "is_cuda", "is_meta", "is_sparse", "is_quantized", "ndim", "nbytes", "itemsize",
                "_version")  # fmt: skip

@@ -77,9 +77,9 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(tensor, Tensor) or isinstance(tensor, FakeTensor):
                 continue
             if tensor.layout is torch.strided:
-                memory: Any = tensor.untyped_storage()
+                memory = tensor.untyped_storage()
                 if memory._cdata in self._watched and memory._cdata not in self._before:
-                    self._before[memory._cdata] = memory.clone()
+                    self._before[memory._cdata] = memory.clone()  # type: ignore[no-untyped-call]
 
     def take_back(self) -> None:
         """Put back what was kept."""

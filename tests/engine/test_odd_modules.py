@@ -232,7 +232,7 @@ def test_a_trace_is_not_noticed_in_other_threads(exported: bool) -> None:
     conv, expected = model.conv, model(*given)
     thread = threading.Thread(target=optimize, args=(model, given))
     thread.start()
-    assert model.inside.wait(60)
+    assert model.inside.wait(20)
     try:
         for _ in range(3):  # one forward without data, then the tracer's
             assert model.conv is conv

@@ -179,9 +179,7 @@ def test_released_weights_name_the_attribute_that_changed() -> None:
     fast = optimize(model, given, weights="released")
     for i in range(20):  # more than states are kept
         model.scale = 2.0 + i
-        with pytest.raises(
-            WeightsReleased, match=r"'model\.scale' changed after compiling; put it back"
-        ):
+        with pytest.raises(WeightsReleased, match=r"'model\.scale' changed .* put it back"):
             fast(*given)
     model.scale = 1.0
     assert distance(fast(*given), expected) < REORDERED

@@ -1,22 +1,20 @@
-"""What is held in memory for a network, in words."""
+"""Where the weights of a model and what was computed from them lie, in words."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepfuse.engine.passes.compiled import Compiled
 from stepfuse.engine.passes.network import Network
 from stepfuse.engine.passes.numbered import Numbered
 from stepfuse.engine.passes.parked import Files
-from stepfuse.engine.passes.released import released
-
-_MB = 1 << 20
+from stepfuse.engine.passes.released import Released
 
 
 def held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
-    """Constants of its own, and the model's weights, where they are."""
+    """What is held for a network: constants of its own, and the model's weights, where they are."""
     weights = [*model.parameters(), *model.buffers()]
-    freed = sum(w.nbytes for w in released(model))
+    freed = sum(w.nbytes for w in released_weights(model))
     files = Files()
     filed = sum(w.nbytes for w in weights if w in files)
     text = f"{network.nbytes() / _MB:.1f} MB packed and tabulated"
@@ -26,3 +24,11 @@ def held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
     inner = network.network if isinstance(network, Numbered) else network
     note = inner.weights.note if isinstance(inner, Network) else ""
     return f"{text} ({note})" if note else text
+
+
+def released_weights(model: nn.Module) -> list[Tensor]:
+    """Those that were freed."""
+    return [w for w in (*model.parameters(), *model.buffers()) if isinstance(w, Released)]
+
+
+_MB = 1 << 20
