@@ -27,17 +27,20 @@ class RandomSources:
     """The generators of random numbers that what ``state`` has met may draw from, as they are now.
 
     Those of Python and NumPy for everybody are among them. ``iterators`` names the kinds of those
-    that were met: nobody can tell where they are, or set them back.
+    of the model's own: nobody can tell where they are, or set them back.
     """
 
     def __init__(self, state: PythonState) -> None:
         met = list(_met(state))
-        self.iterators = sorted({_named(obj) for obj in met if _is_iterator(obj)})
-        met = [obj for obj in met if not _is_iterator(obj)]
+        self.iterators = sorted({_named(obj) for obj in _own(state) if _is_iterator(obj)})
         sources: list[_Source] = [
             ("random", random.getstate, random.setstate),
             ("numpy.random", *_of_numpy(np.random.mtrand._rand)[1:]),
-            *(_of_python(obj) for obj in met if isinstance(obj, random.Random)),
+            *(
+                _of_python(obj)
+                for obj in met
+                if isinstance(obj, random.Random) and not _is_iterator(obj)
+            ),
             *(_of_numpy(obj) for obj in met if isinstance(obj, _NUMPYS)),
         ]
         self._drawn = [(source, source[1]()) for source in sources]
@@ -76,25 +79,34 @@ def undrawn(state: PythonState) -> Iterator[None]:
 
 
 def _met(state: PythonState) -> Iterator[Any]:
-    """Objects that were visited, and those whose built-in methods are attributes.
-
-    Iterators count where the model holds one or its code names one: whatever else hangs on the
-    objects that code can come to has one somewhere.
-    """
+    """Objects that were visited, and those whose built-in methods are attributes."""
     reach = state._reach
-    held = [value for _, _, attributes in reach.attributes for value in list(attributes.values())]
-    held += [content(cell) for _, cell in reach.cells]
-    held += [space[n] for _, _, space, names in reach.spaces.values() for n in names if n in space]
-    handed = {id(value) for value in held}
     methods = (value for _, _, held in reach.attributes for value in list(held.values()))
     owners = (getattr(m, "__self__", None) for m in methods if callable(m))
     known: set[int] = set()
     for obj in (*reach._seen.values(), *owners):
-        if id(obj) in known:
-            continue
-        if isinstance(obj, _KINDS) or (id(obj) in handed and _is_iterator(obj)):
+        if id(obj) not in known and isinstance(obj, _KINDS):
             known.add(id(obj))
             yield obj
+
+
+def _own(state: PythonState) -> Iterator[Any]:
+    """What hangs on the roots, and globals that are named in the files of their modules' classes.
+
+    Other files have iterators for purposes of their own.
+    """
+    reach = state._reach
+    files = {type(module).__module__ for _, module in reach.modules}
+    roots = {path.partition(".")[0] for path, _ in reach.modules[:1]}
+    for path, _, held in reach.attributes:
+        if path.partition(".")[0] in roots:
+            yield from list(held.values())
+    for path, cell in reach.cells:
+        if path.partition(".")[0] in roots:
+            yield content(cell)
+    for where, _, space, names in reach.spaces.values():
+        if where in files:
+            yield from (space[name] for name in names if name in space)
 
 
 def _of_python(source: random.Random) -> _Source:
