@@ -152,6 +152,8 @@ class Reach:
                 self._look(other, path)
             return
         held = object.__getattribute__(module, "__dict__")
+        if type(held.get("_modules")) not in (dict, collections.OrderedDict):
+            return  # compiled by TorchScript, say: its state is not Python's
         self.modules.append((path, module))
         self.attributes.append((path, module, held))
         for name, value in list(held.items()):

@@ -207,6 +207,32 @@ def test_threads_compile_and_call_at_once(shared: bool) -> None:
     assert_same(before, model)
 
 
+class Scripted(nn.Module):
+    """One of its layers is compiled by TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1)))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_scripted_modules_run_as_they_are(whole: bool) -> None:
+    model: nn.Module = Scripted().eval()
+    given = inputs()
+    if whole:
+        model = torch.jit.trace(model, given)
+    fast = optimize(model, given)
+    assert torch.equal(fast(*given), model(*given))
+    assert "is compiled by TorchScript" in fast.explain()
+    samplers = [Sampler(model, Schedule.linear(), steps=2, graph=g) for g in ("auto", None)]
+    assert torch.equal(*(sampler.sample((1, 4, 6, 6)) for sampler in samplers))
+
+
 class Waiting(nn.Module):
     """Stops in the middle of its trace; by torch.export, which records constants as well."""
 
