@@ -152,13 +152,15 @@ class Parking:
         while written < storage.nbytes():
             written += os.pwrite(self._file.fileno(), content[written:], start + written)
         self._end += _room(weight)
-        parked = torch.frombuffer(self._map, dtype=torch.uint8, count=written, offset=start)
-        address = parked.data_ptr() + int(weight.storage_offset()) * weight.itemsize
-        _homes[address] = weight.data_ptr()
-        weakref.finalize(self._map, _homes.pop, address, None)
-        weight.data = parked.view(weight.dtype).as_strided(
-            weight.shape, weight.stride(), weight.storage_offset()
-        )
+        # of the same kind: a weight that counts its versions or one of inference mode
+        with torch.inference_mode(weight.is_inference()):
+            parked = torch.frombuffer(self._map, dtype=torch.uint8, count=written, offset=start)
+            address = parked.data_ptr() + int(weight.storage_offset()) * weight.itemsize
+            _homes[address] = weight.data_ptr()
+            weakref.finalize(self._map, _homes.pop, address, None)
+            weight.data = parked.view(weight.dtype).as_strided(
+                weight.shape, weight.stride(), weight.storage_offset()
+            )
 
 
 def _other_threads() -> list[str]:

@@ -138,9 +138,10 @@ class Forward:
         fast = self._ready(args, kwargs, given)
         if fast is None:
             return type(self.unet).forward(self.unet, *args, **kwargs)
-        sample = given["sample"]
+        # these networks ask for no layout: one is compiled for all of them
+        sample = given["sample"].contiguous()
         t = self._timesteps(fast, sample, given["timestep"])
-        condition = {n: given[n] for n in _CONDITION if given.get(n) is not None}
+        condition = {n: given[n].contiguous() for n in _CONDITION if given.get(n) is not None}
         try:
             result = fast(sample, t, **condition)
         except WeightsChanged:

@@ -12,6 +12,7 @@ from tests.engine.adapters.lucidrains_case import Bump, bump, check_same, seeded
 import stepfuse as sf
 from stepfuse.engine.adapters import lucidrains
 from stepfuse.engine.adapters.lucidrains import FastDiffusion
+from stepfuse.engine.passes.runs import has_instructions
 from stepfuse.kernels.step_row import Column
 
 DDIM = [
@@ -59,7 +60,9 @@ def test_unet_in_bfloat16() -> None:
     theirs, _ = seeded(lambda: diffusion.sample(2))
     ours, _ = seeded(lambda: sf.accelerate(diffusion, dtype=torch.bfloat16).sample(2))
     error = float((ours - theirs).square().mean())
-    assert 1e-12 < error < 1e-3  # images in [0, 1]: more than 30 dB, and not the same arithmetic
+    assert error < 1e-3  # images in [0, 1]: more than 30 dB
+    # and not the same arithmetic, unless the processor has no other
+    assert (error > 1e-12) == has_instructions(torch.device("cpu"), torch.bfloat16)
 
 
 def test_p_sample_and_interpolate() -> None:
