@@ -7,7 +7,8 @@
                     names them; the names are found on the way, until no new ones come
 
 Objects of the standard library, torch, NumPy and this package are not looked into, but for plain
-containers of attributes such as ``argparse.Namespace``.
+containers of attributes such as ``argparse.Namespace``. Names lead into the packages that the
+objects are of, and into code that is not installed as a package; other packages keep to themselves.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ PLAIN = (
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 MACHINERY = frozenset(vars(nn.Module()))
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "stepfuse", "pybind11_builtins"}
+_MOST = 5000  # functions that are read; whoever has more may read any name
+_CONTAINERS = (dict, list, tuple, set, Tensor, np.ndarray, functools._lru_cache_wrapper)
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
 # code with one of these may read an attribute under a name that stands nowhere
 _DYNAMIC = {"getattr", "__dict__", "vars", "attrgetter", "eval", "exec", "__getattribute__", "dir"}
@@ -77,6 +80,8 @@ class Reach:
         self.spaces: dict[int, tuple[str, Any, Any, set[str]]] = {}
         self.named = {"forward", "__call__"}
         self._owners: dict[type | types.ModuleType, int] = {}  # classes and files
+        self._own: set[str] = set()  # packages that modules and objects of the model are of
+        self._functions = 0
         self._seen: dict[int, Any] = {}  # held, so that no id is used twice
         self._todo: deque[tuple[Any, str]] = deque()
         for name, root in roots.items():
@@ -93,7 +98,7 @@ class Reach:
     @property
     def is_dynamic(self) -> bool:
         """Whether some code may read attributes by names that are made up at run time."""
-        return bool(self.named & _DYNAMIC)
+        return self._functions >= _MOST or bool(self.named & _DYNAMIC)
 
     def follows(self, path: str, name: Any) -> bool:
         """Whether an attribute counts."""
@@ -155,6 +160,7 @@ class Reach:
         if type(held.get("_modules")) not in (dict, collections.OrderedDict):
             return  # compiled by TorchScript, say: its state is not Python's
         self.modules.append((path, module))
+        self._own.add(root_of(type(module)))
         self.attributes.append((path, module, held))
         for name, value in list(held.items()):
             if name not in MACHINERY and self.follows(path, name):
@@ -168,6 +174,7 @@ class Reach:
 
     def _look_at_object(self, obj: Any, path: str) -> None:
         held = getattr(obj, "__dict__", None)
+        self._own.add(root_of(type(obj)))
         if isinstance(held, dict) and isinstance(obj, _HOLDERS):
             self._add(held, path)  # read by keys, whatever names there are
         elif isinstance(held, dict):
@@ -183,8 +190,9 @@ class Reach:
         self._meet(type(obj))
 
     def _look_at_function(self, function: types.FunctionType, path: str) -> None:
-        if root_of(function) in _LIBRARIES:
+        if self._is_foreign(function) or self._functions >= _MOST:
             return
+        self._functions += 1
         code = function.__code__
         self.named.update(named_in(code))
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
@@ -208,7 +216,10 @@ class Reach:
             known.add(name)
             value = space[name]
             for inner in unwrapped(value):
-                self._add(inner, f"{where}.{name}")
+                named = isinstance(inner, (type, types.ModuleType, types.FunctionType))
+                kind = inner if named else type(inner)
+                if isinstance(inner, _CONTAINERS) or not self._is_foreign(kind):
+                    self._add(inner, f"{where}.{name}")
 
     def _meet(self, owner: type | types.ModuleType) -> None:
         """A class or a file: what code names of it counts."""
@@ -216,6 +227,11 @@ class Reach:
         for one in found:
             if one not in (object, nn.Module):
                 self._owners.setdefault(one, 0)
+
+    def _is_foreign(self, obj: Any) -> bool:
+        """Whether a class, function or file is of a package that keeps to itself."""
+        root = root_of(obj)
+        return root in _LIBRARIES or (root not in self._own and _is_installed(root))
 
     def _follow_names(self) -> bool:
         """Look up the names that came since; False where nothing has."""
@@ -228,7 +244,7 @@ class Reach:
             found = {n for n in self.named if n in space}
             if isinstance(owner, type):
                 found = {n for n in found if not n.startswith("__") or n == "__call__"}
-            if root_of(owner) in _LIBRARIES:
+            if self._is_foreign(owner):
                 # its own code is as it is, but it may call methods of a user's class
                 if isinstance(owner, type) and issubclass(owner, nn.Module):
                     for name in found:
@@ -238,6 +254,14 @@ class Reach:
             where = getattr(owner, "__qualname__", owner.__name__)
             self._enter(owner if isinstance(owner, type) else space, space, where, found)
         return new
+
+
+@functools.cache
+def _is_installed(root: str) -> bool:
+    """Whether a package lies where pip puts them."""
+    module = sys.modules.get(root)
+    places = [str(getattr(module, "__file__", "")), *map(str, getattr(module, "__path__", ()))]
+    return any("site-packages" in place or "dist-packages" in place for place in places)
 
 
 def is_a_users(kind: type) -> bool:
