@@ -218,7 +218,9 @@ class Reach:
             for inner in unwrapped(value):
                 named = isinstance(inner, (type, types.ModuleType, types.FunctionType))
                 kind = inner if named else type(inner)
-                if isinstance(inner, _CONTAINERS) or not self._is_foreign(kind):
+                met = isinstance(inner, _CONTAINERS) or not self._is_foreign(kind)
+                # an object of the standard library or NumPy is met, and not looked into
+                if met or (not named and root_of(kind) in _LIBRARIES):
                     self._add(inner, f"{where}.{name}")
 
     def _meet(self, owner: type | types.ModuleType) -> None:
