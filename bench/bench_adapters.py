@@ -33,7 +33,7 @@ from stepfuse.bench.able import able, described
 from stepfuse.bench.adapter_cases import Case, cases
 from stepfuse.bench.bench_sampler import alternate, ratio
 from stepfuse.bench.harness import machine
-from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.files.writing import check_file, write_file
 
 peers_setup.prepare()
 

@@ -26,9 +26,9 @@ import stepfuse as sf
 from stepfuse.bench import peers_setup
 from stepfuse.bench.able import able
 from stepfuse.bench.harness import machine
-from stepfuse.engine.files import check_file, write_file
-from stepfuse.engine.programs import Runner
-from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.engine.networks.unet import UNet, UNetConfig
+from stepfuse.engine.sampling.program_cache import Runner
 
 peers_setup.prepare()
 

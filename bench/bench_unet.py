@@ -41,11 +41,11 @@ from stepfuse.bench.harness import machine
 from stepfuse.bench.peers import PEERS, Call, Plain
 from stepfuse.bench.products import products
 from stepfuse.bench.twin import diffusers_twin
-from stepfuse.engine.files import check_file, write_file
-from stepfuse.engine.limits import check_threads
-from stepfuse.engine.optimize import optimize
-from stepfuse.engine.passes.weights import Holding
-from stepfuse.engine.reading import read_text
+from stepfuse.engine.compile.optimize import optimize
+from stepfuse.engine.compile.weights.watched import Holding
+from stepfuse.engine.files.reading import read_text
+from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.kernels.limits import check_threads
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}

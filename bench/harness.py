@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from stepfuse.bench.able import able
-from stepfuse.engine.files import check_file, write_file
-from stepfuse.engine.limits import check_threads
+from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.kernels.limits import check_threads
 
 OURS = "stepfuse"
 INTO = "out="  # ours, into a buffer that is there already

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepfuse.bench.peers import Call
 from stepfuse.bench.workload import Workload
-from stepfuse.engine.sampler import Sampler
+from stepfuse.engine.sampling.sampler import Sampler
 
 Draws = Literal["philox", "generator"]
 

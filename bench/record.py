@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from stepfuse.bench.decode import decode
-from stepfuse.engine.files import write_file
-from stepfuse.engine.reading import read_text
+from stepfuse.engine.files.reading import read_text
+from stepfuse.engine.files.writing import write_file
 
 SCHEMA = "stepfuse-bench-1"
 

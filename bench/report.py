@@ -26,7 +26,7 @@ from stepfuse.bench.record import Candidate, Record, load
 from stepfuse.bench.samples import ratios
 from stepfuse.bench.style import STYLE
 from stepfuse.bench.suite_file import read
-from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.files.writing import check_file, write_file
 from stepfuse.kernels.backends import BackendUnavailable
 
 # Nothing is fetched, and nothing runs; data: is for the empty icon.

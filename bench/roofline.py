@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.bench.able import able
-from stepfuse.engine.files import check_file, write_file
+from stepfuse.engine.files.writing import check_file, write_file
 from stepfuse.kernels.triton import variants
 from stepfuse.kernels.triton.variants import BULK, Kernel
 

@@ -32,9 +32,9 @@ from stepfuse.bench.workload import Spec, Workload
 from stepfuse.engine.cli.drawing import choose_device, load_model
 from stepfuse.engine.cli.errors import INTERRUPTED, Problem, choosing_places, interruptible
 from stepfuse.engine.cli.printing import wrote
-from stepfuse.engine.files import check_file, write_file
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import NOT_THERE, kind_of
+from stepfuse.engine.files.reading import NOT_THERE, kind_of
+from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.kernels.limits import check_memory
 
 NAMES = ("record.json", "report.md", "report.html")
 ROOFLINE = "roofline.json"  # where --static leaves its table, and a report finds it

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from stepfuse.bench.loops import DiffusersLoop, Loop, SamplerLoop
 from stepfuse.bench.record import Split
 from stepfuse.bench.workload import Workload
-from stepfuse.engine import program
-from stepfuse.engine.optimize import Optimized
+from stepfuse.engine.compile.optimize import Optimized
+from stepfuse.engine.sampling import program
 
 RUNS = 3
 NETWORK, UPDATE = 0, 1

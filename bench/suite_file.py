@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.bench.record import SCHEMA, Timing, load
-from stepfuse.engine.reading import read_text
+from stepfuse.engine.files.reading import read_text
 
 OURS = "stepfuse"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stepfuse.bench.suite import Timed
-from stepfuse.engine.optimize import optimize
+from stepfuse.engine.compile.optimize import optimize
 
 # relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}

@@ -26,7 +26,7 @@ from stepfuse.bench.grid import Grid
 from stepfuse.bench.record import Record, Timing, load
 from stepfuse.bench.samples import ratios
 from stepfuse.bench.suite_file import OURS
-from stepfuse.engine.files import write_file
+from stepfuse.engine.files.writing import write_file
 
 _PLACE = re.compile(r"(<!-- from: (\S+)((?: [\w-]+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

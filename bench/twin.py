@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from stepfuse.engine.unet import UNet
-from stepfuse.engine.unet_blocks import Downsample, ResidualBlock, Stage, Upsample
+from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.networks.unet_blocks import Downsample, ResidualBlock, Stage, Upsample
 
 
 def diffusers_twin(model: UNet, sample_size: int | None = None) -> nn.Module:

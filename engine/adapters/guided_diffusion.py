@@ -4,7 +4,7 @@ Neither is on PyPI, and many projects carry a copy, so that an object is taken f
 attributes and methods of `GaussianDiffusion` or `SpacedDiffusion`. `accelerate` then compares a
 step of theirs with ours on a few numbers, and replaces what agrees.
 
-For OpenAI's checkpoints see `stepfuse.engine.adapters.adm.load_adm`, which gives a network that
+For OpenAI's checkpoints see `stepfuse.engine.networks.adm.load_adm`, which gives a network that
 these loops call as ``model(x, t, labels)``: pass ``model_kwargs={"labels": y}``.
 """
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepfuse.engine.checks import check_precision
-from stepfuse.engine.optimize import Optimized, WeightsChanged
+from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
+from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.backends import why_not
 from stepfuse.kernels.checks import check_flag
 

@@ -18,18 +18,18 @@ from stepfuse.engine.cli.doctor import doctor
 from stepfuse.engine.cli.errors import INTERRUPTED, describe
 from stepfuse.engine.cli.printing import printing
 from stepfuse.engine.cli.sample import EXAMPLES, sample
-from stepfuse.engine.signals import terminating
+from stepfuse.engine.files.signals import terminating
 
 # Commands whose modules load torch, and are therefore imported only when they run:
 # name -> (module, function, first line of the help)
 DEFERRED = {
     "export": (
-        "stepfuse.engine.export.command",
+        "stepfuse.engine.cli.export",
         "export_command",
         "Write a network as ONNX or TensorRT, and check it against the reference.",
     ),
     "train": (
-        "stepfuse.engine.training.command",
+        "stepfuse.engine.cli.train",
         "train_command",
         "Train a network on your own images: a folder of pictures or an .npz file.",
     ),

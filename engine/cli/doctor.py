@@ -169,7 +169,7 @@ def _version(name: str) -> str:
 
 
 def _checkpoints() -> Iterator[Finding]:
-    from stepfuse.engine.checkpoint import FOLDER, SUFFIX, embedded, load
+    from stepfuse.engine.networks.checkpoint import FOLDER, SUFFIX, embedded, load
 
     if not embedded():
         yield Finding("none", False, f"{FOLDER} holds no {SUFFIX} files; give --model a path")

@@ -23,16 +23,16 @@ from rich.text import Text
 from torch import Tensor
 
 from stepfuse._version import __version__
-from stepfuse.engine.checkpoint import Checkpoint, load
 from stepfuse.engine.cli.errors import Problem, failing_on
 from stepfuse.engine.cli.output import Drawn, Target, write
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.cli.sample import Options
-from stepfuse.engine.guidance import CFG
-from stepfuse.engine.images import check_channels, frame_indices, to_pixels
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.sampler import Sampler
-from stepfuse.engine.step import Step
+from stepfuse.engine.files.images import check_channels, frame_indices, to_pixels
+from stepfuse.engine.networks.checkpoint import Checkpoint, load
+from stepfuse.engine.sampling.guidance import CFG
+from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.engine.sampling.step import Step
+from stepfuse.kernels.limits import check_memory
 
 NO_CLASS = "none"
 

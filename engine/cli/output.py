@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stepfuse.engine.files import check_file, check_folder
+from stepfuse.engine.files.writing import check_file, check_folder
 
 Kind = Literal["png", "npz", "gif", "folder"]
 STRIP_IMAGES, STRIP_FRAMES, GIF_FRAMES = 10, 10, 50
@@ -104,7 +104,7 @@ def write(target: Target, drawn: Drawn, scale: int | None, columns: int | None) 
     """
     import numpy as np
 
-    from stepfuse.engine import images
+    from stepfuse.engine.files import images
 
     shown = scale or images.viewable_scale(*drawn.pixels.shape[1:3])
     if target.kind == "png":

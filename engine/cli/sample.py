@@ -10,7 +10,7 @@ import typer
 
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
-from stepfuse.engine.limits import check_threads
+from stepfuse.kernels.limits import check_threads
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"

@@ -14,17 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepfuse.engine.export.loop_file import onnx_loop
     from stepfuse.engine.export.metadata import Metadata, read_metadata
-    from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
-    from stepfuse.engine.export.onnx_file import onnx
-    from stepfuse.engine.export.onnx_job import Exported
-    from stepfuse.engine.export.parity import Tolerance
-    from stepfuse.engine.export.parity_check import check
-    from stepfuse.engine.export.parity_report import Report
-    from stepfuse.engine.export.tensorrt_engine import BuildFailed, tensorrt
-    from stepfuse.engine.export.tensorrt_file import BadEngineFile
-    from stepfuse.engine.export.tensorrt_runtime import TensorRTDenoiser
+    from stepfuse.engine.export.parity.check_file import check
+    from stepfuse.engine.export.parity.compare import Tolerance
+    from stepfuse.engine.export.parity.report import Report
+    from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
+    from stepfuse.engine.export.to_onnx.job import Exported
+    from stepfuse.engine.export.to_onnx.loop_file import onnx_loop
+    from stepfuse.engine.export.to_onnx.network_file import onnx
+    from stepfuse.engine.export.to_tensorrt.engine import BuildFailed, tensorrt
+    from stepfuse.engine.export.to_tensorrt.engine_file import BadEngineFile
+    from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
 
 __all__ = [
     "BadEngineFile",
@@ -44,19 +44,19 @@ __all__ = [
 
 # name: its module. No module may have the name of one of these functions, which it would hide.
 _HOMES = {
-    "BadEngineFile": "tensorrt_file",
-    "BuildFailed": "tensorrt_engine",
-    "Exported": "onnx_job",
+    "BadEngineFile": "to_tensorrt.engine_file",
+    "BuildFailed": "to_tensorrt.engine",
+    "Exported": "to_onnx.job",
     "Metadata": "metadata",
-    "OnnxDenoiser": "onnx_denoiser",
-    "Report": "parity_report",
-    "TensorRTDenoiser": "tensorrt_runtime",
-    "Tolerance": "parity",
-    "check": "parity_check",
-    "onnx": "onnx_file",
-    "onnx_loop": "loop_file",
+    "OnnxDenoiser": "to_onnx.denoiser",
+    "Report": "parity.report",
+    "TensorRTDenoiser": "to_tensorrt.runtime",
+    "Tolerance": "parity.compare",
+    "check": "parity.check_file",
+    "onnx": "to_onnx.network_file",
+    "onnx_loop": "to_onnx.loop_file",
     "read_metadata": "metadata",
-    "tensorrt": "tensorrt_engine",
+    "tensorrt": "to_tensorrt.engine",
 }
 
 

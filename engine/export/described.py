@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from stepfuse.engine.export.metadata import Metadata
-from stepfuse.engine.labels import check_range
-from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.sampling.labels import check_range
+from stepfuse.engine.sampling.schedule import Schedule
 
 
 class Described:

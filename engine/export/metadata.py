@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from stepfuse._version import __version__
-from stepfuse.engine.checks import check_mapping, check_path
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
-from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of, reason
-from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.files.reading import NOT_THERE, check_regular, kind_of, reason
+from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.kernels.arguments import check_mapping, check_path
 
 FORMAT_VERSION = 1
 PREFIX = "stepfuse."

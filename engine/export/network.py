@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.engine.checkpoint import Checkpoint
-from stepfuse.engine.checks import as_sizes
-from stepfuse.engine.denoiser import Denoiser
+from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.export.metadata import Metadata
-from stepfuse.engine.optimize import Optimized
-from stepfuse.engine.unet import UNet
+from stepfuse.engine.networks.checkpoint import Checkpoint
+from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.kernels.arguments import as_sizes
 from stepfuse.kernels.checks import received
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

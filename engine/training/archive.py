@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import open_regular, reason
+from stepfuse.engine.files.reading import open_regular, reason
+from stepfuse.kernels.limits import check_memory
 
 NAMES = ("images", "labels", "class_names")
 Array = np.ndarray[Any, Any]

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.networks.unet import UNetConfig
+from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.training.pictures import BACKGROUNDS, Background
-from stepfuse.engine.unet import UNetConfig
 
 FREE_ON_RESUME = ("data", "out", "steps", "save_every", "sample_every", "resume", "device")
 MOST_STEPS, MOST_IMAGES = 10**9, 10**6

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import NOT_THERE, check_regular, kind_of
+from stepfuse.engine.files.reading import NOT_THERE, check_regular, kind_of
 from stepfuse.engine.training.archive import read_archive
 from stepfuse.engine.training.pictures import BACKGROUNDS, SUFFIXES, Background, read_picture
+from stepfuse.kernels.limits import check_memory
 
 ACCEPTED = "a folder of images or an .npz file"
 NAMED = 3  # damaged files that a message names; of more it gives the number

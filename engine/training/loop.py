@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepfuse.engine import checkpoint
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import reason
-from stepfuse.engine.signals import kept, terminating
+from stepfuse.engine.files.reading import reason
+from stepfuse.engine.files.signals import kept, terminating
+from stepfuse.engine.networks import checkpoint
+from stepfuse.engine.networks.unet import UNet
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.ema import EMA
@@ -24,8 +24,8 @@ from stepfuse.engine.training.loss import HybridLoss, simple_loss
 from stepfuse.engine.training.place import MODEL, STATE, check_place, prepare
 from stepfuse.engine.training.preview import save_preview
 from stepfuse.engine.training.state import load_state, save_state
-from stepfuse.engine.unet import UNet
 from stepfuse.kernels.add_noise import add_noise
+from stepfuse.kernels.limits import check_memory
 
 LOSS_SMOOTHING = 0.99
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from stepfuse.engine.schedule import Schedule
+from stepfuse.engine.sampling.schedule import Schedule
 
 HYBRID_LAMBDA = 1e-3
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stepfuse.engine.reading import open_regular, reason
+from stepfuse.engine.files.reading import open_regular, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepfuse.engine import files
-from stepfuse.engine.reading import NOT_THERE, kind_of
+from stepfuse.engine.files import writing
+from stepfuse.engine.files.reading import NOT_THERE, kind_of
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.state import check_resumable
 
@@ -25,7 +25,7 @@ def check_place(config: TrainConfig) -> None:
         check_resumable(state)
     elif kind_of(state) != NOT_THERE:
         raise FileExistsError(f"{config.out} holds a run already; resume it or take another folder")
-    files.check_place(config.out)
+    writing.check_place(config.out)
 
 
 def prepare(out: Path, size: int) -> None:
@@ -37,7 +37,7 @@ def prepare(out: Path, size: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in (STATE, MODEL):
-            files.check_file(out / name, size)
+            writing.check_file(out / name, size)
     except OSError:
         for folder in made:
             if folder.is_dir():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from stepfuse.engine.images import grid, save_png, to_pixels
-from stepfuse.engine.sampler import Sampler
+from stepfuse.engine.files.images import grid, save_png, to_pixels
+from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.training.config import TrainConfig
-from stepfuse.engine.unet import UNet
 
 COLUMNS, ROWS, STEPS = 10, 4, 25
 

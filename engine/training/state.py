@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from stepfuse.engine.files import write_file
-from stepfuse.engine.limits import check_memory
-from stepfuse.engine.reading import NOT_THERE, kind_of, open_regular, reason
+from stepfuse.engine.files.reading import NOT_THERE, kind_of, open_regular, reason
+from stepfuse.engine.files.writing import write_file
+from stepfuse.kernels.limits import check_memory
 
 ACCEPTED = "the state.pt of a training run"
 

@@ -8,17 +8,17 @@ from stepfuse._version import __version__
 if TYPE_CHECKING:
     from stepfuse.engine import export
     from stepfuse.engine.adapters import accelerate, restore
-    from stepfuse.engine.checkpoint import Checkpoint, load
-    from stepfuse.engine.export.onnx_denoiser import OnnxDenoiser
-    from stepfuse.engine.export.tensorrt_runtime import TensorRTDenoiser
-    from stepfuse.engine.guidance import CFG, ClassifierGuidance
-    from stepfuse.engine.latents import interpolate, slerp
-    from stepfuse.engine.optimize import Optimized, WeightsChanged, optimize
-    from stepfuse.engine.passes.released import WeightsReleased
-    from stepfuse.engine.sampler import Sampler
-    from stepfuse.engine.schedule import Schedule
-    from stepfuse.engine.step import Step
-    from stepfuse.engine.timesteps import spaced_timesteps
+    from stepfuse.engine.compile.optimize import Optimized, WeightsChanged, optimize
+    from stepfuse.engine.compile.weights.released import WeightsReleased
+    from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
+    from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
+    from stepfuse.engine.networks.checkpoint import Checkpoint, load
+    from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance
+    from stepfuse.engine.sampling.latents import interpolate, slerp
+    from stepfuse.engine.sampling.sampler import Sampler
+    from stepfuse.engine.sampling.schedule import Schedule
+    from stepfuse.engine.sampling.step import Step
+    from stepfuse.engine.sampling.timesteps import spaced_timesteps
     from stepfuse.kernels.backends import BackendUnavailable
 
 __all__ = [
@@ -48,17 +48,17 @@ __all__ = [
 # Imported at first use, so that `stepfuse --help` does not wait two seconds for torch.
 _HOMES = {
     "engine.adapters": ("accelerate", "restore"),
-    "engine.checkpoint": ("Checkpoint", "load"),
-    "engine.export.onnx_denoiser": ("OnnxDenoiser",),
-    "engine.export.tensorrt_runtime": ("TensorRTDenoiser",),
-    "engine.guidance": ("CFG", "ClassifierGuidance"),
-    "engine.latents": ("interpolate", "slerp"),
-    "engine.optimize": ("Optimized", "WeightsChanged", "optimize"),
-    "engine.passes.released": ("WeightsReleased",),
-    "engine.sampler": ("Sampler",),
-    "engine.schedule": ("Schedule",),
-    "engine.step": ("Step",),
-    "engine.timesteps": ("spaced_timesteps",),
+    "engine.networks.checkpoint": ("Checkpoint", "load"),
+    "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
+    "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
+    "engine.sampling.guidance": ("CFG", "ClassifierGuidance"),
+    "engine.sampling.latents": ("interpolate", "slerp"),
+    "engine.compile.optimize": ("Optimized", "WeightsChanged", "optimize"),
+    "engine.compile.weights.released": ("WeightsReleased",),
+    "engine.sampling.sampler": ("Sampler",),
+    "engine.sampling.schedule": ("Schedule",),
+    "engine.sampling.step": ("Step",),
+    "engine.sampling.timesteps": ("spaced_timesteps",),
     "kernels.backends": ("BackendUnavailable",),
 }
 _PACKAGES = {"export": "engine.export"}

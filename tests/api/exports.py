@@ -18,8 +18,10 @@ from tests.engine.export.test_tensorrt_runtime import FAKE, STREAM, info
 from tests.engine.export.test_tensorrt_runtime import inputs as engine_inputs
 
 import stepfuse as sf
-from stepfuse.engine.export import loop_file, onnx_file, tensorrt_runtime
-from stepfuse.engine.export.tensorrt_file import write_engine
+from stepfuse.engine.export.to_onnx import loop_file
+from stepfuse.engine.export.to_onnx import network_file as onnx_file
+from stepfuse.engine.export.to_tensorrt import runtime as tensorrt_runtime
+from stepfuse.engine.export.to_tensorrt.engine_file import write_engine
 
 PATH = ("is not there", "cannot read", "No such file", "is a folder")
 # what only some networks say themselves has to be given for this one

@@ -33,7 +33,7 @@ def public_callables() -> dict[str, Callable[..., Any]]:
     for library in ADAPTERS:
         adapter = importlib.import_module(f"stepfuse.engine.adapters.{library}")
         found.update((f"{library}.{name}", getattr(adapter, name)) for name in ADAPTER_FUNCTIONS)
-    lint = importlib.import_module("stepfuse.engine.lint")
+    lint = importlib.import_module("stepfuse.engine.sampling.lint")
     found["lint.check_capturable"] = lint.check_capturable
     return _once(found)
 

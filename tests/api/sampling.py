@@ -11,7 +11,7 @@ from tests.api.world import SHAPE, TRAINED
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.engine.lint import check_capturable
+from stepfuse.engine.sampling.lint import check_capturable
 
 # negative numbers are 64-bit patterns too
 SEED = {"-1", "0"}

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tests.engine.cli_case import TINY, save
+from tests.engine.cli.cli_case import TINY, save
 from torch import Tensor, nn
 
 import stepfuse as sf

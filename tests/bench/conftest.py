@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from tests.engine.cli_case import TINY, save
+from tests.engine.cli.cli_case import TINY, save
 
 from stepfuse.bench import latency, measure, throughput
 

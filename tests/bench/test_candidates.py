@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.cli_case import TINY, save
+from tests.engine.cli.cli_case import TINY, save
 from torch import Tensor
 
 from stepfuse.bench import candidates, loops

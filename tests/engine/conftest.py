@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.cli_case import TINY, save
+from tests.engine.cli.cli_case import TINY, save
 
 
 @pytest.fixture(scope="session")

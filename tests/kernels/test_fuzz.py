@@ -20,11 +20,11 @@ from torch import Tensor
 
 pytest.importorskip("stepfuse.kernels.cpp.module", reason="needs the C++ module (a C++ compiler)")
 
-from stepfuse.engine.passes.attend import attend
-from stepfuse.engine.passes.concatenate import join
-from stepfuse.engine.passes.convolve import FORMS, NO_NORM, convolve, filters, fits, why_not
 from stepfuse.kernels import philox
 from stepfuse.kernels.add_noise import add_noise
+from stepfuse.kernels.attend import attend
+from stepfuse.kernels.concatenate import join
+from stepfuse.kernels.convolve import FORMS, NO_NORM, convolve, filters, fits, why_not
 from stepfuse.kernels.cpp.module import native
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.group_norm_silu import group_norm_silu

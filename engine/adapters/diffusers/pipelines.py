@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stepfuse.engine.adapters.diffusers import unet as unets
-from stepfuse.engine.checks import check_precision
+from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
 CLASSES = (

@@ -1,7 +1,7 @@
 """Rows of the step table by the rules of diffusers' schedulers, and the same update without a row.
 
-`stepfuse.engine.table` computes rows in float64 from a schedule. Here the coefficients follow
-diffusers: taken from its float32 ``alphas_cumprod``, rounded where it rounds them, between
+`stepfuse.engine.sampling.rows` computes rows in float64 from a schedule. Here the coefficients
+follow diffusers: taken from its float32 ``alphas_cumprod``, rounded where it rounds them, between
 timesteps that need not be neighbours in the list. Given float64 tensors, the same formulas are
 exact. They are computed by PyTorch, whose float32 square root differs from NumPy's in the last bit.
 Below, a = abar where the step starts and b = abar where it ends, CPU tensors [S] of one dtype.

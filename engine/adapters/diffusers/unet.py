@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.engine.optimize import Optimized, WeightsChanged
-from stepfuse.engine.passes.python_state import PythonState
+from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
+from stepfuse.engine.compile.state.python_state import PythonState
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
@@ -258,7 +258,7 @@ class _State:
     """Why the modules of a U-Net must run as they are, asked again when something has changed.
 
     What else a change means (another adapter, its scale, a switch of a submodule) is noticed by the
-    compiled network, see `stepfuse.engine.passes.python_state`.
+    compiled network, see `stepfuse.engine.compile.state.python_state`.
     """
 
     def __init__(self, unet: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.passes.networks import distance
+from tests.engine.compile.networks import distance
 from torch import Tensor
 
 import stepfuse as sf

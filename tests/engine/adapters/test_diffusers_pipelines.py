@@ -28,7 +28,7 @@ from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers import accelerate, explain, restore
 from stepfuse.engine.adapters.diffusers.pipelines import CLASSES
-from stepfuse.engine.passes.runs import has_instructions
+from stepfuse.engine.compile.runs import has_instructions
 
 STABLE = [name for name in CLASSES if name.startswith("Stable")]
 PLAIN = ["DDPMPipeline", "DDIMPipeline", "LDMPipeline"]

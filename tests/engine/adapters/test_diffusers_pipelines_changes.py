@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.adapters.diffusers_models import counted, noise
-from tests.engine.passes.networks import distance
+from tests.engine.compile.networks import distance
 from torch import Tensor, nn
 
 from stepfuse.bench.stable_diffusion import conditional_unet

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.adapters.diffusers_models import counted, least_unet2d, noise
-from tests.engine.passes.networks import distance
+from tests.engine.compile.networks import distance
 from torch import Tensor, nn
 
 import stepfuse as sf

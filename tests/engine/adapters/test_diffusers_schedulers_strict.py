@@ -1,4 +1,4 @@
-"""``strict=False``: the rows of `stepfuse.engine.table` instead of diffusers' rules."""
+"""``strict=False``: the rows of `stepfuse.engine.sampling.rows` instead of diffusers' rules."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from tests.engine.adapters.schedulers_case import OURS, pair
 from torch import Tensor
 
-from stepfuse.engine.schedule import Schedule
-from stepfuse.engine.table import Update, inversion_table, step_table
+from stepfuse.engine.sampling.rows import Update, inversion_table, step_table
+from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels.denoise_step import denoise_step
 
 SCHEDULE = Schedule.linear(1000, rescale=False)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.adapters import guided_diffusion
-from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.engine.networks.unet import UNet, UNetConfig
 
 LIBRARIES = ["oracle", "guided_diffusion"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import stepfuse as sf
 from stepfuse.engine.adapters import guided_diffusion
-from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.engine.networks.unet import UNet, UNetConfig
 
 
 def sample(d: Any, model: Any = None, **options: Any) -> Tensor:

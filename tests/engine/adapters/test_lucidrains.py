@@ -12,7 +12,7 @@ from tests.engine.adapters.lucidrains_case import Bump, bump, check_same, seeded
 import stepfuse as sf
 from stepfuse.engine.adapters import lucidrains
 from stepfuse.engine.adapters.lucidrains import FastDiffusion
-from stepfuse.engine.passes.runs import has_instructions
+from stepfuse.engine.compile.runs import has_instructions
 from stepfuse.kernels.step_row import Column
 
 DDIM = [

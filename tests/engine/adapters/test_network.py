@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.adapters.network import FastNetwork
-from stepfuse.engine.optimize import Optimized
+from stepfuse.engine.compile.optimize import Optimized
 
 NEAR = 1e-6  # float32 in another order
 

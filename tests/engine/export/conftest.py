@@ -8,7 +8,8 @@ import pytest
 from tests.engine.export.onnx_case import build_once
 
 import stepfuse as sf
-from stepfuse.engine.export import loop_file, onnx_file
+from stepfuse.engine.export.to_onnx import loop_file
+from stepfuse.engine.export.to_onnx import network_file as onnx_file
 
 
 @pytest.fixture(scope="session")

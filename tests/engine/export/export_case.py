@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import stepfuse as sf
-from stepfuse.engine.checkpoint import save
-from stepfuse.engine.unet import UNet, UNetConfig
+from stepfuse.engine.networks.checkpoint import save
+from stepfuse.engine.networks.unet import UNet, UNetConfig
 
 SIDE, CLASSES = 8, 3
 SHAPE = (1, SIDE, SIDE)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine.export.onnx_graph import build
-from stepfuse.engine.unet_blocks import GroupNormSiLU
+from stepfuse.engine.export.to_onnx.graph import build
+from stepfuse.engine.networks.unet_blocks import GroupNormSiLU
 
 CHANNELS, SIDE, CLASSES = 2, 6, 3
 LARGE = 6  # the batch from which `Small.branch` is taken

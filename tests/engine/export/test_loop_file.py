@@ -14,7 +14,8 @@ from tests.engine.export.onnx_case import CHANNELS, SCHEDULE, SIDE, Small, input
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine.export import loop_graph, onnx_write
+from stepfuse.engine.export.to_onnx import loop_graph
+from stepfuse.engine.export.to_onnx import write as onnx_write
 from stepfuse.kernels.step_row import Column
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -150,7 +151,7 @@ def test_a_wrong_loop_never_gets_its_name(tmp_path: Path, monkeypatch: pytest.Mo
         table[-1, Column.C_0] *= 0.9
         return build(model, loop_graph.Loop(table, None, False, False))
 
-    monkeypatch.setattr("stepfuse.engine.export.loop_file.looped", forgetful)
+    monkeypatch.setattr("stepfuse.engine.export.to_onnx.loop_file.looped", forgetful)
     with pytest.raises(ValueError, match="differs from the network by"):
         export(tmp_path / "wrong.onnx", steps=3, verify=True)
     assert not list(tmp_path.iterdir())

@@ -14,8 +14,8 @@ from tests.engine.export.export_case import CLASSES, SIDE, exported, network
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.engine.export import runtime
-from stepfuse.engine.export.parity import psnr
+from stepfuse.engine.export.parity.compare import psnr
+from stepfuse.engine.export.to_onnx import runtime
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

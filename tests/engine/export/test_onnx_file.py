@@ -27,12 +27,14 @@ from tests.engine.export.onnx_case import (
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine import files
-from stepfuse.engine.export import onnx_file, onnx_graph, onnx_write
+from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.export.network import describe
-from stepfuse.engine.export.onnx_graph import MODULE, CannotExport
-from stepfuse.engine.optimize import Optimized
-from stepfuse.engine.unet_blocks import GroupNormSiLU
+from stepfuse.engine.export.to_onnx import graph as onnx_graph
+from stepfuse.engine.export.to_onnx import network_file as onnx_file
+from stepfuse.engine.export.to_onnx import write as onnx_write
+from stepfuse.engine.export.to_onnx.graph import MODULE, CannotExport
+from stepfuse.engine.files import writing
+from stepfuse.engine.networks.unet_blocks import GroupNormSiLU
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -272,7 +274,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
 
 
 class Undecided(nn.Module):

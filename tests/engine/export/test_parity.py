@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.export.batch_profile import BatchProfile
-from stepfuse.engine.export.parity import TOLERANCES, Deviation, Tolerance, psnr
-from stepfuse.engine.export.parity_inputs import batch_sizes, timestep_bins
-from stepfuse.engine.export.parity_onnx import OnnxProbe
-from stepfuse.engine.unet import UNet
+from stepfuse.engine.export.parity.compare import TOLERANCES, Deviation, Tolerance, psnr
+from stepfuse.engine.export.parity.inputs import batch_sizes, timestep_bins
+from stepfuse.engine.export.parity.onnx_nodes import OnnxProbe
+from stepfuse.engine.networks.unet import UNet
 
 needs_onnx = pytest.mark.usefixtures("onnx_packages")
 

@@ -12,10 +12,10 @@ import pytest
 from tests.engine.export.export_case import BATCH, exported
 
 import stepfuse as sf
-from stepfuse.engine.export import tensorrt_engine
-from stepfuse.engine.export.tensorrt_engine import BuildFailed
-from stepfuse.engine.export.tensorrt_file import read_engine, read_info
-from stepfuse.engine.export.tensorrt_library import find_library
+from stepfuse.engine.export.to_tensorrt import engine as tensorrt_engine
+from stepfuse.engine.export.to_tensorrt.engine import BuildFailed
+from stepfuse.engine.export.to_tensorrt.engine_file import read_engine, read_info
+from stepfuse.engine.export.to_tensorrt.library import find_library
 from stepfuse.kernels.backends import BackendUnavailable
 
 try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepfuse.engine.export.batch_profile import BatchProfile
-from stepfuse.engine.export.tensorrt_file import (
+from stepfuse.engine.export.to_tensorrt.engine_file import (
     BadEngineFile,
     EngineInfo,
     Layer,

@@ -18,12 +18,18 @@ import torch
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.engine.export import tensorrt_library, tensorrt_runtime
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.metadata import Metadata
-from stepfuse.engine.export.tensorrt_file import BadEngineFile, EngineInfo, TensorSpec, write_engine
-from stepfuse.engine.export.tensorrt_library import Library, find_library
-from stepfuse.engine.export.tensorrt_runtime import TensorRTDenoiser
+from stepfuse.engine.export.to_tensorrt import library as tensorrt_library
+from stepfuse.engine.export.to_tensorrt import runtime as tensorrt_runtime
+from stepfuse.engine.export.to_tensorrt.engine_file import (
+    BadEngineFile,
+    EngineInfo,
+    TensorSpec,
+    write_engine,
+)
+from stepfuse.engine.export.to_tensorrt.library import Library, find_library
+from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
 from stepfuse.kernels.backends import BackendUnavailable
 
 STREAM = 77

@@ -1,0 +1,222 @@
+"""Bring convolution and linear weights into the order oneDNN computes with, once.
+
+    conv2d(x, w, b) ──► _convolution_pointwise(x, packed(w), b)        conv_transpose2d likewise
+
+Without it every call reorders its weights first. The packed weight is a "weights" node: computed
+when the program is built and after `Optimized.refresh`. CPU tensors only. Exact up to the order of
+summation (float32: relative 1e-5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from stepfuse.engine.compile.graph import (
+    PassReport,
+    aten,
+    call,
+    calls,
+    finish,
+    is_tensor,
+    replace,
+    stage,
+    value,
+)
+from stepfuse.engine.compile.runs import runs
+from stepfuse.kernels.convolve import convolve
+
+mkldnn = torch.ops.mkldnn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def prepack_convolutions(gm: GraphModule) -> PassReport:
+    """Pack the weights of every 2-dimensional convolution and of every linear layer on images."""
+    report = PassReport("prepack_convolutions")
+    for node in calls(gm, aten.conv2d.default):
+        if report.count(_problem(node)):
+            _pack_convolution(gm, node)
+    for node in calls(gm, aten.conv_transpose2d.input):
+        if report.count(_problem(node)):
+            _pack_transposed(gm, node)
+    for node in calls(gm, aten.linear.default):
+        x = node.args[0]
+        assert isinstance(x, Node)
+        # on vectors [N, C] oneDNN takes 12 us to start, a plain product 3
+        if stage(node) == "main" and value(x).dim() > 2 and report.count(_problem(node)):
+            _pack_linear(gm, node)
+    finish(gm)
+    return report
+
+
+def _problem(node: Node) -> str:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this PyTorch has no oneDNN"
+    x, weight = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    if value(x).device.type != "cpu":
+        return "not on the CPU"
+    if stage(weight) != "weights":
+        return "the weight is computed from the inputs"
+    if value(x).dtype not in DTYPES or value(x).dtype != value(weight).dtype:
+        return f"{value(x).dtype} activations and {value(weight).dtype} weights"
+    asked = _ASKED[node.target]
+    return "" if asked(node) else f"oneDNN has none in {value(x).dtype} here"
+
+
+def packs(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether oneDNN runs this convolution here with a packed weight; float32 it always does."""
+    if x.dtype is torch.float32:
+        return True
+    geometry = (padding, stride, dilation, groups)
+    return runs(mkldnn._reorder_convolution_weight, weight, *geometry, list(x.shape)) and runs(
+        mkldnn._convolution_pointwise.default, x, weight, None, *geometry, *_ALONE
+    )
+
+
+def packs_transposed(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
+    """`packs` for a transposed one: padding, padding of the output, stride, dilation, groups."""
+    if x.dtype is torch.float32:
+        return True
+    packing = mkldnn._reorder_convolution_transpose_weight
+    return runs(packing, weight, *geometry, list(x.shape)) and runs(
+        mkldnn._convolution_transpose_pointwise, x, weight, None, *geometry, *_ALONE
+    )
+
+
+def packs_linear(x: Tensor, weight: Tensor) -> bool:
+    """`packs` for a linear layer."""
+    if x.dtype is torch.float32:
+        return True
+    rows = x.shape[:-1].numel()
+    return runs(mkldnn._reorder_linear_weight, weight, rows) and runs(
+        mkldnn._linear_pointwise.default, x, weight, None, *_ALONE
+    )
+
+
+_ALONE: tuple[Any, ...] = ("none", [], "")  # with nothing before or after
+
+
+def _convolution_packs(node: Node) -> bool:
+    x, weight, _, *geometry = convolution_arguments(node)
+    return packs(value(x), value(weight), *geometry)
+
+
+def _transposed_packs(node: Node) -> bool:
+    x, weight, _, *geometry = _transposed_arguments(node)
+    return packs_transposed(value(x), value(weight), *geometry)
+
+
+def _linear_packs(node: Node) -> bool:
+    x, weight = node.args[:2]
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    return packs_linear(value(x), value(weight))
+
+
+_ASKED: dict[Any, Callable[[Node], bool]] = {
+    aten.conv2d.default: _convolution_packs,
+    aten.conv_transpose2d.input: _transposed_packs,
+    aten.linear.default: _linear_packs,
+}
+
+
+def convolution_arguments(node: Node) -> tuple[Any, ...]:
+    """(x, weight, bias, stride, padding, dilation, groups) of a conv2d, with two entries each."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    given.update(node.kwargs)
+    pairs = (_pair(given.get(name, default)) for name, default in _DEFAULTS)
+    return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
+
+
+_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _pair(v: int | list[int]) -> list[int]:
+    both = [v, v] if isinstance(v, int) else list(v)
+    return both * 2 if len(both) == 1 else both
+
+
+def _pack_convolution(gm: GraphModule, node: Node) -> None:
+    x, weight, bias, stride, padding, dilation, groups = convolution_arguments(node)
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(
+            mkldnn._reorder_convolution_weight.default,
+            (weight, padding, stride, dilation, groups, list(value(x).shape)),
+        )
+        packed.meta["val"] = weight.meta["val"]  # opaque in memory, of the same shape
+        fused = call(
+            gm.graph,
+            mkldnn._convolution_pointwise.default,
+            *(x, packed, bias, padding, stride, dilation, groups, *_ALONE),
+        )
+    replace(node, fused)
+
+
+def _pack_transposed(gm: GraphModule, node: Node) -> None:
+    x, weight, bias, *geometry = _transposed_arguments(node)
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(
+            mkldnn._reorder_convolution_transpose_weight.default,
+            (weight, *geometry, list(value(x).shape)),
+        )
+        packed.meta["val"] = weight.meta["val"]
+        fused = gm.graph.call_function(
+            mkldnn._convolution_transpose_pointwise.default,
+            (x, packed, bias, *geometry, *_ALONE),
+        )
+        fused.meta["val"] = node.meta["val"]
+    replace(node, fused)
+
+
+def _transposed_arguments(node: Node) -> tuple[Any, ...]:
+    """(x, weight, bias, padding, output_padding, stride, dilation, groups), two entries each."""
+    given: dict[str, Any] = dict(zip(_TRANSPOSED, node.args, strict=False))
+    given.update(node.kwargs)
+    pairs = (_pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS)
+    return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
+
+
+_TRANSPOSED = (
+    "input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation",
+)  # fmt: skip
+_TRANSPOSED_DEFAULTS = (("padding", 0), ("output_padding", 0), ("stride", 1), ("dilation", 1))
+
+
+def _pack_linear(gm: GraphModule, node: Node) -> None:
+    x, weight, *rest = node.args
+    assert isinstance(x, Node)
+    assert isinstance(weight, Node)
+    bias = rest[0] if rest else node.kwargs.get("bias")
+    rows = value(x).shape[:-1].numel()
+    with gm.graph.inserting_before(node):
+        packed = gm.graph.call_function(mkldnn._reorder_linear_weight.default, (weight, rows))
+        packed.meta["val"] = weight.meta["val"]
+        fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *_ALONE))
+        fused.meta["val"] = node.meta["val"]
+    replace(node, fused)
+
+
+def is_packed(node: object) -> bool:
+    """A convolution or linear layer with a packed weight and no residual yet."""
+    if not is_tensor(node) or not isinstance(node, Node):
+        return False
+    if node.target is convolve:
+        return node.args[3] is None
+    return node.target in (
+        mkldnn._convolution_pointwise.default,
+        mkldnn._linear_pointwise.default,
+    )

@@ -1,0 +1,57 @@
+"""Concatenate nothing where a convolution can read two images.
+
+    a ──┐                             a ──► convolve(a, ..., beside=b)
+        ├─► join ──► convolve             ╱
+    b ──┘       └──► convolve         b ─┴► convolve(a, ..., beside=b)
+
+A U-Net's decoder concatenates what it has with what the encoder kept, for one block to read: its
+first convolution, with the norm before it, and its shortcut. `convolve` gathers pixels before it
+multiplies anyway, and takes them from either image; a 1x1 convolution of two images of the same
+width reads both where they lie, as two terms of its sum. The same numbers are added in the same
+order, so that the result is the same to the bit.
+
+An image stays concatenated where anything else reads it, and where an image's channels do not fill
+whole vectors.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from stepfuse.engine.compile.graph import PassReport, calls, finish, is_call, value
+from stepfuse.kernels.concatenate import join
+from stepfuse.kernels.convolve import convolve, native
+
+
+def read_side_by_side(gm: GraphModule) -> PassReport:
+    """Let every `convolve` that reads a `join` of two images read the two."""
+    report = PassReport("read_side_by_side")
+    for node in calls(gm, join):
+        if report.count(_problem(node)):
+            first, second = _images(node)
+            for reader in list(node.users):
+                reader.args = (first, *reader.args[1:], second)
+    finish(gm)
+    return report
+
+
+def _images(node: Node) -> list[Node]:
+    images = node.args[0]
+    assert isinstance(images, (list, tuple))
+    return [image for image in images if isinstance(image, Node)]
+
+
+def _problem(node: Node) -> str:
+    images = _images(node)
+    if len(images) != 2:
+        return "not two images"
+    if any(value(image).shape[1] % native.wide for image in images):
+        return "channels not in whole vectors"
+    if not all(_reads_only_as_image(reader, node) for reader in node.users):
+        return "not only read by convolutions of ours"
+    return ""
+
+
+def _reads_only_as_image(reader: Node, node: Node) -> bool:
+    reads = sum(argument is node for argument in reader.args)
+    return is_call(reader, convolve) and reader.args[0] is node and reads == 1

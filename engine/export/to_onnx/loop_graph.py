@@ -1,0 +1,205 @@
+"""A denoiser's graph becomes the body of a Loop that runs down a step table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepfuse.engine.export.libraries import library
+from stepfuse.engine.export.to_onnx.graph import BATCH, rename_sizes
+from stepfuse.engine.export.to_onnx.job import sizes
+from stepfuse.kernels.step_row import Column
+
+_PREFIX = "loop."  # of every name that is not the network's
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop runs over.
+
+    Attributes:
+        table: [S, 16] float64, see `stepfuse.kernels.step_row`.
+        unconditional: of classifier-free guidance: what replaces entries of the condition, tensors
+            that broadcast against them; None for no guidance.
+        learned_variance: the update uses the second half of the network's channels.
+        noisy: an input "noise" [S, N, C, ...] is added, row i in step i.
+    """
+
+    table: Tensor
+    unconditional: Mapping[str, Tensor] | None
+    learned_variance: bool
+    noisy: bool
+
+
+def looped(model: Any, loop: Loop) -> Any:
+    """The sampler as an ``onnx_ir.Model``; ``model`` is used up.
+
+        x_T, condition, (noise) -> images
+
+    Each turn reads one row of the table and does what `stepfuse.kernels.reference.denoise_step`
+    does with it, in float32. With guidance both halves go through the network as one batch.
+    """
+    ir = library("onnx_ir", "writing an ONNX file")
+    network = model.graph
+    ops = _Ops(ir, list(network.initializers.values()))
+    shape = _image_shape(network, loop)
+    start = ops.value("x_T", ir.DataType.FLOAT, shape)
+    conditions = [ops.value(v.name, v.dtype, [shape[0], *sizes(v)[1:]]) for v in network.inputs[2:]]
+    inputs = [start, *conditions]
+    noise = None
+    if loop.noisy:
+        noise = ops.value("noise", ir.DataType.FLOAT, [len(loop.table), *shape])
+        inputs.append(noise)
+    if loop.unconditional is not None:
+        rename_sizes(network, {BATCH: "both_batches"})
+    body = _body(ops, network, loop, shape, conditions, noise)
+    images = ops.value("images", ir.DataType.FLOAT, shape)
+    turns = ops.constant("steps", np.array(len(loop.table), np.int64))
+    going = ops.constant("going", np.array(True))
+    attributes = {"body": body}
+    node = ir.node("Loop", [turns, going, start], attributes, outputs=[images], name="loop")
+    network.initializers.clear()
+    graph = ir.Graph(
+        inputs,
+        [images],
+        nodes=[node],
+        initializers=list(ops.initializers.values()),
+        opset_imports=dict(network.opset_imports),
+        name="sampler",
+    )
+    sampler = ir.Model(graph, ir_version=model.ir_version)
+    sampler.meta.update(model.meta)
+    return sampler
+
+
+class _Ops:
+    """Nodes in the order they are asked for, and the constants they read."""
+
+    def __init__(self, ir: Any, initializers: Sequence[Any]) -> None:
+        self.ir, self.nodes = ir, list[Any]()
+        self.initializers = {value.name: value for value in initializers}
+
+    def __call__(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
+        name = f"{_PREFIX}{kind}_{len(self.nodes)}"
+        output = self.ir.Value(name=name)
+        node = self.ir.node(kind, inputs, attributes, outputs=[output], name=name)
+        self.nodes.append(node)
+        return output
+
+    def value(self, name: str, dtype: Any, shape: Sequence[int | str]) -> Any:
+        """An input or output."""
+        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(shape))
+
+    def constant(self, name: str, content: Any) -> Any:
+        """The initializer of that name, made where it is not there."""
+        name = f"{_PREFIX}{name}"
+        if name not in self.initializers:
+            tensor = self.ir.Tensor(np.asarray(content), name=name)
+            value = self.value(name, tensor.dtype, tensor.shape)
+            value.const_value = tensor
+            self.initializers[name] = value
+        return self.initializers[name]
+
+    def number(self, value: int) -> Any:
+        """[value], int64, as Slice wants it."""
+        return self.constant(str(value), np.array([value], np.int64))
+
+    def cut(self, value: Any, start: Any, stop: Any, axis: int) -> Any:
+        """value[..., start:stop, ...]."""
+        return self("Slice", value, start, stop, self.number(axis))
+
+
+def _body(
+    ops: _Ops,
+    network: Any,
+    loop: Loop,
+    shape: Sequence[int | str],
+    conditions: Sequence[Any],
+    noise: Any,
+) -> Any:
+    """One turn: (step, go on?, x) -> (go on?, x_next), with the names of the step table."""
+    ir, channels = ops.ir, int(shape[1])
+    step = ops.value(f"{_PREFIX}step", ir.DataType.INT64, [])
+    going = ops.value(f"{_PREFIX}continue", ir.DataType.BOOL, [])
+    x = ops.value(f"{_PREFIX}x", ir.DataType.FLOAT, shape)
+
+    def row(column: Column) -> Any:
+        numbers = loop.table[:, column].to(torch.float32).numpy()
+        return ops("Gather", ops.constant(column.name.lower(), numbers), step)
+
+    def times(column: Column, value: Any) -> Any:
+        return ops("Mul", row(column), value)
+
+    timesteps = loop.table[:, Column.TIMESTEP].to(torch.int64).numpy()
+    t = ops("Gather", ops.constant("timesteps", timesteps), step)
+    output, uncond, total = _evaluated(ops, network, loop, x, t, conditions)
+
+    def half(value: Any, first: int) -> Any:
+        if total == channels:
+            return value
+        return ops.cut(value, ops.number(first * channels), ops.number((first + 1) * channels), 1)
+
+    o = half(output, 0)
+    if uncond is not None:
+        uncond = half(uncond, 0)
+        o = ops("Add", uncond, times(Column.GUIDANCE, ops("Sub", o, uncond)))
+    x0 = ops("Add", times(Column.P_X, x), times(Column.P_O, o))
+    clip = row(Column.CLIP)
+    x0 = ops("Max", ops("Min", x0, clip), ops("Neg", clip))
+    mean = ops("Add", times(Column.C_X, x), times(Column.C_O, o))
+    x_next = ops("Add", mean, times(Column.C_0, x0))
+    if noise is not None:
+        std = row(Column.SIGMA)
+        if loop.learned_variance:
+            log_variance = ops("Add", row(Column.L_0), times(Column.L_1, half(output, 1)))
+            one_half = ops.constant("half", np.array(0.5, np.float32))
+            std = ops("Mul", std, ops("Exp", ops("Mul", one_half, log_variance)))
+        x_next = ops("Add", x_next, ops("Mul", std, ops("Gather", noise, step)))
+    x_next.type, x_next.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    still = ops("Identity", going)
+    still.type, still.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
+    return ir.Graph([step, going, x], [still, x_next], nodes=ops.nodes, name="step")
+
+
+def _evaluated(
+    ops: _Ops, network: Any, loop: Loop, x: Any, t: Any, conditions: Sequence[Any]
+) -> tuple[Any, Any, int]:
+    """The network's output for (x, t, condition), the unconditional one or None, its channels."""
+    arguments = list(conditions)
+    count = ops.cut(ops("Shape", x), ops.number(0), ops.number(1), 0)
+    if loop.unconditional is not None:
+        x = ops("Concat", x, x, axis=0)
+        for i, value in enumerate(conditions):
+            other = value
+            if value.name in loop.unconditional:
+                content = loop.unconditional[value.name].numpy()
+                constant = ops.constant(f"unconditional_{value.name}", content)
+                other = ops("Expand", constant, ops("Shape", value))
+            arguments[i] = ops("Concat", value, other, axis=0)
+    t = ops("Expand", t, ops.cut(ops("Shape", x), ops.number(0), ops.number(1), 0))
+    (output,) = network.outputs
+    for old, new in zip(network.inputs, (x, t, *arguments), strict=True):
+        ops.ir.convenience.replace_all_uses_with(old, new)
+    nodes = list(network)
+    network.outputs.clear()
+    network.remove(nodes)
+    ops.nodes.extend(nodes)
+    channels = int(output.shape[1])
+    if loop.unconditional is None:
+        return output, None, channels
+    cond = ops.cut(output, ops.number(0), count, 0)
+    rest = ops.cut(output, count, ops.number(np.iinfo(np.int64).max), 0)
+    return cond, rest, channels
+
+
+def _image_shape(network: Any, loop: Loop) -> list[int | str]:
+    """Of x_T: that of the network's x, half of its batch where both halves go through at once."""
+    batch, *rest = sizes(network.inputs[0])
+    if loop.unconditional is not None and isinstance(batch, int):
+        batch //= 2
+    return [batch, *rest]

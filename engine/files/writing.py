@@ -1,0 +1,185 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written to a temporary name in the same folder, flushed to the disk and renamed: a
+full disk, a crash or Ctrl-C leaves the old file, or none. Ctrl-C and SIGTERM wait while a temporary
+name exists, so that they never leave one behind, see ``stepfuse.engine.files.signals``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from stepfuse.engine.files.signals import kept
+
+PROBE_BYTES = 4096  # a full disk still takes empty files
+_NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # reserving, by some file systems
+
+
+def write_file(path: str | os.PathLike[str], content: bytes | Iterable[bytes]) -> None:
+    """Write ``content``, in one piece or several, to ``path``, replacing what is there.
+
+    OSError names ``path``.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    with kept() as signals:
+        try:
+            with _blaming(path):
+                pieces = content if isinstance(content, bytes) else signals.between(content)
+                _write(temporary, pieces)
+                _flush(temporary)
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    files: Iterable[tuple[str, bytes]],
+    ending: str,
+    *,
+    force: bool = False,
+) -> None:
+    """Write (name, content) pairs into the folder ``path``, which must be new or empty.
+
+    With ``force`` a folder is replaced that holds nothing but files with the ending of the new ones
+    (".png", say): a run replaces an earlier run, never somebody's home.
+
+    Raises FileExistsError for a folder that is not to be replaced, NotADirectoryError for a file.
+    """
+    path = Path(path).resolve()
+    check_folder(path, ending, force=force)
+    temporary, old = _beside(path), _beside(path)
+    with kept() as signals:
+        try:
+            with _blaming(path):
+                os.mkdir(temporary)
+                for name, content in signals.between(files):
+                    _write(temporary / name, content)
+                # in a second pass, when the disk has caught up with most of them
+                for file in signals.between(temporary.iterdir()):
+                    _flush(file)
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(temporary, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_file(path: str | os.PathLike[str], size: int = PROBE_BYTES) -> None:
+    """Raise OSError with the reason where ``write_file`` could not write to ``path``.
+
+    A file of ``size`` bytes is made beside it and removed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    _check_parent(path, size)
+
+
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError with the reason where ``folder`` cannot be written to, or made and written to.
+
+    Nothing is made: of a folder that is missing, the nearest one above it is tried.
+    """
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write the folder {folder}: {there} is not a folder")
+    _probe(there / "file", PROBE_BYTES, folder)
+
+
+def check_folder(path: str | os.PathLike[str], ending: str, *, force: bool = False) -> None:
+    """Raise OSError with the reason where ``write_folder`` could not write to ``path``."""
+    path = Path(path).resolve()
+    _check_parent(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(f"cannot write the folder {path}: it is a file")
+    for entry in path.iterdir():
+        if not force:
+            raise FileExistsError(
+                f"folder {path} is not empty; accepted: a new or an empty one, or --force"
+            )
+        if entry.suffix != ending or not entry.is_file():
+            raise FileExistsError(
+                f"folder {path} is not replaced, not even by force: it holds {entry.name!r}, "
+                f"which is no {ending} file"
+            )
+
+
+def _check_parent(path: Path, size: int = PROBE_BYTES) -> None:
+    parent = path.parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise FileNotFoundError(f"cannot write {path}: folder {parent} {what}")
+    with _blaming(path), contextlib.suppress(FileNotFoundError):
+        os.lstat(path)
+    _probe(path, size, path)
+
+
+def _probe(path: Path, size: int, blamed: Path) -> None:
+    """Make a file of ``size`` bytes beside ``path`` and remove it."""
+    probe = _beside(path)
+    with kept():
+        try:
+            with _blaming(blamed), probe.open("xb", buffering=0) as file:
+                _reserve(file.fileno(), size)
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take ``size`` bytes of the disk for an empty file."""
+    if hasattr(os, "fstatvfs"):
+        # where reserving is imitated it takes a write for every block: not for what cannot fit
+        disk = os.fstatvfs(descriptor)
+        if disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        else:
+            return
+    os.write(descriptor, bytes(min(size, PROBE_BYTES)))
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nobody uses."""
+    return path.with_name(f".stepfuse-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    with path.open("xb") as file:
+        for piece in (content,) if isinstance(content, bytes) else content:
+            file.write(piece)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """OSError raised inside names ``path``, not the temporary name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error

@@ -1,0 +1,297 @@
+"""Turn one sampler step into something that can be replayed without running its Python.
+
+On CUDA that is a CUDA graph. On the CPU it is a `Recording`: the operations of one step, taken down
+below the modules and autograd, called again on the same buffers. Both freeze whatever the step
+decided in Python, so that a mistake in a captured step shows on a machine without a GPU too.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from stepfuse.engine.compile.weights.parked import home
+from stepfuse.engine.replay.workspace import Call, Plan, Workspace, may_alias
+
+# frames that are not the reader's
+_QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
+_HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+Step = Callable[[], None]
+
+
+class CaptureRefused(RuntimeError):
+    """The step cannot be captured; the message names the operation and its line."""
+
+
+class Captured(Protocol):
+    """A step that can be done again on the buffers it was captured on."""
+
+    def replay(self) -> None:
+        """Do it once."""
+
+    def holds(self) -> bool:
+        """Whether the tensors that it reads still lie where they lay."""
+
+
+class _Read:
+    """Tensors that a step was given, and where each of them lies.
+
+    A captured step goes on reading there: the views and the addresses that it keeps do not follow a
+    tensor to other memory (``weight.data = ...``).
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Tensor, int]] = {}  # by id; held, so that no id is used twice
+
+    def add(self, tensor: Tensor) -> None:
+        """One that existed before the step."""
+        plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+        if plain and id(tensor) not in self._found:
+            self._found[id(tensor)] = tensor, home(tensor)
+
+    def holds(self) -> bool:
+        """Whether all are where they were; one that was parked counts as where it was before."""
+        return all(home(tensor) == address for tensor, address in self._found.values())
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operations of one run of ``step``, written out as one Python function and compiled.
+
+    Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
+    to them takes effect; views of those are taken once. Values made on the way are local variables,
+    dropped after their last use; results of operators that can be told where to put them lie in one
+    memory, which the recording keeps (`Plan`). Recording runs the step once.
+
+    Raises `CaptureRefused` for an operation whose result Python could branch on.
+    """
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
+        self._alive: list[Tensor] = []  # so that no such id is used twice
+        self._bound: dict[str, Any] = {}  # what the compiled function reads by name
+        self._lines: list[tuple[str, Call]] = []
+        self._read = _Read()
+        with self:
+            step()
+        self.replay = self._compile()
+        self.operations = len(self._lines)
+        del self._names, self._alive, self._lines
+
+    def holds(self) -> bool:
+        """Whether the tensors that it reads still lie where they lay."""
+        return self._read.holds()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_host_reads(func, args)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        reads = []
+        for leaf in read:
+            if id(leaf) in self._names:
+                reads.append(self._names[id(leaf)])
+            else:
+                self._read.add(leaf)
+        call = self._written(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if read and not reads and func.is_view:
+            return result  # a view of a buffer or a weight stays what it is
+        before = {id(leaf) for leaf in read}
+        made = [
+            out for out in tree_leaves(result) if isinstance(out, Tensor) and id(out) not in before
+        ]
+        writes = [self._name(out) for out in made]
+        if writes and isinstance(result, (tuple, list)):
+            pattern = [self._names.get(id(out), "_") for out in result]
+            call = f"{', '.join(pattern)}, = {call}"
+        elif writes:
+            call = f"{writes[0]} = {call}"
+        like = _blank(func, result) if writes else None
+        self._lines.append((call, Call(writes, reads, like is None and may_alias(func), like)))
+        return result
+
+    def _name(self, out: Tensor) -> str:
+        name = f"v{len(self._alive)}"
+        self._names[id(out)] = name
+        self._alive.append(out)
+        return name
+
+    def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+        parts = [self._expression(a) for a in args]
+        parts += [f"{k}={self._expression(v)}" for k, v in kwargs.items()]
+        return f"{self._bind(_shortest(func))}({', '.join(parts)})"
+
+    def _expression(self, value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{self._expression(v)}, " for v in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if id(value) in self._names:
+            return self._names[id(value)]
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        return self._bind(value)
+
+    def _bind(self, value: Any) -> str:
+        name = f"k{len(self._bound)}"
+        self._bound[name] = value
+        return name
+
+    def _compile(self) -> Callable[[], None]:
+        plan = Plan([call for _, call in self._lines])
+        places = Workspace().take(plan).places  # kept by the function, which nobody shares
+        last_use = {name: i for i, (_, call) in enumerate(self._lines) for name in call.reads}
+        body = []
+        for i, (text, call) in enumerate(self._lines):
+            if call.like is not None:
+                place = places[plan.index[call.makes[0]]]
+                text = f"{text.removesuffix(')')}, out={self._bind(place)})"
+            body.append(text)
+            dead = {n for n in call.reads if last_use[n] == i}
+            dead |= {n for n in call.makes if n not in last_use}
+            if dead:
+                body.append(f"del {', '.join(sorted(dead))}")
+        source = "def replay():\n" + "".join(f"    {line}\n" for line in body or ["pass"])
+        exec(compile(source, "<recorded step>", "exec"), self._bound)
+        replay: Callable[[], None] = self._bound["replay"]
+        return replay
+
+
+def _shortest(func: Any) -> Callable[..., Any]:
+    """What to call in a replay, which nobody watches."""
+    if func.namespace != "stepfuse":
+        return func._op  # type: ignore[no-any-return]  # skips a Python frame
+    from stepfuse.kernels.direct import directly  # only networks of ours need it
+
+    return directly(func)
+
+
+def _blank(func: Any, result: Any) -> Tensor | None:
+    """Where a replay may be told where to put ``result``: a tensor like it."""
+    if func.namespace != "stepfuse":
+        return None
+    from stepfuse.kernels.direct import blank
+
+    return blank(func, result)
+
+
+class CudaGraph:
+    """``step``, done ``repeat`` times in one CUDA graph; warmed up on a side stream first.
+
+    The graphs of one sampler share a memory pool. Capturing does not run the step's kernels, the
+    warm-up does.
+    """
+
+    def __init__(self, step: Step, repeat: int = 1, pool: Any = None) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        reading = Reading()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+            with reading:
+                step()
+        self.holds = reading.read.holds
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool):
+                for _ in range(repeat):
+                    step()
+        except RuntimeError as error:
+            raise CaptureRefused(f"the CUDA graph could not be captured: {error}") from error
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        self.graph.replay()
+
+
+class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = _Read()
+        self._made = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf not in self._made:
+                self.read.add(leaf)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._made[leaf] = True
+        return result
+
+
+def refuse_host_reads(func: Any, args: Sequence[Any]) -> None:
+    """Raise `CaptureRefused` where ``func`` gives Python something to branch on."""
+    if func is torch.ops.aten.index.Tensor:
+        # the shape of x[i] depends on the values of i only where i is a mask
+        reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    else:
+        reads = any(tag in func.tags for tag in _HOST_READS)
+    if reads:
+        raise CaptureRefused(f"{func} reads a tensor's values on the host, {calling_line()}")
+
+
+def calling_line() -> str:
+    """Where the running operation was asked for: the last line outside PyTorch and this file."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(_QUIET):
+            return f"at {frame.filename}:{frame.lineno}: {frame.line}"
+    return "at an unknown line"
+
+
+def check_replay(
+    captured: Captured, step: Step, state: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> None:
+    """Do the same step eagerly and by replay from one state, and compare ``outputs`` bitwise.
+
+    Finds what the dispatcher does not show: values copied to NumPy or lists, branches on Python
+    state, operations that are not repeatable. ``state`` is put back before each of the two.
+
+    Raises `CaptureRefused` where they differ.
+    """
+    results = []
+    with untouched(state):
+        saved = [s.clone() for s in state]
+        for run in (step, captured.replay):
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                run()
+            results.append([out.clone() for out in outputs])
+    for eager, replayed in zip(*results, strict=True):
+        if not torch.equal(eager.nan_to_num(), replayed.nan_to_num()):
+            raise CaptureRefused(
+                "a replay differs from the eager step: the model depends on something that is "
+                "decided in Python (a branch, a NumPy value, a counter), or is not repeatable"
+            )
+
+
+@contextmanager
+def untouched(state: Sequence[Tensor]) -> Iterator[None]:
+    """Put the tensors back as they were on leaving."""
+    saved = [s.clone() for s in state]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)

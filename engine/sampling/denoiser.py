@@ -1,0 +1,61 @@
+"""One contract for every model: x, t and a condition in, the raw prediction out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from stepfuse.kernels.arguments import check_callable
+
+Model = nn.Module | Callable[..., Any]
+Condition = Mapping[str, Any]
+
+
+class Denoiser:
+    """Calls ``model(x, t, **condition)`` and returns its prediction as one tensor.
+
+    x goes to the model in the dtype of its weights (unchanged where it has none); the output may be
+    a tensor, an object with ``.sample`` (diffusers) or a tuple whose first entry is the tensor.
+    """
+
+    def __init__(self, model: Model) -> None:
+        check_callable("model", model, "callable as model(x, t, **condition)")
+        self.model = model
+        self.module = model if isinstance(model, nn.Module) else None
+        weights = [p for p in self.parameters() if p.is_floating_point()]
+        self.dtype = weights[0].dtype if weights else None
+        self.device = weights[0].device if weights else None
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Raw model output [N, C or 2C, ...] for x [N, C, ...] and t int64 [N]."""
+        output = self.model(x if self.dtype is None else x.to(self.dtype), t, **condition)
+        prediction = output
+        if isinstance(output, tuple):
+            prediction = output[0]
+        elif not isinstance(output, Tensor):
+            prediction = getattr(output, "sample", None)
+        if not isinstance(prediction, Tensor):
+            raise TypeError(
+                "model must return a tensor, an object with .sample or a tuple that starts with a "
+                f"tensor; got {type(output).__name__}"
+            )
+        return prediction
+
+    def parameters(self) -> list[Tensor]:
+        """Weights and buffers of the model, none for a plain function."""
+        if self.module is None:
+            return []
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    def check_labels(self, condition: Condition) -> None:
+        """ValueError or TypeError where a model that knows its classes gets labels it has not.
+
+        Such a model names the argument in ``label_input`` and has a ``check_labels``, which waits
+        for the device: to be called before the steps, not in one.
+        """
+        model: Any = getattr(self.model, "original", self.model)  # of an optimised one
+        name = getattr(model, "label_input", None)
+        if name is not None and condition.get(name) is not None:
+            model.check_labels(condition[name])

@@ -1,0 +1,330 @@
+"""Would this step be captured by a CUDA graph? Answered without a GPU.
+
+The step runs on fake tensors that say they are on "cuda": shapes and devices are real, data is not.
+What would break a capture, or freeze a value into it, is reported with the line that did it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
+from stepfuse.engine.sampling.condition import Staged, check_condition, check_replacement
+from stepfuse.engine.sampling.denoiser import Condition, Denoiser
+from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.engine.sampling.program import Layout, Program
+from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.kernels.arguments import as_sizes, check_kind
+
+_DEVICE = torch.device("cuda", 0)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation that a capture would not survive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.problems: list[str] = []
+        self._made: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_host_reads(func, args)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        made = [out for out in tree_leaves(result) if isinstance(out, Tensor)]
+        kinds = {tensor.device.type for tensor in (*read, *made)}
+        if {"cpu", "cuda"} <= kinds:
+            reason = "copies between the host and the device" if made else "reads a CPU tensor"
+            if any(tensor.device.type == "cpu" for tensor in read):
+                reason = "has a CPU operand, whose value a capture would freeze"
+            self.problems.append(f"{func} {reason}, {calling_line()}")
+        known = {id(tensor) for tensor in read}
+        for out in made:
+            if id(out) not in known:
+                self._made.append((weakref.ref(out), f"made by {func}, {calling_line()}"))
+        return result
+
+    def outliving(self) -> list[str]:
+        """Tensors the step made that are still held by somebody."""
+        gc.collect()
+        return [
+            f"a tensor outlives the step: {where}" for ref, where in self._made if ref() is not None
+        ]
+
+
+class _NoAutograd(TorchFunctionMode):
+    """Refuses a step that records gradients, before PyTorch does.
+
+    A node of the graph wants a stream of its tensor's device, and without CUDA that ends the
+    process: there is no exception to catch. Gradients therefore stay off inside, and what would
+    have been recorded is refused with its line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wanted = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self._wanted = bool(args[0])
+            return None
+        # the other way to switch them on is inference_mode(False)
+        if self._wanted or torch.is_grad_enabled() or func in _BACKWARD:
+            leaves = tree_leaves((args, kwargs))
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+                name = getattr(func, "__name__", func)
+                raise CaptureRefused(
+                    f"autograd runs inside the step ({name} of a tensor that requires a gradient), "
+                    f"which cannot be examined without a GPU, {calling_line()}"
+                )
+        return func(*args, **kwargs)
+
+
+_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
+def check_capturable(
+    sampler: Sampler, shape: Sequence[int], condition: Condition | None = None
+) -> None:
+    """Run one step of ``sampler`` for ``shape`` as it would run on CUDA, and look at it.
+
+    Raises TypeError or ValueError for arguments that `Sampler.sample` does not take, and
+    `CaptureRefused` with one line for each host sync, CPU operand and allocation that outlives the
+    step, and where the model calls autograd, which cannot be looked at here.
+    """
+    check_kind("sampler", sampler, Sampler, "a Sampler")
+    shape = as_sizes("shape", shape)
+    if len(shape) < 2:
+        raise ValueError(f"shape must be (N, C, ...); got {shape}")
+    problems: list[str] = []
+    conditions = _conditions(sampler, shape[0], condition)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), fake, without_bindings(), _NoAutograd():
+        program = _fake_program(sampler, tuple(shape), conditions)
+        for guided in sorted(set(sampler.plan.guided)):
+            try:
+                program.advance(guided)  # what is made once and kept is not growth
+                with _Watch() as watch:
+                    program.advance(guided)
+            except CaptureRefused as reason:
+                problems.append(str(reason))
+            except Exception as error:
+                problems.append(f"{type(error).__name__}: {_first_line(error)}, {_origin(error)}")
+            else:
+                problems += [*watch.problems, *watch.outliving()]
+    if problems:
+        raise CaptureRefused("\n".join(problems))
+
+
+def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
+    """The condition and what makes it the unconditional one, as the sampler would take them."""
+    checked, guidance = check_condition(condition, count, sampler.device), sampler.guidance
+    if not isinstance(guidance, CFG):
+        return checked, None
+    return checked, check_replacement(
+        checked, guidance.unconditional, count, sampler.device, guidance.batched
+    )
+
+
+def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
+    """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
+    layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
+    return Program(
+        _FakeDenoiser(sampler.denoiser),
+        _forward_only(sampler.guidance),
+        layout,
+        Staged(*tree_map_only(Tensor, _fake, conditions)),
+        capacity=sampler.schedule.num_train_timesteps,
+        learned_variance=sampler.update.uses_learned_variance,
+        mean_guidance=sampler.mean_guidance,
+        backend="auto",
+    )
+
+
+@contextmanager
+def without_bindings() -> Iterator[None]:
+    """Inside, methods whose Python binding asks for a CUDA build are said in operators instead.
+
+    For tensors on CUDA, wherever they are called: in the model, in decompositions, by an exporter.
+    """
+    places = [(cls, binding) for binding in _OPERATORS for cls in _classes(binding)]
+    before = [(cls, b.__name__, vars(cls).get(b.__name__)) for cls, b in places]
+    try:
+        for cls, binding in places:
+            setattr(cls, binding.__name__, _method(_OPERATORS[binding], binding))
+        yield
+    finally:
+        for cls, name, method in before:
+            if method is None:
+                delattr(cls, name)  # it was inherited
+            else:
+                setattr(cls, name, method)
+
+
+def _classes(binding: Callable[..., Any]) -> tuple[type[Tensor], ...]:
+    """Where a method is exchanged.
+
+    A class that had an indexing method of its own counts as a sequence ever after, though the
+    method is gone, and ``torch.tensor([x])`` asks a sequence for its length: not for `Tensor`.
+    """
+    indexing = (Tensor.__getitem__, Tensor.__setitem__)
+    return (FakeTensor, FunctionalTensor) if binding in indexing else (Tensor,)
+
+
+def _method(operator: Callable[..., Any], binding: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = operator if self.device.type == "cuda" else binding
+        return run(self, *args, **kwargs)
+
+    return method
+
+
+def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return (
+        x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
+    )
+
+
+def _to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype)
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype = device or x.device, dtype or x.dtype
+    if not copy and (device.type, dtype) == (x.device.type, x.dtype):
+        return x if memory_format is None else _contiguous(x, memory_format)
+    return _operator("_to_copy")(x, device=device, dtype=dtype, memory_format=memory_format)
+
+
+def _set_item(x: Tensor, index: Any, value: Any) -> None:
+    _operator("copy_")(_indexed(x, index), torch.as_tensor(value, dtype=x.dtype, device=x.device))
+
+
+def _read_on_host(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise CaptureRefused(f"a tensor's values are read on the host, {calling_line()}")
+
+
+def _operator(name: str) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = getattr(torch.ops.aten, name).default
+    return found
+
+
+def _indexed(x: Tensor, index: Any) -> Tensor:
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [e for e in entries if not isinstance(e, Tensor)]:
+        at = next(i for i, e in enumerate(entries) if e is Ellipsis)
+        named = sum(e is not None for e in entries) - 1
+        entries[at : at + 1] = [slice(None)] * (x.dim() - named)
+    dim, advanced = 0, {}
+    for entry in entries:
+        if entry is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(entry, slice):
+            if entry != slice(None):
+                x = torch.ops.aten.slice.Tensor(x, dim, entry.start, entry.stop, entry.step or 1)
+        elif isinstance(entry, int):
+            x = x.select(dim, entry)
+            continue
+        else:
+            advanced[dim] = torch.as_tensor(entry)
+        dim += 1
+    if advanced:
+        indices = [advanced.get(i) for i in range(max(advanced) + 1)]
+        refuse_host_reads(torch.ops.aten.index.Tensor, (x, indices))
+        x = torch.ops.aten.index.Tensor(x, indices)
+    return x
+
+
+_HOST_READS = (
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__index__,
+    Tensor.__int__,
+    Tensor.cpu,
+    Tensor.item,
+    Tensor.numpy,
+    Tensor.tolist,
+)
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _indexed,
+    Tensor.__setitem__: _set_item,
+    Tensor.contiguous: _contiguous,
+    Tensor.copy_: _operator("copy_"),
+    Tensor.nonzero: _operator("nonzero"),
+    Tensor.to: _to,
+    **dict.fromkeys(_HOST_READS, _read_on_host),
+    Tensor.cuda: lambda x, *args, **kwargs: _to(x, _DEVICE),
+}
+
+
+def _forward_only(guidance: Guidance | None) -> Guidance | None:
+    """Classifier guidance whose gradient is not taken: autograd aborts on fake CUDA tensors.
+
+    The classifier itself runs and is watched; its backward is made of the same kind of operations.
+    """
+    if not isinstance(guidance, ClassifierGuidance) or guidance.returns == "gradient":
+        return guidance
+    fn = guidance.fn
+
+    def like_gradient(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        return x * fn(x, t, **condition).view(-1, *[1] * (x.dim() - 1))
+
+    return ClassifierGuidance(like_gradient, guidance.scale, "gradient")
+
+
+class _FakeDenoiser(Denoiser):
+    """The same model, its weights and buffers replaced by fake ones on CUDA."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser.model)
+        if self.module is None:
+            return
+        module = copy.copy(self.module)  # an optimised model compiles for fake CUDA tensors apart
+        fakes = {name: _fake(buffer) for name, buffer in module.named_buffers()}
+        for name, weight in module.named_parameters():
+            fakes[name] = nn.Parameter(_fake(weight), requires_grad=False)
+
+        def call(x: Tensor, t: Tensor, **condition: Any) -> Any:
+            return torch.func.functional_call(module, fakes, (x, t), condition)
+
+        self.model = call
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_DEVICE, requires_grad=False
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _origin(error: Exception) -> str:
+    """The deepest line of the traceback outside PyTorch."""
+    where = "at an unknown line"
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and name != __file__:
+            where = f"at {name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where

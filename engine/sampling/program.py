@@ -1,0 +1,235 @@
+"""One sampler step on static buffers: what a captured graph replays.
+
+A `Program` is built for a shape; its table, counter, seeds, condition and images live in buffers
+that never move. `Program.advance` reads the row its counter points at, so that the same recorded
+operations serve every timestep, every schedule and every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfuse.engine.sampling.capture import untouched
+from stepfuse.engine.sampling.condition import Staged, structure_key
+from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.engine.sampling.request import Part
+from stepfuse.kernels.denoise_step import denoise_step
+from stepfuse.kernels.step_row import COLUMNS, Column
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What fixes the recorded operations of a step; two runs of one layout share a program."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    given_noise: bool
+    masked: bool
+    training: bool
+    condition: Hashable
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, part: Part, denoiser: Denoiser) -> Layout:
+        """The layout of a batch; conditions count by structure, shapes, dtypes and settings."""
+        x = part.x
+        return cls(
+            tuple(x.shape),
+            x.dtype,
+            x.device,
+            part.noise is not None,
+            part.mask is not None,
+            denoiser.module is not None and denoiser.module.training,
+            structure_key((part.condition, part.replacement)),
+            _autocast(x.device.type),
+        )
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    """The dtype that autocast has for operators on this type of device; None where it is off."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class Program:
+    """Static buffers for one layout, and one step over them.
+
+    Args:
+        layout: shapes and dtypes.
+        staged: the buffers of the condition.
+        capacity: most rows a table can have.
+        learned_variance: the update uses the second half of the model's channels.
+        mean_guidance: classifier guidance shifts the mean (DDPM) instead of epsilon (DDIM).
+        backend: of `denoise_step`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guidance: Guidance | None,
+        layout: Layout,
+        staged: Staged,
+        capacity: int,
+        learned_variance: bool,
+        mean_guidance: bool,
+        backend: str,
+    ) -> None:
+        self.denoiser, self.guidance, self.layout = denoiser, guidance, layout
+        self.learned_variance, self.backend = learned_variance, backend
+        self.mean_guidance = mean_guidance
+        self.staged = staged
+        with torch.inference_mode(False):  # buffers can be written to outside of it, too
+            self._make_buffers(capacity)
+
+    def _make_buffers(self, capacity: int) -> None:
+        layout = self.layout
+        shape, device = layout.shape, layout.device
+        self.x = torch.zeros(shape, dtype=layout.dtype, device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self.noise = torch.zeros_like(self.x) if layout.given_noise else None
+        self.image = torch.zeros_like(self.x) if layout.masked else None
+        self.image_noise = torch.zeros_like(self.x) if layout.masked else None
+        self.mask = torch.zeros_like(self.x) if layout.masked else None
+        precise = layout.dtype == torch.float64
+        self.table = torch.zeros(
+            (capacity, COLUMNS), dtype=torch.float64 if precise else torch.float32, device=device
+        )
+        self.timesteps = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.rows = 0
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.seeds = torch.zeros_like(self.t)
+        self.samples = torch.zeros_like(self.t)
+
+    def load(self, part: Part, table: Tensor) -> None:
+        """Set everything a run needs; copies into the buffers, keeps none of the arguments."""
+        self.rows = len(table)
+        self.table[: self.rows].copy_(table)
+        self.timesteps[: self.rows].copy_(table[:, Column.TIMESTEP].to(torch.int64))
+        self.step.fill_(part.first_row)
+        for buffer, value in (
+            (self.x, part.x),
+            (self.seeds, part.seeds),
+            (self.samples, part.samples),
+            (self.image, part.image),
+            (self.image_noise, part.image_noise),
+            (self.mask, part.mask),
+        ):
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        self.staged.load(part.condition, part.replacement)
+
+    def take_noise(self, noise: Tensor) -> None:
+        """The caller's noise for the next step, [N, C, ...]."""
+        assert self.noise is not None
+        self.noise.copy_(noise)
+
+    def advance(self, guided: bool) -> None:
+        """Denoise, update, count; nothing here reads a tensor on the host.
+
+        ``guided=False`` leaves out the second evaluation where the guidance scale is 1.
+        """
+        torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
+        guidance = self.guidance if guided else None
+        if isinstance(guidance, CFG):
+            output, uncond = self._guided_outputs(guidance)
+        else:
+            output = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = None
+        gradient = None
+        if isinstance(guidance, ClassifierGuidance):
+            condition = self.staged.condition
+            gradient = guidance.gradient(self.x, self.t, condition) * guidance.scale
+            if not self.mean_guidance:
+                output = self._shift_epsilon(output, gradient)
+        denoise_step(
+            self.x,
+            output,
+            self.table,
+            self.step,
+            uncond_output=uncond,
+            noise=self.noise,
+            seed=None if self.noise is not None else self.seeds,
+            sample=self.samples,
+            learned_variance=self.learned_variance,
+            out=self.x,
+            x0_out=self.x0,
+            backend=self.backend,
+        )
+        if gradient is not None and self.mean_guidance:
+            self.x.add_(gradient * self._variance(output))
+        if self.mask is not None:
+            self._replace_known()
+        self.step.add_(1)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """The buffers a step changes."""
+        return (self.x, self.x0, self.step, self.t)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Do steps inside and be where it was before on leaving."""
+        return untouched(self.state())
+
+    def nbytes(self) -> int:
+        """Bytes of the static buffers."""
+        tensors = [v for v in vars(self).values() if isinstance(v, Tensor)]
+        return sum(v.nbytes for v in tensors) + self.staged.nbytes()
+
+    def _guided_outputs(self, guidance: CFG) -> tuple[Tensor, Tensor | None]:
+        if guidance.batched:
+            x, t = torch.cat([self.x, self.x]), torch.cat([self.t, self.t])
+            halves = self.denoiser(x, t, self.staged.both)
+            uncond, cond = halves.chunk(2)
+        else:
+            cond = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
+            uncond = self._apart(self.denoiser(self.x, self.t, self.staged.unconditional))
+        if not guidance.rescale:
+            return cond, uncond
+        channels = self.x.shape[1]
+        scale = self._row()[Column.GUIDANCE].to(cond.dtype)
+        mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
+        return torch.cat([mixed, cond[:, channels:]], dim=1), None
+
+    def _apart(self, output: Tensor) -> Tensor:
+        """A model's output, copied where it is another view of x, over which the update writes."""
+        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        return output.clone() if one_memory and output.stride() != self.x.stride() else output
+
+    def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """eps - sqrt(1-abar) g, said in the model's own terms.
+
+        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o:
+        by nothing at abar = 1, where p_o may be 0.
+        """
+        row = self._row()
+        by = row[Column.NOISE].square() / row[Column.SIGNAL] / row[Column.P_O]
+        by = torch.where(row[Column.NOISE] > 0, by, torch.zeros_like(by))
+        shifted = output[:, : self.x.shape[1]] + (by * gradient).to(output.dtype)
+        return torch.cat([shifted, output[:, self.x.shape[1] :]], dim=1)
+
+    def _variance(self, output: Tensor) -> Tensor:
+        row = self._row()
+        if not self.learned_variance:
+            return row[Column.VARIANCE]
+        half = output[:, self.x.shape[1] :].to(row.dtype)
+        return torch.exp(row[Column.L_0] + row[Column.L_1] * half)
+
+    def _replace_known(self) -> None:
+        """Where the mask is 0, x_s becomes the given image noised to s (RePaint, eq. 8a)."""
+        assert self.image is not None
+        assert self.image_noise is not None
+        assert self.mask is not None
+        row = self._row()
+        known = row[Column.SIGNAL_NEXT] * self.image + row[Column.NOISE_NEXT] * self.image_noise
+        self.x.copy_(torch.where(self.mask > 0.5, self.x, known.to(self.x.dtype)))
+
+    def _row(self) -> Tensor:
+        return torch.index_select(self.table, 0, self.step)[0]

@@ -1,0 +1,376 @@
+"""The sampler: a schedule, a table of steps, and a loop over one captured step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from stepfuse.engine.compile.optimize import Optimized
+from stepfuse.engine.sampling.condition import Staged
+from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
+from stepfuse.engine.sampling.guidance import Guidance, check_guidance
+from stepfuse.engine.sampling.lock import Turn
+from stepfuse.engine.sampling.planned import Planned
+from stepfuse.engine.sampling.program import Layout, Program
+from stepfuse.engine.sampling.program_cache import GraphMode, Programs, Runner
+from stepfuse.engine.sampling.request import Part, Request, check_images, check_watching
+from stepfuse.engine.sampling.rows import (
+    Inversion,
+    Method,
+    Plan,
+    PredictionType,
+    Update,
+    VarianceAtZero,
+    VarianceType,
+    inversion_table,
+    step_table,
+)
+from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.step import Step
+from stepfuse.engine.sampling.timesteps import Spacing
+from stepfuse.kernels.arguments import check_kind, flag_or_precision
+from stepfuse.kernels.backends import resolve
+from stepfuse.kernels.checks import as_integer, check_dtype
+
+
+class Sampler(Planned):
+    """Samples from a denoising model by DDPM, DDIM and their family.
+
+        x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
+
+    Args:
+        model: nn.Module or callable (x, t, **condition) -> tensor or object with ``.sample``; t is
+            int64 [N], the index on the training schedule.
+        schedule: what the model was trained on.
+        method: "ddim" (Song et al. 2021, eq. 12), "ddpm" (Ho et al. 2020, algorithm 2), "ddim_hat"
+            (DDIM, section 5: the larger sigma) or "ddgan" (Xiao et al. 2022, eq. 4).
+        steps, spacing, steps_offset: see `spaced_timesteps`.
+        timesteps: the timesteps themselves, descending, instead of those three.
+        eta: stochasticity of "ddim": 0 is deterministic, 1 has DDPM's variance.
+        prediction_type: "epsilon", "sample" (x0), "v_prediction" or "mean" (of the posterior).
+        variance_type: of "ddpm": "fixed_small" (beta~), "fixed_large" (beta), or "learned" and
+            "learned_range" for models of 2C channels (Nichol & Dhariwal 2021, section 3.1).
+        variance_at_zero: log beta~ at the last step is that of the one before ("next") or
+            log 1e-20 ("clamp").
+        clip_sample: clip the predicted x0 to +-this; None for no clipping.
+        rederive_epsilon: after clipping, take epsilon from the clipped x0.
+        final_alpha_one: the last step goes to x_0; False stops at abar_0.
+        guidance: `CFG` or `ClassifierGuidance`.
+        backend: of the update: "auto", "reference", "cpp" or "triton".
+        graph: "auto" or "step" capture one step and replay it, "loop" captures the whole loop where
+            there are CUDA graphs, None runs eagerly. What cannot be captured runs eagerly;
+            `explain` says why.
+        optimize: run the model through `stepfuse.optimize`: True in its own dtype, torch.bfloat16
+            for its convolutions and matrix products. Call `refresh` after changing weights. For
+            more settings give ``optimize(model, ...)`` as the model.
+        dtype: of x between the steps; float64 needs the reference backend.
+        max_programs: how many shapes keep their buffers and captured step.
+
+    Raises ValueError, TypeError or `BackendUnavailable` here, not while sampling, for settings that
+    do not fit together.
+
+    A copy or pickle has the settings and the model and no buffers yet; it samples the same images.
+    Of the settings ``guidance`` can be assigned; the table is changed by `set_timesteps`.
+    """
+
+    OWN = ("_programs", "_lock")
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        *,
+        method: Method = "ddim",
+        steps: int | str = 50,
+        spacing: Spacing = "leading",
+        steps_offset: int = 0,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        prediction_type: PredictionType = "epsilon",
+        variance_type: VarianceType = "fixed_small",
+        variance_at_zero: VarianceAtZero = "next",
+        clip_sample: float | None = 1.0,
+        rederive_epsilon: bool = True,
+        final_alpha_one: bool = True,
+        guidance: Guidance | None = None,
+        backend: str = "auto",
+        graph: GraphMode | None = "auto",
+        optimize: bool | torch.dtype = False,
+        dtype: torch.dtype = torch.float32,
+        max_programs: int = 4,
+    ) -> None:
+        check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
+        check_dtype("dtype", dtype)
+        check_guidance(guidance)
+        self.max_programs = as_integer("max_programs", max_programs)
+        self.schedule, self._guidance, self.graph, self.dtype = schedule, guidance, graph, dtype
+        update = Update(
+            method,
+            eta,
+            prediction_type,
+            variance_type,
+            variance_at_zero,
+            clip_sample,
+            rederive_epsilon,
+            final_alpha_one,
+        )
+        self.denoiser = Denoiser(_optimized(model, optimize, self.max_programs))
+        self.device = self.denoiser.device or torch.device("cpu")
+        self.backend = resolve(backend, self.device, dtype)
+        self._renew()
+        self._plan(update, self._chosen(steps, spacing, steps_offset, timesteps), guidance)
+
+    def _follow(self, plan: Plan, update: Update, guidance: Guidance | None) -> None:
+        with self._lock:
+            if isinstance(self.denoiser.model, Optimized):
+                self.denoiser.model.prepare(plan.timesteps)
+            if guidance is not self._guidance:
+                self._programs.clear()  # they are built for the other
+            planned = {"plan": plan, "timesteps": plan.timesteps, "update": update}
+            vars(self).update(planned, _guidance=guidance)
+
+    def _renew(self) -> None:
+        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
+        self._lock = Turn()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        seed: int | Tensor = 0,
+        first_index: int | Tensor = 0,
+        batch_size: int | None = None,
+        condition: Condition | None = None,
+        x_T: Tensor | None = None,
+        noise: Tensor | None = None,
+        progress: bool = False,
+        *,
+        start: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Draw ``shape[0]`` samples; the result is [N, C, ...] in the sampler's dtype.
+
+        Sample n depends on (seed, first_index + n) alone, whatever batch it is drawn in, as far as
+        the model's own arithmetic does not depend on its batch.
+
+        Args:
+            shape: (N, C, ...).
+            seed: 64 bit, one int or int64 [N].
+            first_index: number of the first sample, or int64 [N].
+            batch_size: most samples at a time; None for all at once.
+            condition: keyword arguments of the model: tensors, NumPy arrays (which become tensors)
+                and settings, nested in dicts, lists, tuples and what else `torch.utils._pytree`
+                knows. Tensors have one entry per sample, wherever they are. A list of numbers as
+                the value of an argument, ``{"labels": [3, 7]}``, is such a tensor, too; a tuple of
+                numbers is a setting, as is anything but tensors: the same for every sample.
+            x_T: where to start, [N, C, ...]; drawn from ``seed`` otherwise.
+            noise: [S, N, C, ...] to use instead of drawing from ``seed`` (row i in step i).
+            progress: show a progress bar.
+            start: timestep at which ``x_T`` stands; the sampler's first at or below it is taken.
+            image: [N, C, ...] to start from (SDEdit): noised to the timestep that ``strength``
+                names; or with ``mask``, the image to be completed.
+            strength: in (0, 1]: which part of the timesteps to run on ``image``.
+            mask: [N or 1, 1 or C, ...]: 1 where to generate, 0 where to keep ``image``.
+            callback: called with a `Step` after every step; its tensors are copies.
+
+        Ctrl-C leaves the sampler usable.
+        """
+        request = self._request(
+            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+        )
+        return self._run(request, self.plan, batch_size, progress, callback)
+
+    def iterate(
+        self,
+        shape: Sequence[int],
+        seed: int | Tensor = 0,
+        first_index: int | Tensor = 0,
+        condition: Condition | None = None,
+        x_T: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        start: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> Iterator[Step]:
+        """`sample`, one `Step` at a time (progressive generation, DDPM section 4.3).
+
+        From the first step until the iterator is finished or closed the sampler does nothing else:
+        other threads wait, and a call in the same thread raises RuntimeError.
+        """
+        request = self._request(
+            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+        )
+        return self._walk(request, self.plan)
+
+    def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
+        with self._lock:
+            (part,) = request.parts(None)
+            runner = self._load(part, plan)
+            for i in self._steps(runner, part, plan):
+                yield Step.of(i, plan, runner.program)
+                runner.check()  # whoever had the step may have changed the model
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: Tensor,
+        condition: Condition | None = None,
+        *,
+        convention: Inversion = "current",
+        clip_sample: float | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """DDIM inversion: the x_T, [N, C, ...], that `decode` turns back into x0 (section 4.3).
+
+        ``convention`` says where the model is evaluated, see `inversion_table`; x0 is not clipped
+        on the way unless ``clip_sample`` is given. Guidance is left out.
+        """
+        check_images("x0", x0)
+        update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
+        table = inversion_table(self.schedule, self.timesteps, update, convention)
+        request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
+        return self._run(request, Plan.of(table), None, progress)
+
+    @torch.no_grad()
+    def decode(
+        self, z: Tensor, condition: Condition | None = None, *, progress: bool = False
+    ) -> Tensor:
+        """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
+        check_images("z", z)
+        update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
+        table = step_table(self.schedule, self.timesteps, update)
+        request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
+        return self._run(request, Plan.of(table), None, progress)
+
+    def explain(self) -> str:
+        """The plan in words: table, evaluations, backends, and what was captured or why not."""
+        update, first, last = self.update, self.timesteps[0], self.timesteps[-1]
+        eta = f", eta={update.eta:g}" if update.method == "ddim" else ""
+        clip = (
+            "no clipping" if update.clip_sample is None else f"x0 clipped at {update.clip_sample:g}"
+        )
+        lines = [
+            f"method      {update.method}{eta}, {update.prediction_type}, {clip}",
+            f"schedule    {self.schedule!r}",
+            f"table       {len(self.timesteps)} steps, timesteps {first} .. {last}",
+            f"evaluations {self.num_function_evaluations} per sample",
+            f"guidance    {self.guidance if self.guidance is not None else 'none'}",
+            f"update      {self.backend} on {self.device}, x in {self.dtype}",
+            f"capture     {self._programs.explain(self.device)}",
+        ]
+        return "\n".join(lines)
+
+    def stats(self) -> dict[str, int]:
+        """Counts of captures, replays, eager steps and evictions, and bytes of static buffers."""
+        return self._programs.stats()
+
+    def reset(self) -> None:
+        """Forget every program, and what was found out about capturing its steps."""
+        with self._lock:
+            self._programs.clear()
+
+    def refresh(self) -> None:
+        """Read the weights again, after they were changed, into an optimised model's packed copies.
+
+        Of the model, and of every optimised one that ran in a step. Captured steps are kept. Not
+        needed for other models: there a changed weight is in force.
+        """
+        with self._lock:
+            models = list(self._programs.optimized)
+            if isinstance(self.denoiser.model, Optimized) and self.denoiser.model not in models:
+                models.append(self.denoiser.model)
+            for model in models:
+                model.refresh()
+
+    def _run(
+        self,
+        request: Request,
+        plan: Plan,
+        batch_size: int | None,
+        progress: bool,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Every part of a request, one after the other, into one tensor."""
+        check_watching(progress, callback)
+        result = torch.empty(request.shape, dtype=self.dtype, device=self.device)
+        parts = list(request.parts(batch_size))
+        steps = sum(len(plan.timesteps) - part.first_row for part in parts)
+        with self._lock, tqdm(total=steps, unit="step", disable=not progress) as bar:
+            for part in parts:
+                runner = self._load(part, plan)
+                if callback is None and runner.run_loop(part, plan.guided[part.first_row :]):
+                    bar.update(len(plan.timesteps) - part.first_row)
+                else:
+                    for i in self._steps(runner, part, plan):
+                        bar.update()
+                        if callback is not None:
+                            callback(Step.of(i, plan, runner.program))
+                            runner.check()  # it may have changed the model
+                result[part.start : part.stop].copy_(runner.program.x)
+        return result
+
+    def _steps(self, runner: Runner, part: Part, plan: Plan) -> Iterator[int]:
+        """The loop: one step after the other, yielding the number of each when it is done."""
+        for i in range(part.first_row, len(plan.timesteps)):
+            with torch.no_grad():
+                if part.noise is not None:
+                    runner.program.take_noise(part.noise[i])
+                runner.run_step(plan.guided[i])
+            yield i
+
+    def _load(self, part: Part, plan: Plan) -> Runner:
+        """The runner for a part, its buffers filled."""
+        with torch.no_grad():
+            runner = self._programs.get(part)
+            runner.program.load(part, plan.table)
+            runner.check()
+        return runner
+
+    def _build(self, layout: Layout, part: Part) -> Program:
+        return Program(
+            self.denoiser,
+            self.guidance,
+            layout,
+            Staged(part.condition, part.replacement),
+            # warming up a CUDA graph runs a few rows past the end
+            capacity=self.schedule.num_train_timesteps + 4,
+            learned_variance=self.update.uses_learned_variance,
+            mean_guidance=self.mean_guidance,
+            backend=self.backend,
+        )
+
+    def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
+        guidance = named.pop("guidance", self.guidance)
+        request = Request(
+            self.timesteps,
+            self.schedule.alphas_cumprod,
+            self.device,
+            self.dtype,
+            self.backend,
+            guidance,
+            shape,
+            *arguments,
+            **named,
+        )
+        for condition in (request.condition, request.replacement or {}):
+            self.denoiser.check_labels(condition)
+        return request
+
+
+def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
+    dtype = flag_or_precision("optimize", optimize)
+    if not optimize or isinstance(model, Optimized):
+        return model
+    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
+    # guidance may need two shapes for each of the sampler's
+    return Optimized(model, dtype, (), 2 * max_programs)  # type: ignore[arg-type]

@@ -1,0 +1,185 @@
+"""Models that call autograd: refused by name, where PyTorch without CUDA would end the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import stepfuse as sf
+from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.sampling.lint import check_capturable
+
+ROOT = Path(__file__).parents[2]
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def energy(x: Tensor) -> Tensor:
+    return x.square().sum()
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(True)
+
+
+def grad(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = leaf(x)
+        return torch.autograd.grad(energy(y), y)[0]
+
+
+def backward(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = leaf(x)
+        energy(y).backward()
+    assert y.grad is not None
+    return y.grad
+
+
+def switched(x: Tensor, t: Tensor) -> Tensor:
+    torch.set_grad_enabled(True)
+    try:
+        return grad(x, t)
+    finally:
+        torch.set_grad_enabled(False)
+
+
+@torch.inference_mode(False)
+def not_inference(x: Tensor, t: Tensor) -> Tensor:
+    return energy(leaf(x)) * x
+
+
+def func_grad(x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.grad(energy)(x)
+
+
+def func_vjp(x: Tensor, t: Tensor) -> Tensor:
+    out, vjp = torch.func.vjp(torch.square, x)
+    return vjp(out)[0]
+
+
+def func_jacrev(x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.jacrev(energy)(x)
+
+
+def functional_vjp(x: Tensor, t: Tensor) -> Tensor:
+    return torch.autograd.functional.vjp(energy, x)[1]
+
+
+def functional_jvp(x: Tensor, t: Tensor) -> Tensor:
+    return torch.autograd.functional.jvp(torch.square, x, x)[1]
+
+
+def hooked(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = leaf(x) * 2
+        y.register_hook(lambda gradient: gradient * 2)
+        return y.detach()
+
+
+def checkpointed(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = leaf(x)
+        return torch.autograd.grad(checkpoint(torch.square, y, use_reentrant=False).sum(), y)[0]
+
+
+def reentrant(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return checkpoint(torch.square, leaf(x), use_reentrant=True).detach()
+
+
+def weighted(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return (x * torch.ones((), device=x.device, requires_grad=True)).detach()
+
+
+REFUSED: list[Model] = [
+    grad,
+    backward,
+    switched,
+    not_inference,
+    func_grad,
+    func_vjp,
+    func_jacrev,
+    functional_vjp,
+    functional_jvp,
+    hooked,
+    checkpointed,
+    reentrant,
+    weighted,
+]
+
+
+def enabled(x: Tensor, t: Tensor) -> Tensor:
+    """Nothing requires a gradient, so that none is recorded."""
+    with torch.enable_grad():
+        return x * 2
+
+
+def forward_mode(x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.jvp(torch.square, (x,), (x,))[1]
+
+
+def vectorised(x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.vmap(torch.square)(x)
+
+
+def reason(model: Model) -> str:
+    """Why the model's step is refused; empty where it is not."""
+    try:
+        check_capturable(sf.Sampler(model, sf.Schedule.linear()), (2, 1, 4, 4))
+    except CaptureRefused as refused:
+        return str(refused)
+    return ""
+
+
+def in_another_process(model: Model) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import json; from tests.engine import test_lint_autograd as models; "
+        f"print(json.dumps(models.reason(models.{model.__name__})))"
+    )
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("model", [grad, func_grad])
+def test_the_process_lives(model: Model) -> None:
+    done = in_another_process(model)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "autograd runs inside the step" in json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_a_model_that_calls_autograd_is_refused_with_its_line(model: Model) -> None:
+    found = reason(model)
+    assert found.startswith("autograd runs inside the step")
+    assert f"at {__file__}:" in found
+
+
+@pytest.mark.parametrize("model", [enabled, forward_mode, vectorised])
+def test_what_records_nothing_passes(model: Model) -> None:
+    assert reason(model) == ""
+
+
+def test_gradients_are_as_before_afterwards() -> None:
+    for before in (True, False):
+        with torch.set_grad_enabled(before):
+            assert reason(switched)
+            assert torch.is_grad_enabled() is before
+    y = leaf(torch.ones(2))
+    assert torch.autograd.grad(energy(y), y)[0].tolist() == [2, 2]

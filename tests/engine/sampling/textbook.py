@@ -1,0 +1,105 @@
+"""One reverse step as the papers write it: nothing folded, nothing shared with the table.
+
+a = abar_t where the step starts, b = abar_s where it ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepfuse.engine.sampling.schedule import Schedule
+
+TINY = 1e-20  # the variance that stands for 0 before a logarithm is taken
+
+
+@dataclass(frozen=True)
+class Leg:
+    """From index t at a to b; ``before`` is abar_{t-1}, ``log_small`` the clipped log beta~."""
+
+    t: int
+    a: Tensor
+    b: Tensor
+    before: Tensor
+    log_small: Tensor
+    last: bool
+
+
+def legs(
+    schedule: Schedule, timesteps: list[int], final_alpha_one: bool = True, at_zero: str = "next"
+) -> list[Leg]:
+    """Every transition of a descending list of timesteps."""
+    abar = torch.cumprod(1 - schedule.betas, 0)
+    one = torch.ones((), dtype=torch.float64)
+    found: list[Leg] = []
+    for i, t in enumerate(timesteps):
+        last = i == len(timesteps) - 1
+        end = one if last else abar[timesteps[i + 1]]
+        small = (1 - end) / (1 - abar[t]) * (1 - abar[t] / end)
+        log_small = small.clamp_min(TINY).log()
+        if last and at_zero == "next" and found:
+            log_small = found[-1].log_small
+        b = abar[0] if last and not final_alpha_one else end
+        found.append(Leg(t, abar[t], b, abar[t - 1] if t else one, log_small, last))
+    return found
+
+
+def predictions(leg: Leg, prediction_type: str, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that a model output means."""
+    a = leg.a
+    if prediction_type == "epsilon":
+        return (x - (1 - a).sqrt() * out) / a.sqrt(), out
+    if prediction_type == "v_prediction":
+        return a.sqrt() * x - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * x
+    if prediction_type == "sample":
+        x0 = out
+    else:
+        beta = 1 - a / leg.before
+        x0 = (out - (a / leg.before).sqrt() * (1 - leg.before) / (1 - a) * x) / (
+            leg.before.sqrt() * beta / (1 - a)
+        )
+    return x0, (x - a.sqrt() * x0) / (1 - a).sqrt()
+
+
+def step(
+    leg: Leg,
+    x: Tensor,
+    out: Tensor,
+    z: Tensor,
+    *,
+    method: str = "ddim",
+    eta: float = 0.0,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_sample: float | None = None,
+    rederive_epsilon: bool = True,
+) -> Tensor:
+    """x_s from x_t, the model output (2C channels for a learned variance) and normal noise z."""
+    a, b = leg.a, leg.b
+    out, extra = out[:, : x.shape[1]], out[:, x.shape[1] :]
+    x0, eps = predictions(leg, prediction_type, x, out)
+    if clip_sample is not None:
+        x0 = x0.clamp(-clip_sample, clip_sample)
+        if rederive_epsilon:
+            eps = (x - a.sqrt() * x0) / (1 - a).sqrt()
+    beta = 1 - a / b
+    small = (1 - b) / (1 - a) * beta
+    if method in ("ddim", "ddim_hat"):
+        drift = small if method == "ddim_hat" else eta**2 * small
+        noise = torch.where(torch.tensor(leg.last), 0.0, beta) if method == "ddim_hat" else drift
+        direction = (1 - b - drift).clamp_min(0).sqrt()
+        return b.sqrt() * x0 + direction * eps + noise.sqrt() * z
+    mean = b.sqrt() * beta / (1 - a) * x0 + (a / b).sqrt() * (1 - b) / (1 - a) * x
+    if leg.last:
+        return mean
+    if method == "ddgan" or variance_type == "fixed_small":
+        return mean + small.sqrt() * z
+    if variance_type == "fixed_large":
+        return mean + beta.sqrt() * z
+    if variance_type == "learned":
+        return mean + (extra / 2).exp() * z
+    fraction = (extra + 1) / 2
+    log_variance = fraction * beta.log() + (1 - fraction) * leg.log_small
+    return mean + (log_variance / 2).exp() * z
