@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepfuse.engine.adapters.diffusers import unet as unets
+import stepfuse.engine.adapters.diffusers.unet as unets
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
