@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepfuse.engine.export.batch_profile import BatchProfile
+from stepfuse.engine.export.precisions import PRECISIONS
 from stepfuse.kernels.limits import check_seed
 
 STEPS, METHOD, SPACING = "50", "ddim", "leading"
-PRECISIONS = ("fp32", "fp16", "bf16")
 REPORTS = (".md", ".json")
 
 
