@@ -19,9 +19,10 @@ from torch import Tensor
 
 from stepfuse.bench import harness, peers_setup
 from stepfuse.bench.suite import Timed
-from stepfuse.engine.sampling.rows import Update, step_table
+from stepfuse.engine.sampling.plan import step_table
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.sampling.timesteps import spaced_timesteps
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import Column
 

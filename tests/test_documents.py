@@ -27,6 +27,8 @@ PLACE = re.compile(r"`((?:engine|kernels|bench|csrc|docs|scripts|tests)/[\w./-]*
 NOT_THERE = ("bench/out/", "kernels/__init__.py")
 MODULE = re.compile(r"\bstepfuse((?:\.\w+)+)(?![\w{])")
 
+IMPORT = re.compile(r"\bfrom stepfuse(\.[\w.]+) import (\w+)")  # also in programs that tests write
+
 
 def is_there(names: str) -> bool:
     """Whether ".engine.files.writing.write_file" is a module and what stands in it."""
@@ -46,7 +48,8 @@ def is_there(names: str) -> bool:
 
 def wrong(text: str) -> list[str]:
     """What of a text names no module: "stepfuse" and one of the three folders come first."""
-    ours = {n for n in MODULE.findall(text) if n.split(".")[1] in ("engine", "kernels", "bench")}
+    named = {*MODULE.findall(text), *map(".".join, IMPORT.findall(text))}
+    ours = {name for name in named if name.split(".")[1] in ("engine", "kernels", "bench")}
     return sorted(name for name in ours if not is_there(name))
 
 
@@ -73,5 +76,6 @@ def test_sources_name_modules_that_are_there() -> None:
 def test_a_name_that_leads_nowhere_is_found() -> None:
     assert wrong("see stepfuse.engine.files.writing.write_file, stepfuse.kernels.philox.") == []
     assert wrong("stepfuse.engine.adapters.accelerate, stepfuse.engine.sampling, sf.Sampler") == []
+    assert wrong(f"from {'stepfuse'}.engine import images") == [".engine.images"]
     for name in (".engine.table", ".engine.files.writing.no_such", ".kernels.philox.no_such.thing"):
         assert wrong(f"`stepfuse{name}` says more") == [name]

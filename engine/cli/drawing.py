@@ -30,7 +30,7 @@ from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.cli.sample_options import SampleOptions
 from stepfuse.engine.files.images import check_channels, frame_indices, to_pixels
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.guidance import CFG
+from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.step import Step
 from stepfuse.kernels.limits import check_memory
@@ -115,7 +115,7 @@ def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
     return Sampler(
         checkpoint.model,
         checkpoint.schedule,
-        method=options.method,  # type: ignore[arg-type]
+        method=options.method,
         steps=steps,
         spacing=options.spacing,  # type: ignore[arg-type]
         eta=options.eta,

@@ -22,7 +22,7 @@ from stepfuse.engine.export.to_tensorrt.engine import BuildFailed, tensorrt
 from stepfuse.engine.export.to_tensorrt.library import find_library, parse_compute_capabilities
 from stepfuse.engine.files.writing import write_file
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.guidance import CFG
+from stepfuse.engine.sampling.guidance.cfg import CFG
 
 
 def export_to(options: ExportOptions) -> None:
@@ -64,7 +64,7 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> E
             checkpoint,
             options.out,
             steps=int(options.steps) if options.steps.isdecimal() else options.steps,
-            method=options.method,  # type: ignore[arg-type]
+            method=options.method,
             spacing=options.spacing,  # type: ignore[arg-type]
             eta=options.eta,
             guidance=CFG(options.guidance, unconditional={"labels": None}) if guided else None,

@@ -20,8 +20,8 @@ from torch import Tensor
 from stepfuse.engine.files.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.files.writing import write_file
 from stepfuse.engine.networks.unet import UNet, UNetConfig
-from stepfuse.engine.sampling.rows import PredictionType
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.update import PredictionType
 from stepfuse.kernels.arguments import (
     as_sizes,
     check_kind,

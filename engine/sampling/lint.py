@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
-from stepfuse.engine.sampling.condition import Staged, check_condition, check_replacement
+from stepfuse.engine.sampling.condition import Staged, check_condition
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser
-from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.engine.sampling.guidance.protocol import Steering
 from stepfuse.engine.sampling.program import Layout, Program
+from stepfuse.engine.sampling.request import replacement
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.kernels.arguments import as_sizes, check_kind
 
@@ -137,20 +138,18 @@ def check_capturable(
 
 def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
     """The condition and what makes it the unconditional one, as the sampler would take them."""
-    checked, guidance = check_condition(condition, count, sampler.device), sampler.guidance
-    if not isinstance(guidance, CFG):
-        return checked, None
-    return checked, check_replacement(
-        checked, guidance.unconditional, count, sampler.device, guidance.batched
-    )
+    checked = check_condition(condition, count, sampler.device)
+    return checked, replacement(checked, Steering.of(sampler.guidance), count, sampler.device)
 
 
 def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
     """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
     layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
+    guidance = Steering.of(sampler.guidance)
     return Program(
         _FakeDenoiser(sampler.denoiser),
-        _forward_only(sampler.guidance),
+        # autograd aborts on fake CUDA tensors
+        None if guidance is None else guidance.without_autograd(),
         layout,
         Staged(*tree_map_only(Tensor, _fake, conditions)),
         capacity=sampler.schedule.num_train_timesteps,
@@ -273,21 +272,6 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_HOST_READS, _read_on_host),
     Tensor.cuda: lambda x, *args, **kwargs: _to(x, _DEVICE),
 }
-
-
-def _forward_only(guidance: Guidance | None) -> Guidance | None:
-    """Classifier guidance whose gradient is not taken: autograd aborts on fake CUDA tensors.
-
-    The classifier itself runs and is watched; its backward is made of the same kind of operations.
-    """
-    if not isinstance(guidance, ClassifierGuidance) or guidance.returns == "gradient":
-        return guidance
-    fn = guidance.fn
-
-    def like_gradient(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        return x * fn(x, t, **condition).view(-1, *[1] * (x.dim() - 1))
-
-    return ClassifierGuidance(like_gradient, guidance.scale, "gradient")
 
 
 class _FakeDenoiser(Denoiser):

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 from stepfuse.engine.sampling.copies import Copyable
 from stepfuse.engine.sampling.fixed import Fixed
-from stepfuse.engine.sampling.guidance import CFG, Guidance, check_guidance
-from stepfuse.engine.sampling.rows import Plan, Update, step_table
+from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
+from stepfuse.engine.sampling.plan import Plan, step_table
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.sampling.timesteps import Spacing, check_timesteps, spaced_timesteps
+from stepfuse.engine.sampling.update import Update
 
 _BUILD = "build another Sampler"
 _TABLE = "call set_timesteps"
@@ -68,8 +69,9 @@ class Planned(Copyable, Fixed):
     @property
     def num_function_evaluations(self) -> int:
         """Model evaluations per sample; a guided step of classifier-free guidance has two."""
-        twice = sum(self.plan.guided) if isinstance(self.guidance, CFG) else 0
-        return len(self.timesteps) + twice
+        steering = Steering.of(self.guidance)
+        guided = 1 if steering is None else steering.evaluations
+        return sum(guided if active else 1 for active in self.plan.guided)
 
     @property
     def mean_guidance(self) -> bool:

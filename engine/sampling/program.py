@@ -17,7 +17,8 @@ from torch import Tensor
 from stepfuse.engine.sampling.capture import untouched
 from stepfuse.engine.sampling.condition import Staged, structure_key
 from stepfuse.engine.sampling.denoiser import Denoiser
-from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance, Guidance
+from stepfuse.engine.sampling.evaluation import Evaluation
+from stepfuse.engine.sampling.guidance.protocol import Outputs, Steering
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
@@ -67,14 +68,14 @@ class Program:
         staged: the buffers of the condition.
         capacity: most rows a table can have.
         learned_variance: the update uses the second half of the model's channels.
-        mean_guidance: classifier guidance shifts the mean (DDPM) instead of epsilon (DDIM).
+        mean_guidance: a classifier's gradient shifts the mean (DDPM) instead of epsilon (DDIM).
         backend: of `denoise_step`.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        guidance: Guidance | None,
+        guidance: Steering | None,
         layout: Layout,
         staged: Staged,
         capacity: int,
@@ -84,10 +85,12 @@ class Program:
     ) -> None:
         self.denoiser, self.guidance, self.layout = denoiser, guidance, layout
         self.learned_variance, self.backend = learned_variance, backend
-        self.mean_guidance = mean_guidance
         self.staged = staged
         with torch.inference_mode(False):  # buffers can be written to outside of it, too
             self._make_buffers(capacity)
+        self._evaluation = Evaluation(
+            denoiser, staged, self.table, self.step, learned_variance, mean_guidance
+        )
 
     def _make_buffers(self, capacity: int) -> None:
         layout = self.layout
@@ -138,24 +141,13 @@ class Program:
         ``guided=False`` leaves out the second evaluation where the guidance scale is 1.
         """
         torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
-        guidance = self.guidance if guided else None
-        if isinstance(guidance, CFG):
-            output, uncond = self._guided_outputs(guidance)
-        else:
-            output = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
-            uncond = None
-        gradient = None
-        if isinstance(guidance, ClassifierGuidance):
-            condition = self.staged.condition
-            gradient = guidance.gradient(self.x, self.t, condition) * guidance.scale
-            if not self.mean_guidance:
-                output = self._shift_epsilon(output, gradient)
+        made = self._outputs(guided)
         denoise_step(
             self.x,
-            output,
+            self._apart(made.model),
             self.table,
             self.step,
-            uncond_output=uncond,
+            uncond_output=None if made.unguided is None else self._apart(made.unguided),
             noise=self.noise,
             seed=None if self.noise is not None else self.seeds,
             sample=self.samples,
@@ -164,8 +156,8 @@ class Program:
             x0_out=self.x0,
             backend=self.backend,
         )
-        if gradient is not None and self.mean_guidance:
-            self.x.add_(gradient * self._variance(output))
+        if made.shift is not None:
+            self.x.add_(made.shift)
         if self.mask is not None:
             self._replace_known()
         self.step.add_(1)
@@ -183,53 +175,21 @@ class Program:
         tensors = [v for v in vars(self).values() if isinstance(v, Tensor)]
         return sum(v.nbytes for v in tensors) + self.staged.nbytes()
 
-    def _guided_outputs(self, guidance: CFG) -> tuple[Tensor, Tensor | None]:
-        if guidance.batched:
-            x, t = torch.cat([self.x, self.x]), torch.cat([self.t, self.t])
-            halves = self.denoiser(x, t, self.staged.both)
-            uncond, cond = halves.chunk(2)
-        else:
-            cond = self._apart(self.denoiser(self.x, self.t, self.staged.condition))
-            uncond = self._apart(self.denoiser(self.x, self.t, self.staged.unconditional))
-        if not guidance.rescale:
-            return cond, uncond
-        channels = self.x.shape[1]
-        scale = self._row()[Column.GUIDANCE].to(cond.dtype)
-        mixed = guidance.combine(cond[:, :channels], uncond[:, :channels], scale)
-        return torch.cat([mixed, cond[:, channels:]], dim=1), None
+    def _outputs(self, guided: bool) -> Outputs:
+        if guided and self.guidance is not None:
+            return self.guidance.outputs(self._evaluation, self.x, self.t, self.staged.condition)
+        return Outputs(self._evaluation(self.x, self.t, self.staged.condition))
 
     def _apart(self, output: Tensor) -> Tensor:
         """A model's output, copied where it is another view of x, over which the update writes."""
         one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
         return output.clone() if one_memory and output.stride() != self.x.stride() else output
 
-    def _shift_epsilon(self, output: Tensor, gradient: Tensor) -> Tensor:
-        """eps - sqrt(1-abar) g, said in the model's own terms.
-
-        It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o:
-        by nothing at abar = 1, where p_o may be 0.
-        """
-        row = self._row()
-        by = row[Column.NOISE].square() / row[Column.SIGNAL] / row[Column.P_O]
-        by = torch.where(row[Column.NOISE] > 0, by, torch.zeros_like(by))
-        shifted = output[:, : self.x.shape[1]] + (by * gradient).to(output.dtype)
-        return torch.cat([shifted, output[:, self.x.shape[1] :]], dim=1)
-
-    def _variance(self, output: Tensor) -> Tensor:
-        row = self._row()
-        if not self.learned_variance:
-            return row[Column.VARIANCE]
-        half = output[:, self.x.shape[1] :].to(row.dtype)
-        return torch.exp(row[Column.L_0] + row[Column.L_1] * half)
-
     def _replace_known(self) -> None:
         """Where the mask is 0, x_s becomes the given image noised to s (RePaint, eq. 8a)."""
         assert self.image is not None
         assert self.image_noise is not None
         assert self.mask is not None
-        row = self._row()
+        row = self._evaluation.row
         known = row[Column.SIGNAL_NEXT] * self.image + row[Column.NOISE_NEXT] * self.image_noise
         self.x.copy_(torch.where(self.mask > 0.5, self.x, known.to(self.x.dtype)))
-
-    def _row(self) -> Tensor:
-        return torch.index_select(self.table, 0, self.step)[0]

@@ -21,7 +21,6 @@ from stepfuse.engine.sampling.capture import (
     check_replay,
 )
 from stepfuse.engine.sampling.denoiser import Denoiser
-from stepfuse.engine.sampling.guidance import ClassifierGuidance
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.checks import as_integer, shown
@@ -51,6 +50,8 @@ class Runner:
         self.program, self.graph, self.counts = program, graph, counts
         self.captured: dict[tuple[bool, int], Captured] = {}
         self.refused = "" if graph is not None else "not asked for (graph=None)"
+        if program.guidance is not None and not program.guidance.capturable:
+            self.refused = self.refused or "the guidance asks for it (capturable=False)"
         self.networks: list[Ran] = []  # in the captured steps
         self._changes: Counter[str] = Counter()
         self._pool: Any = None
@@ -61,7 +62,7 @@ class Runner:
         guidance = self.program.guidance
         roots = {
             "model": self.program.denoiser.model,
-            "guidance": guidance.fn if isinstance(guidance, ClassifierGuidance) else None,
+            "guidance": None if guidance is None else guidance.reads,
             **dict(settings),
         }
         self._state = PythonState(roots, contents=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepfuse.engine.sampling.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.sampling.denoiser import Condition
-from stepfuse.engine.sampling.guidance import CFG, Guidance
+from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering
 from stepfuse.kernels import philox
 from stepfuse.kernels.arguments import as_sizes, check_callable, check_floats, check_values
 from stepfuse.kernels.checks import (
@@ -84,13 +84,7 @@ class Request:
         self.seeds = per_sample("seed", seed, count, device)
         self.samples = sample_indices(first_index, count, device, "first_index")
         self.condition = check_condition(condition, count, device)
-        self.replacement = (
-            check_replacement(
-                self.condition, guidance.unconditional, count, device, guidance.batched
-            )
-            if isinstance(guidance, CFG)
-            else None
-        )
+        self.replacement = replacement(self.condition, Steering.of(guidance), count, device)
         self.x_T = self._like_x("x_T", x_T, self.shape)
         self.noise = self._like_x("noise", noise, (len(timesteps), *self.shape))
         self.image = self._like_x("image", image, self.shape)
@@ -201,6 +195,15 @@ class Request:
                 f"dtype; it holds {float(value.abs().max()):.3g}"
             )
         return cast
+
+
+def replacement(
+    condition: Any, guidance: Steering | None, count: int, device: torch.device
+) -> dict[str, Any] | None:
+    """What makes a checked condition the unconditional one; None where no guidance asks for it."""
+    if guidance is None or guidance.unconditional is None:
+        return None
+    return check_replacement(condition, guidance.unconditional, count, device, guidance.batched)
 
 
 def check_watching(progress: bool, callback: Any) -> None:

@@ -13,26 +13,24 @@ from tqdm.auto import tqdm
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.sampling.guidance import Guidance, check_guidance
+from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
 from stepfuse.engine.sampling.lock import Turn
+from stepfuse.engine.sampling.methods import Method
+from stepfuse.engine.sampling.plan import Plan, inversion_table, step_table
 from stepfuse.engine.sampling.planned import Planned
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.program_cache import GraphMode, Programs, Runner
 from stepfuse.engine.sampling.request import Part, Request, check_images, check_watching
-from stepfuse.engine.sampling.rows import (
+from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.step import Step
+from stepfuse.engine.sampling.timesteps import Spacing
+from stepfuse.engine.sampling.update import (
     Inversion,
-    Method,
-    Plan,
     PredictionType,
     Update,
     VarianceAtZero,
     VarianceType,
-    inversion_table,
-    step_table,
 )
-from stepfuse.engine.sampling.schedule import Schedule
-from stepfuse.engine.sampling.step import Step
-from stepfuse.engine.sampling.timesteps import Spacing
 from stepfuse.kernels.arguments import check_kind, flag_or_precision
 from stepfuse.kernels.backends import resolve
 from stepfuse.kernels.checks import as_integer, check_dtype
@@ -60,7 +58,7 @@ class Sampler(Planned):
         clip_sample: clip the predicted x0 to +-this; None for no clipping.
         rederive_epsilon: after clipping, take epsilon from the clipped x0.
         final_alpha_one: the last step goes to x_0; False stops at abar_0.
-        guidance: `CFG` or `ClassifierGuidance`.
+        guidance: `CFG`, `ClassifierGuidance` or another object that follows `Guidance`.
         backend: of the update: "auto", "reference", "cpp" or "triton".
         graph: "auto" or "step" capture one step and replay it, "loop" captures the whole loop where
             there are CUDA graphs, None runs eagerly. What cannot be captured runs eagerly;
@@ -85,7 +83,7 @@ class Sampler(Planned):
         model: Model,
         schedule: Schedule,
         *,
-        method: Method = "ddim",
+        method: str | Method = "ddim",
         steps: int | str = 50,
         spacing: Spacing = "leading",
         steps_offset: int = 0,
@@ -339,7 +337,7 @@ class Sampler(Planned):
     def _build(self, layout: Layout, part: Part) -> Program:
         return Program(
             self.denoiser,
-            self.guidance,
+            Steering.of(self.guidance),
             layout,
             Staged(part.condition, part.replacement),
             # warming up a CUDA graph runs a few rows past the end

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stepfuse.engine.sampling.plan import Plan
 from stepfuse.engine.sampling.program import Program
-from stepfuse.engine.sampling.rows import Plan
 
 
 @dataclass(frozen=True)

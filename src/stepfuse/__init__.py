@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
     from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
     from stepfuse.engine.networks.checkpoint import Checkpoint, load
-    from stepfuse.engine.sampling.guidance import CFG, ClassifierGuidance
+    from stepfuse.engine.sampling.guidance.cfg import CFG
+    from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
+    from stepfuse.engine.sampling.guidance.protocol import Guidance, Outputs
     from stepfuse.engine.sampling.latents import interpolate, slerp
+    from stepfuse.engine.sampling.methods import Method
     from stepfuse.engine.sampling.sampler import Sampler
     from stepfuse.engine.sampling.schedule import Schedule
     from stepfuse.engine.sampling.step import Step
@@ -26,8 +29,11 @@ __all__ = [
     "BackendUnavailable",
     "Checkpoint",
     "ClassifierGuidance",
+    "Guidance",
+    "Method",
     "OnnxDenoiser",
     "Optimized",
+    "Outputs",
     "Sampler",
     "Schedule",
     "Step",
@@ -51,7 +57,10 @@ _HOMES = {
     "engine.networks.checkpoint": ("Checkpoint", "load"),
     "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
-    "engine.sampling.guidance": ("CFG", "ClassifierGuidance"),
+    "engine.sampling.guidance.cfg": ("CFG",),
+    "engine.sampling.guidance.classifier": ("ClassifierGuidance",),
+    "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),
+    "engine.sampling.methods": ("Method",),
     "engine.sampling.latents": ("interpolate", "slerp"),
     "engine.compile.optimize": ("Optimized", "WeightsChanged", "optimize"),
     "engine.compile.weights.released": ("WeightsReleased",),

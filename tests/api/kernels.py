@@ -7,7 +7,8 @@ from tests.api import world
 from tests.api.case import Call
 from tests.api.world import SHAPE
 
-from stepfuse.engine.sampling.rows import Update, step_table
+from stepfuse.engine.sampling.plan import step_table
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.group_norm_silu import group_norm_silu

@@ -31,9 +31,9 @@ from stepfuse.engine.export.parity.report import Report
 from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.networks.unet_blocks import GroupNormSiLU
 from stepfuse.engine.sampling.denoiser import Denoiser
-from stepfuse.engine.sampling.rows import PredictionType
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.update import PredictionType
 from stepfuse.kernels.arguments import (
     as_seed,
     check_callable,

@@ -20,8 +20,8 @@ from stepfuse.engine.export.to_onnx.graph import CannotExport
 from stepfuse.engine.export.to_onnx.write import Draft
 from stepfuse.engine.files.writing import check_file
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.rows import PredictionType, VarianceType
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.update import PredictionType, VarianceType
 from stepfuse.kernels.arguments import check_kind, check_literal, check_path
 from stepfuse.kernels.checks import as_integer, check_flag, check_word
 

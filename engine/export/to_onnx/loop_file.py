@@ -18,11 +18,10 @@ from stepfuse.engine.export.to_onnx.loop_graph import Loop, looped
 from stepfuse.engine.export.to_onnx.verify import verify_loop
 from stepfuse.engine.export.to_onnx.write import Draft
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.guidance import CFG
-from stepfuse.engine.sampling.rows import Method
+from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering
+from stepfuse.engine.sampling.methods import Method
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.timesteps import Spacing
-from stepfuse.kernels.arguments import check_kind
 from stepfuse.kernels.checks import received
 from stepfuse.kernels.step_row import Column
 
@@ -36,11 +35,11 @@ def onnx_loop(
     *,
     steps: int | str = 50,
     eta: float = 0.0,
-    method: Method = "ddim",
+    method: str | Method = "ddim",
     spacing: Spacing = "leading",
     steps_offset: int = 0,
     timesteps: Sequence[int] | None = None,
-    guidance: CFG | None = None,
+    guidance: Guidance | None = None,
     clip_sample: float | None = 1.0,
     rederive_epsilon: bool = True,
     final_alpha_one: bool = True,
@@ -60,8 +59,9 @@ def onnx_loop(
         model, path: see `onnx`.
         steps, eta, method, spacing, steps_offset, timesteps, clip_sample, rederive_epsilon,
             final_alpha_one: see `Sampler`.
-        guidance: `CFG`. Both halves go through the network in one call of twice the batch; its
-            ``unconditional`` may hold tensors that broadcast over the batch, or None for labels.
+        guidance: `CFG`, or another that is a ``mixture`` of two outputs. Both halves go through the
+            network in one call of twice the batch; its ``unconditional`` may hold tensors that
+            broadcast over the batch, or None for labels.
         options: those of `onnx` but ``dynamic_size``. ``verify`` runs all steps for the smallest
             batch, once in ONNX Runtime and once in `Sampler`, and compares the images.
 
@@ -112,7 +112,7 @@ def onnx_loop(
         "clip_sample": None if clip_sample is None else float(clip_sample),
         "rederive_epsilon": bool(rederive_epsilon),
         "final_alpha_one": bool(final_alpha_one),
-        "guidance_scale": None if guidance is None else guidance.scale,
+        "guidance_scale": None if guidance is None else getattr(guidance, "scale", None),
     }
 
     def graph() -> Any:
@@ -126,15 +126,18 @@ def onnx_loop(
     return whole.write(graph, compare)
 
 
-def _guidance(guidance: CFG | None, source: Source) -> CFG | None:
+def _guidance(guidance: Guidance | None, source: Source) -> Steering | None:
     """The same with tensors only, one entry that stands for all samples."""
     if guidance is None:
         return None
-    check_kind("guidance", guidance, CFG, "a CFG without rescale, or None")
-    if guidance.rescale:
-        raise ValueError(f"guidance must be a CFG without rescale; got {guidance!r}")
+    steering = Steering(guidance)
+    if not steering.mixture or steering.unconditional is None:
+        raise ValueError(
+            "guidance must be a CFG without rescale, or another whose outputs the update mixes "
+            f"(mixture=True, with an unconditional); got {received(guidance)}"
+        )
     replaced: dict[str, Tensor] = {}
-    for name, value in guidance.unconditional.items():
+    for name, value in steering.unconditional.items():
         if name not in source.condition:
             accepted = ", ".join(source.condition) or "none"
             raise ValueError(f"the network has no condition {name!r}; accepted: {accepted}")
@@ -152,7 +155,7 @@ def _guidance(guidance: CFG | None, source: Source) -> CFG | None:
             ) from None
     if not replaced:
         raise ValueError("guidance needs unconditional={name: ...}; got none")
-    return replace(guidance, unconditional=replaced)
+    return Steering(guidance, replaced)
 
 
 def _doubled(batch: BatchProfile) -> BatchProfile:

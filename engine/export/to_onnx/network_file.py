@@ -14,8 +14,8 @@ from stepfuse.engine.export.to_onnx.graph import build
 from stepfuse.engine.export.to_onnx.job import Exported, Precision, prepare
 from stepfuse.engine.export.to_onnx.verify import verify_network
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.rows import PredictionType, VarianceType
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.update import PredictionType, VarianceType
 from stepfuse.kernels.checks import check_flag
 
 

@@ -9,8 +9,9 @@ import torch
 from tests.engine.adapters.schedulers_case import OURS, pair
 from torch import Tensor
 
-from stepfuse.engine.sampling.rows import Update, inversion_table, step_table
+from stepfuse.engine.sampling.plan import inversion_table, step_table
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.denoise_step import denoise_step
 
 SCHEDULE = Schedule.linear(1000, rescale=False)

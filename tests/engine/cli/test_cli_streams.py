@@ -135,7 +135,7 @@ def test_a_signal_ends_a_training_with_its_state(number: int, status: int) -> No
 def test_a_signal_ends_sampling(tiny: str, number: int, status: int) -> None:
     script = (
         "import os, sys\n"
-        "from stepfuse.engine import images\n"
+        "from stepfuse.engine.files import images\n"
         "from stepfuse.engine.cli import run\n"
         "encode = images.encode_png\n"
         "def slow(image, text=None):\n"
@@ -243,13 +243,13 @@ def test_every_command_that_writes_ends_with_the_signal(
         signal.raise_signal(signal.SIGTERM)
         flush(path)
 
-    def writing(*arguments: Any, **named: Any) -> None:
+    def work(*arguments: Any, **named: Any) -> None:
         writing.write_file(words[-1], b"whole")
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(writing, "_flush", ended)
-    monkeypatch.setattr(exporting, "export_to", writing)
-    monkeypatch.setattr(running, "run", writing)
+    monkeypatch.setattr(exporting, "export_to", work)
+    monkeypatch.setattr(running, "run", work)
     assert run(words) == 143
     assert capsys.readouterr().err.startswith("error: interrupted")
     assert os.listdir() == [words[-1]]

@@ -154,7 +154,7 @@ def test_missing_weights_are_one_clear_line(tmp_path: Path) -> None:
 
 
 def judge_module() -> ModuleType:
-    path = Path(__file__).parents[1] / "data" / "judge.py"
+    path = Path(__file__).parents[2] / "data" / "judge.py"
     spec = importlib.util.spec_from_file_location("judge", path)
     assert spec is not None
     assert spec.loader is not None

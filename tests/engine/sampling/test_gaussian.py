@@ -11,7 +11,8 @@ from tests.engine.sampling.analytic import Gaussian
 from torch import Tensor
 
 from stepfuse import Sampler, Schedule, spaced_timesteps
-from stepfuse.engine.sampling.rows import Update, inversion_table, step_table
+from stepfuse.engine.sampling.plan import inversion_table, step_table
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.step_row import Column
 
 LINEAR = Schedule.linear()

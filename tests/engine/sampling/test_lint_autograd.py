@@ -18,7 +18,7 @@ import stepfuse as sf
 from stepfuse.engine.sampling.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import check_capturable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -143,7 +143,7 @@ def reason(model: Model) -> str:
 
 def in_another_process(model: Model) -> subprocess.CompletedProcess[str]:
     code = (
-        "import json; from tests.engine import test_lint_autograd as models; "
+        "import json; from tests.engine.sampling import test_lint_autograd as models; "
         f"print(json.dumps(models.reason(models.{model.__name__})))"
     )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -12,7 +12,9 @@ from tests.engine.sampling.analytic import Bumpy
 from torch import Tensor, nn
 
 from stepfuse import Sampler, Schedule
-from stepfuse.engine.sampling.rows import Update, posterior_log_variance, step_table
+from stepfuse.engine.sampling.plan import step_table
+from stepfuse.engine.sampling.steps import posterior_log_variance
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.reference.denoise_step import update
 from stepfuse.kernels.step_row import Column
 

@@ -8,17 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.engine.sampling import textbook
 from torch import Tensor
 
 from stepfuse import Schedule, spaced_timesteps
-from stepfuse.engine.sampling.rows import (
-    Plan,
-    Update,
-    inversion_table,
-    posterior_log_variance,
-    step_table,
-)
+from stepfuse.engine.sampling import plain_loop as textbook
+from stepfuse.engine.sampling.plan import Plan, inversion_table, step_table
+from stepfuse.engine.sampling.steps import posterior_log_variance
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.reference import denoise_step as reference
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -311,14 +307,17 @@ def test_plan_of_an_unguided_table() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dpm"}, "method must be one of ddim, ddpm, ddim_hat, ddgan; got 'dpm'"),
+        (
+            {"method": "dpm"},
+            "method must be a Method or one of ddgan, ddim, ddim_hat, ddpm; got 'dpm'",
+        ),
         ({"prediction_type": "eps"}, "epsilon, sample, v_prediction, mean; got 'eps'"),
         ({"variance_type": "small"}, "fixed_small, fixed_large, learned, learned_range; got"),
         ({"variance_at_zero": "zero"}, "next, clamp; got 'zero'"),
         ({"eta": 1.5}, r"\[0, 1\]; got 1.5"),
         ({"eta": -0.1}, r"\[0, 1\]; got -0.1"),
         ({"eta": math.nan}, r"\[0, 1\]; got nan"),
-        ({"eta": 0.5, "method": "ddpm"}, "eta=0.5 with 'ddpm'"),
+        ({"eta": 0.5, "method": "ddpm"}, "method 'ddpm' takes no eta: it must be 0; got eta=0.5"),
         ({"clip_sample": 0.0}, "positive or None; got 0.0"),
         ({"clip_sample": -1.0}, "positive or None; got -1.0"),
         ({"clip_sample": math.nan}, "positive or None; got nan"),

@@ -14,7 +14,7 @@ from tests.engine.sampling.analytic import Bumpy
 from torch import Tensor
 
 from stepfuse import CFG, Sampler, Schedule
-from stepfuse.engine.sampling.rows import Update
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels import philox
 from stepfuse.kernels.step_row import Column
 

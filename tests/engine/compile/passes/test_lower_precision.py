@@ -297,7 +297,7 @@ def test_on_a_processor_with_less() -> None:
     chosen = [f"{test}[timed-{name}-{dtype}]" for name in _LESSER_CASES for dtype in DTYPES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
         env={**os.environ, **LESSER},
         capture_output=True,
         text=True,

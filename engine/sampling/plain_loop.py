@@ -1,11 +1,16 @@
-"""One reverse step as the papers write it: nothing folded, nothing shared with the table.
+"""Sampling as the papers write it: nothing folded, nothing fused, nothing captured.
 
-a = abar_t where the step starts, b = abar_s where it ends.
+The reference that `Sampler` and the benchmarks are compared with, to be read beside Ho et al. 2020
+(DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (learned variances), Salimans & Ho 2022 (v),
+Xiao et al. 2022 (DDGAN) and Ho & Salimans 2022 (guidance). It shares no formula with the step
+table. a = abar_t is where a step starts, b = abar_s where it ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +18,44 @@ from torch import Tensor
 from stepfuse.engine.sampling.schedule import Schedule
 
 TINY = 1e-20  # the variance that stands for 0 before a logarithm is taken
+
+
+def plain_loop(
+    model: Callable[..., Tensor],
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    x: Tensor,
+    noise: Callable[[int], Tensor] | None = None,
+    condition: Mapping[str, Any] | None = None,
+    *,
+    scale: float = 1.0,
+    unconditional: Mapping[str, Any] | None = None,
+    final_alpha_one: bool = True,
+    variance_at_zero: str = "next",
+    **settings: Any,
+) -> Tensor:
+    """x_0 of ``x`` = x_T, [N, C, ...], down ``timesteps`` of the training schedule.
+
+    Args:
+        model: called as model(x, t, **condition) with t int64 [N].
+        noise: gives z, like x, for the step from timestep t; zeros where there is none.
+        scale, unconditional: classifier-free guidance, o_u + scale (o - o_u), o_u being the output
+            for the condition with these entries.
+        final_alpha_one, variance_at_zero, settings: see `Sampler`; ``method`` is "ddim",
+            "ddim_hat", "ddpm" or "ddgan".
+    """
+    condition = dict(condition or {})
+    for leg in legs(schedule, timesteps, final_alpha_one, variance_at_zero):
+        t = torch.full((len(x),), leg.t)
+        out = model(x, t, **condition)
+        if scale != 1:
+            other = model(x, t, **{**condition, **(unconditional or {})})
+            half = slice(x.shape[1])  # a learned variance stays that of the condition
+            mixed = other[:, half] + scale * (out[:, half] - other[:, half])
+            out = torch.cat([mixed, out[:, x.shape[1] :]], dim=1)
+        z = torch.zeros_like(x) if noise is None else noise(leg.t)
+        x = step(leg, x, out, z, **settings)
+    return x
 
 
 @dataclass(frozen=True)
@@ -28,7 +71,10 @@ class Leg:
 
 
 def legs(
-    schedule: Schedule, timesteps: list[int], final_alpha_one: bool = True, at_zero: str = "next"
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    final_alpha_one: bool = True,
+    at_zero: str = "next",
 ) -> list[Leg]:
     """Every transition of a descending list of timesteps."""
     abar = torch.cumprod(1 - schedule.betas, 0)
@@ -73,7 +119,7 @@ def step(
     eta: float = 0.0,
     prediction_type: str = "epsilon",
     variance_type: str = "fixed_small",
-    clip_sample: float | None = None,
+    clip_sample: float | None = 1.0,
     rederive_epsilon: bool = True,
 ) -> Tensor:
     """x_s from x_t, the model output (2C channels for a learned variance) and normal noise z."""
@@ -88,7 +134,7 @@ def step(
     small = (1 - b) / (1 - a) * beta
     if method in ("ddim", "ddim_hat"):
         drift = small if method == "ddim_hat" else eta**2 * small
-        noise = torch.where(torch.tensor(leg.last), 0.0, beta) if method == "ddim_hat" else drift
+        noise = beta * (not leg.last) if method == "ddim_hat" else drift
         direction = (1 - b - drift).clamp_min(0).sqrt()
         return b.sqrt() * x0 + direction * eps + noise.sqrt() * z
     mean = b.sqrt() * beta / (1 - a) * x0 + (a / b).sqrt() * (1 - b) / (1 - a) * x

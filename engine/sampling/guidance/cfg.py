@@ -1,15 +1,19 @@
-"""Steering the sample: classifier-free guidance and classifier guidance."""
+"""Classifier-free guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.checks import as_number, check_flag, check_word, received
+from stepfuse.engine.sampling.denoiser import Condition
+from stepfuse.engine.sampling.evaluation import Evaluation
+from stepfuse.engine.sampling.guidance.protocol import Outputs
+from stepfuse.kernels.checks import as_number, check_flag, received
+from stepfuse.kernels.step_row import Column
 
 _ROUNDINGS = 4  # what a mixture and its mean are rounded to, at most, in units of the last place
 
@@ -60,6 +64,36 @@ class CFG:
         if low > high:
             raise ValueError(f"interval must be (low, high); got {self.interval}")
 
+    @property
+    def evaluations(self) -> int:
+        """Of the model in a guided step."""
+        return 2
+
+    @property
+    def mixture(self) -> bool:
+        """Whether the step's row says all that happens to the two outputs."""
+        return not self.rescale
+
+    @property
+    def reads(self) -> None:
+        """Nothing: its numbers are in the row, and cannot be changed."""
+        return None
+
+    def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
+        """Both outputs, which the update mixes, or the rescaled mixture."""
+        if self.batched:
+            halves = denoiser(torch.cat([x, x]), torch.cat([t, t]), denoiser.both)
+            uncond, cond = halves.chunk(2)
+        else:
+            cond = denoiser(x, t, condition)
+            uncond = denoiser(x, t, denoiser.unconditional)
+        if not self.rescale:
+            return Outputs(cond, uncond)
+        channels = x.shape[1]
+        scale = denoiser.row[Column.GUIDANCE].to(cond.dtype)
+        mixed = self.combine(cond[:, :channels], uncond[:, :channels], scale)
+        return Outputs(torch.cat([mixed, cond[:, channels:]], dim=1))
+
     def scale_at(self, t: int) -> float:
         """The scale in force at timestep t."""
         inside = self.interval is None or self.interval[0] <= t <= self.interval[1]
@@ -87,60 +121,3 @@ class CFG:
         ratio = cond.std(dim=dims, keepdim=True) / spread
         ratio = torch.where(spread > _ROUNDINGS * rounding, ratio, torch.ones_like(ratio))
         return (mixed * (1 + self.rescale * (ratio - 1))).to(dtype)
-
-
-@dataclass(frozen=True)
-class ClassifierGuidance:
-    """Guidance by the gradient of a classifier (Dhariwal & Nichol 2021, section 4).
-
-        DDPM    mean + scale Sigma grad log p(y | x_t)                    algorithm 1
-        DDIM    eps - scale sqrt(1 - abar_t) grad log p(y | x_t)          algorithm 2
-
-    Args:
-        fn: called as fn(x, t, **condition) with x [N, C, ...] and t int64 [N].
-        scale: strength; 0 switches it off.
-        returns: "log_probability" (log p(y | x_t), [N], differentiated here) or "gradient".
-
-    Raises TypeError or ValueError for a function that cannot be called or a scale that is not
-    finite.
-    """
-
-    fn: Callable[..., Tensor]
-    scale: float = 1.0
-    returns: Literal["log_probability", "gradient"] = "log_probability"
-
-    def __post_init__(self) -> None:
-        if not callable(self.fn) or isinstance(self.fn, type):
-            raise TypeError(
-                f"fn must be callable as fn(x, t, **condition); got {received(self.fn)}"
-            )
-        object.__setattr__(self, "scale", as_number("scale", self.scale))
-        check_word("returns", self.returns, ("log_probability", "gradient"))
-
-    def scale_at(self, t: int) -> float:
-        """The scale in force at timestep t."""
-        return self.scale
-
-    def is_active(self, t: int) -> bool:
-        """Whether the classifier is evaluated at timestep t."""
-        return self.scale != 0
-
-    def gradient(self, x: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        """grad log p(y | x_t) with respect to x, [N, C, ...]."""
-        if self.returns == "gradient":
-            return self.fn(x, t, **condition)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            log_probability = self.fn(leaf, t, **condition)
-            (gradient,) = torch.autograd.grad(log_probability.sum(), leaf)
-        return gradient
-
-
-Guidance = CFG | ClassifierGuidance
-
-
-def check_guidance(guidance: object) -> None:
-    """TypeError unless ``guidance`` is one that the sampler knows how to run, or None."""
-    if guidance is not None and not isinstance(guidance, CFG | ClassifierGuidance):
-        given = repr(guidance) if isinstance(guidance, type) else received(guidance)
-        raise TypeError(f"guidance must be a CFG, a ClassifierGuidance or None; got {given}")

@@ -1,0 +1,176 @@
+"""What a guidance is, and what one that leaves things out is taken to mean."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from stepfuse.engine.sampling.denoiser import Condition
+from stepfuse.engine.sampling.evaluation import Evaluation
+from stepfuse.kernels.checks import as_integer, check_flag, received
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a guided step is made with.
+
+    Args:
+        model: the output that takes the place of the model's, [N, C or 2C, ...].
+        unguided: a second output o_u: the update then takes o_u + scale (model - o_u), with the
+            scale of the step's row, without another pass over memory.
+        shift: added to x after the update, [N, C, ...].
+    """
+
+    model: Tensor
+    unguided: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Guidance(Protocol):
+    """What steers a sample; any object that has these two is one.
+
+    It may have more, each with what holds where it is left out:
+
+        capturable = True            False: steps run eagerly, ``outputs`` may decide on the host
+        scale_at(t) -> 1.0           goes into the row of the step at timestep t
+        is_active(t) -> True         False: that step is the model's alone, with one evaluation
+        unconditional = None         a mapping: replaces entries of the condition, see `CFG`
+        batched = False              True: ``denoiser.both`` will be asked for
+        mixture = False              True: outputs are the two of `Outputs` and nothing else, each
+                                     evaluated once, so that a file can hold the step
+        check_table(table, guided, shifts_mean)     raises ValueError where it does not fit
+        reads = outputs              the function whose Python state decides; a captured step is
+                                     made anew when that changes
+        without_autograd()           a guidance of the same operators that takes no gradient: to be
+                                     looked at where gradients cannot be had (`check_capturable`)
+    """
+
+    @property
+    def evaluations(self) -> int:
+        """How often the model is evaluated in a guided step."""
+        ...
+
+    def outputs(
+        self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition
+    ) -> Tensor | Outputs:
+        """The output of a guided step: x [N, C, ...], t int64 [N], not to be written to.
+
+        ``denoiser(x, t, condition)`` evaluates the model. A tensor stands for `Outputs` with
+        nothing else.
+        """
+        ...
+
+
+_OPTIONAL: tuple[str, ...] = ("scale_at", "is_active", "check_table", "without_autograd")
+_TAKES = 4  # denoiser, x, t, condition
+
+
+def check_guidance(guidance: object) -> None:
+    """Raise TypeError or ValueError unless ``guidance`` is None or follows `Guidance`."""
+    if guidance is None:
+        return
+    given = repr(guidance) if isinstance(guidance, type) else received(guidance)
+    wanted = (
+        "guidance must be a CFG, a ClassifierGuidance, an object with "
+        "outputs(denoiser, x, t, condition) and evaluations, or None"
+    )
+    if isinstance(guidance, type):
+        raise TypeError(f"{wanted}; got {given}, the class")
+    missing = [name for name in ("outputs", "evaluations") if not hasattr(guidance, name)]
+    if missing:
+        raise TypeError(f"{wanted}; got {given}, which has no {' and no '.join(missing)}")
+    there: Any = guidance
+    for name in ("outputs", *_OPTIONAL):
+        method = getattr(there, name, _nothing)
+        if not callable(method):
+            raise TypeError(f"{name} of the guidance must be callable; got {received(method)}")
+    if not _takes(there.outputs, _TAKES):
+        raise TypeError(
+            "outputs of the guidance must take (denoiser, x, t, condition); "
+            f"got outputs{inspect.signature(there.outputs)}"
+        )
+    if as_integer("evaluations of the guidance", there.evaluations) < 1:
+        raise ValueError(f"evaluations of the guidance must be 1 or more; got {there.evaluations}")
+    for name in ("capturable", "batched", "mixture"):
+        check_flag(f"{name} of the guidance", getattr(there, name, False))
+    unconditional = getattr(there, "unconditional", None)
+    if unconditional is not None and not isinstance(unconditional, Mapping):
+        raise TypeError(
+            "unconditional of the guidance must be a mapping or None; "
+            f"got {received(unconditional)}"
+        )
+
+
+def _takes(method: Callable[..., Any], count: int) -> bool:
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # not written in Python
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _nothing(*_: Any) -> None:
+    """In the place of a method that a guidance has not."""
+
+
+class Steering:
+    """A guidance with what it leaves out filled in; it is one itself.
+
+    Args:
+        guidance: checked by `check_guidance`.
+        unconditional: to be used instead of the guidance's own.
+    """
+
+    def __init__(self, guidance: Guidance, unconditional: Mapping[str, Any] | None = None) -> None:
+        check_guidance(guidance)
+        self._guidance: Any = guidance
+        own = getattr(guidance, "unconditional", None)
+        self.unconditional = own if unconditional is None else unconditional
+        self.evaluations: int = guidance.evaluations
+        self.capturable: bool = getattr(guidance, "capturable", True)
+        self.batched: bool = getattr(guidance, "batched", False)
+        self.mixture: bool = getattr(guidance, "mixture", False)
+        self.reads: Any = getattr(guidance, "reads", guidance.outputs)
+        self.check_table: Callable[[Tensor, list[bool], bool], None] = getattr(
+            guidance, "check_table", _nothing
+        )
+
+    @classmethod
+    def of(cls, guidance: Guidance | None) -> Steering | None:
+        """None for None."""
+        return None if guidance is None else cls(guidance)
+
+    def scale_at(self, t: int) -> float:
+        """The scale in force at timestep t."""
+        scale_at = getattr(self._guidance, "scale_at", None)
+        return 1.0 if scale_at is None else float(scale_at(t))
+
+    def is_active(self, t: int) -> bool:
+        """Whether the step at timestep t is guided at all."""
+        is_active = getattr(self._guidance, "is_active", None)
+        return True if is_active is None else bool(is_active(t))
+
+    def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
+        """Those of the guidance; TypeError where they are no tensors."""
+        made = self._guidance.outputs(denoiser, x, t, condition)
+        if isinstance(made, Tensor):
+            return Outputs(made)
+        if not isinstance(made, Outputs) or not isinstance(made.model, Tensor):
+            raise TypeError(
+                "outputs of the guidance must return a tensor or Outputs; "
+                f"got {type(made).__name__}"
+            )
+        return made
+
+    def without_autograd(self) -> Steering:
+        """One of the same operators that takes no gradient."""
+        other = getattr(self._guidance, "without_autograd", None)
+        return self if other is None else Steering(other(), self.unconditional)

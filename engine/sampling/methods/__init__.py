@@ -1,0 +1,82 @@
+"""The solvers, a file each: how the table of a sampler is written.
+
+A file ``<name>.py`` in this folder that ends in ``METHOD = Method(rows, ...)`` is the solver
+``Sampler(method="<name>")``; nothing else has to know of it. One of a user's own is given to the
+sampler as it is: ``Sampler(method=Method(my_rows))``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:  # the names are there without torch, for `--help`
+    from torch import Tensor
+
+SETTINGS = ("eta", "variance_type", "variance_at_zero")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver that is linear in x, the model's output, the clipped x0 and noise.
+
+    Args:
+        rows: called as ``rows(schedule, timesteps, update)`` with descending timesteps and an
+            `Update`; returns the table, float64 [S, 16] on the CPU, see `stepfuse.kernels.step_row`
+            for what a row means and `Rows` for a hand in writing it. A function of a module, so
+            that samplers can be copied and pickled.
+        takes: those of ``eta``, ``variance_type`` and ``variance_at_zero`` that mean something.
+        predictions: the accepted values of ``prediction_type``.
+        shifts_mean: a classifier's gradient moves the mean of the step (DDPM) instead of epsilon.
+        name: how it is called in texts; that of ``rows`` where nothing is given.
+
+    Raises TypeError or ValueError for a ``rows`` that cannot be called and for unknown words.
+    """
+
+    rows: Callable[[Any, Any, Any], Tensor]
+    takes: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = PREDICTIONS
+    shifts_mean: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.rows) or isinstance(self.rows, type):
+            raise TypeError(
+                f"rows must be callable as rows(schedule, timesteps, update); got {self.rows!r}"
+            )
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a str; got {self.name!r}")
+        if not isinstance(self.shifts_mean, bool):
+            raise TypeError(f"shifts_mean must be True or False; got {self.shifts_mean!r}")
+        for field, accepted in (("takes", SETTINGS), ("predictions", PREDICTIONS)):
+            given = getattr(self, field)
+            if not isinstance(given, (tuple, list)) or not all(w in accepted for w in given):
+                raise ValueError(f"{field} must be a tuple of {', '.join(accepted)}; got {given!r}")
+            object.__setattr__(self, field, tuple(given))
+        if not self.predictions:
+            raise ValueError(f"predictions must name one of {', '.join(PREDICTIONS)} at least")
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.rows, "__name__", "a method"))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def names() -> list[str]:
+    """The solvers of this folder, in the order of the alphabet."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def named(name: str) -> Method:
+    """The solver of that name.
+
+    Raises ValueError with the accepted ones where there is none.
+    """
+    known = names()
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"method must be a Method or one of {', '.join(known)}; got {name!r}")
+    return cast(Method, importlib.import_module(f"{__name__}.{name}").METHOD)

@@ -1,0 +1,77 @@
+"""What the rows of one table have in common: the settings of a sampler's update, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from stepfuse.engine.sampling.methods import Method, named
+from stepfuse.kernels.arguments import check_literal
+from stepfuse.kernels.checks import LARGEST, as_number, check_flag
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "mean"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+VarianceAtZero = Literal["next", "clamp"]
+Inversion = Literal["current", "target"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the rows of a table have in common; the parameters are those of `Sampler`."""
+
+    method: str | Method = "ddim"
+    eta: float = 0.0
+    prediction_type: PredictionType = "epsilon"
+    variance_type: VarianceType = "fixed_small"
+    variance_at_zero: VarianceAtZero = "next"
+    clip_sample: float | None = 1.0
+    rederive_epsilon: bool = True
+    final_alpha_one: bool = True
+
+    def __post_init__(self) -> None:
+        solver = self.solver
+        for name, accepted in (
+            ("prediction_type", PredictionType),
+            ("variance_type", VarianceType),
+            ("variance_at_zero", VarianceAtZero),
+        ):
+            check_literal(name, getattr(self, name), accepted)
+        check_flag("rederive_epsilon", self.rederive_epsilon)
+        check_flag("final_alpha_one", self.final_alpha_one)
+        object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
+        if self.eta and "eta" not in solver.takes:
+            raise ValueError(
+                f"method {str(self.method)!r} takes no eta: it must be 0; got eta={self.eta}"
+            )
+        if self.clip_sample is not None:
+            clip = as_number("clip_sample", self.clip_sample, finite=False)
+            # a smaller one is 0 in float32, and so would every image be
+            if not torch.finfo(torch.float32).tiny <= clip <= LARGEST:
+                raise ValueError(f"clip_sample must be positive or None; got {self.clip_sample}")
+            object.__setattr__(self, "clip_sample", clip)
+        if self.prediction_type not in solver.predictions:
+            accepted_types = " or ".join(repr(kind) for kind in solver.predictions)
+            raise ValueError(
+                f"method {str(self.method)!r} needs prediction_type {accepted_types}; "
+                f"got {self.prediction_type!r}"
+            )
+
+    @property
+    def solver(self) -> Method:
+        """The method itself, which writes the rows."""
+        return self.method if isinstance(self.method, Method) else named(self.method)
+
+    @property
+    def uses_learned_variance(self) -> bool:
+        """Whether the second half of the model's channels enters the update."""
+        learned = self.variance_type.startswith("learned")
+        return learned and "variance_type" in self.solver.takes
+
+    @property
+    def shifts_mean(self) -> bool:
+        """Whether a classifier's gradient shifts the mean (DDPM) or epsilon (DDIM)."""
+        return self.solver.shifts_mean
