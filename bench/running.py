@@ -29,8 +29,8 @@ from stepfuse.bench.machine import describe
 from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.record import Record, load
 from stepfuse.bench.workload import Spec, Workload
-from stepfuse.engine.cli.drawing import choose_device, load_model
 from stepfuse.engine.cli.errors import INTERRUPTED, Problem, choosing_places, interruptible
+from stepfuse.engine.cli.models import choose_device, load_model
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.files.reading import NOT_THERE, kind_of
 from stepfuse.engine.files.writing import check_file, write_file

@@ -1,4 +1,4 @@
-"""Argument checks of the engine; every message names the argument, what came and what is accepted.
+"""Argument checks of every floor; messages name the argument, what came and what is accepted.
 
 Those of numbers and of the ops' tensors are in `stepfuse.kernels.checks`.
 """

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from stepfuse.kernels.backends import FLOAT_DTYPES
+
+FLOATS = (*FLOAT_DTYPES, torch.float64)  # of the ops; float64 by the reference alone
 _LAST = 2**63 - 1
 LARGEST = torch.finfo(torch.float32).max
 INDICES = "an int or an int64 tensor"  # what per-sample arguments accept
@@ -109,23 +111,23 @@ def check_float(name: str, x: Any) -> None:
     """TypeError unless x is a tensor of floats of 16, 32 or 64 bits."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {received(x)}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be one of {float_names()}; got {x.dtype}")
 
 
 def float_names() -> str:
     """The dtypes that `check_float` accepts, in words."""
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 def is_float(dtype: Any) -> bool:
     """Whether `check_float` accepts tensors of this dtype."""
-    return dtype in _FLOATS
+    return dtype in FLOATS
 
 
 def check_like(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Raise unless x holds floats, has ``shape`` and lives on the device of ``like``."""
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         check_float(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(x.shape)}")

@@ -57,6 +57,10 @@ def test_no_file_is_too_long() -> None:
     assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
 
 
+def test_every_module_of_the_engine_lives_in_a_wing() -> None:
+    assert sorted(path.name for path in (ROOT / "engine").glob("*.py")) == []
+
+
 def test_the_package_is_links_to_the_folders() -> None:
     package = ROOT / "src" / "stepfuse"
     for name in ("kernels", "engine", "bench"):

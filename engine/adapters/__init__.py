@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
+from stepfuse.engine.adapters.patch import class_name
+
 Object = TypeVar("Object")
 
 # adapter: the package its objects come from; None where they are recognised by what they have
@@ -48,7 +50,7 @@ def accelerate(obj: Object, **options: Any) -> Object:
         for name in options:
             if name not in accepted:
                 raise TypeError(
-                    f"accelerate has no option {name!r} for {_kind(obj)}; "
+                    f"accelerate has no option {name!r} for {class_name(obj)}; "
                     f"accepted: {', '.join(accepted) or 'none'}"
                 )
     fast: Object = adapter.accelerate(obj, **options)
@@ -82,7 +84,7 @@ def _adapter(obj: Any) -> ModuleType:
             adapter = _module(name)
             if adapter.supports(obj):
                 return adapter
-    raise TypeError(f"cannot accelerate {_kind(obj)}; supported: {'; '.join(_supported())}")
+    raise TypeError(f"cannot accelerate {class_name(obj)}; supported: {'; '.join(_supported())}")
 
 
 def _supported() -> Iterator[str]:
@@ -95,7 +97,3 @@ def _supported() -> Iterator[str]:
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _kind(obj: Any) -> str:
-    return f"{type(obj).__module__}.{type(obj).__qualname__}"

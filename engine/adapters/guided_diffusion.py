@@ -31,7 +31,7 @@ from stepfuse.engine.adapters.guided_diffusion_run import (
     with_bar,
 )
 from stepfuse.engine.adapters.network import FastNetwork, check_options
-from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
+from stepfuse.engine.adapters.patch import Fast, class_name, install, remove, report
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
 
@@ -83,7 +83,7 @@ def accelerate(
     names, reasons = agreeing(obj, lambda d: FastDiffusion(d, False, None, True, "auto"))
     fast = FastDiffusion(obj, optimize, dtype, strict, backend, reasons)
     if "p_sample" not in names and "ddim_sample" not in names:
-        raise TypeError(f"cannot accelerate {kind(obj)}: {reasons['p_sample']}")
+        raise TypeError(f"cannot accelerate {class_name(obj)}: {reasons['p_sample']}")
     if "ddim_reverse_sample" in names and not hasattr(obj, "ddim_reverse_sample_loop"):
         names.append("ddim_reverse_sample_loop")
     install(obj, fast, names)
@@ -374,11 +374,11 @@ class FastDiffusion(Fast):
 def _check(obj: Any) -> None:
     """TypeError for what `accelerate` does not take."""
     if not supports(obj):
-        raise TypeError(f"cannot accelerate {kind(obj)}; supported: {'; '.join(SUPPORTED)}")
+        raise TypeError(f"cannot accelerate {class_name(obj)}; supported: {'; '.join(SUPPORTED)}")
     for name, accepted in (("model_mean_type", MEAN_TYPES), ("model_var_type", VAR_TYPES)):
         value = getattr(getattr(obj, name), "name", None)
         if value not in accepted:
             raise TypeError(
-                f"cannot accelerate {kind(obj)}: {name} is {getattr(obj, name)!r}; "
+                f"cannot accelerate {class_name(obj)}: {name} is {getattr(obj, name)!r}; "
                 f"accepted: {', '.join(accepted)}"
             )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.adapters.network import FastNetwork, check_options
-from stepfuse.engine.adapters.patch import Fast, install, kind, remove, report
+from stepfuse.engine.adapters.patch import Fast, class_name, install, remove, report
 from stepfuse.engine.sampling.rows import Rows, Scale
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
@@ -109,14 +109,14 @@ def _check(obj: Any) -> bool:
     supported = f"supported: {'; '.join(SUPPORTED)}"
     if not isinstance(obj, GaussianDiffusion):
         hint = "for a network use stepfuse.optimize; " if _is_network(obj) else ""
-        raise TypeError(f"cannot accelerate {kind(obj)}; {hint}{supported}")
+        raise TypeError(f"cannot accelerate {class_name(obj)}; {hint}{supported}")
     learned = isinstance(obj, LearnedGaussianDiffusion)
     base = LearnedGaussianDiffusion if learned else GaussianDiffusion
     for name in _PARTS:
         if getattr(type(obj), name) is not getattr(base, name):
             raise TypeError(
-                f"cannot accelerate {kind(obj)}: it has a {name} of its own, so that its sampling "
-                f"is not that of {base.__name__}; {supported}"
+                f"cannot accelerate {class_name(obj)}: it has a {name} of its own, so that its "
+                f"sampling is not that of {base.__name__}; {supported}"
             )
     return learned
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
+from stepfuse.engine.compile.timetable import CAPACITY
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.backends import why_not
 from stepfuse.kernels.checks import check_flag
-
-_LAST_TIMESTEP = 4095  # what `Optimized.prepare` takes
 
 
 def check_options(optimize: Any, dtype: Any, strict: Any, backend: Any) -> None:
@@ -62,7 +61,7 @@ class FastNetwork:
         except WeightsChanged:
             fast.refresh()
         new = set(timesteps).difference(fast.timesteps)
-        if new and max(new) > _LAST_TIMESTEP:
+        if new and max(new) >= CAPACITY:
             # announcing some of them would leave the others without a row
             self._announces = False
             if fast.timesteps:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-_NAME = "_stepfuse"
+NAME = "_stepfuse"  # in the ``__dict__`` of an accelerated object: what was done to it
 
 
 class Fast(ABC):
@@ -39,12 +39,12 @@ def install(obj: Any, fast: Fast, names: Iterable[str]) -> None:
     fast.hidden = {name: held[name] for name in fast.replaced if name in held}
     for name in fast.replaced:
         held[name] = getattr(fast, name)
-    held[_NAME] = fast
+    held[NAME] = fast
 
 
 def installed(obj: Any) -> Fast | None:
     """What was installed on this object."""
-    fast: Fast | None = vars(obj).get(_NAME)
+    fast: Fast | None = vars(obj).get(NAME)
     return fast
 
 
@@ -53,7 +53,7 @@ def remove(obj: Any) -> Any:
     fast = installed(obj)
     if fast is not None:
         held = vars(obj)
-        del held[_NAME]
+        del held[NAME]
         for name in fast.replaced:
             del held[name]
         held.update(fast.hidden)
@@ -66,6 +66,6 @@ def report(obj: Any) -> str:
     return "not accelerated" if fast is None else fast.explain()
 
 
-def kind(obj: Any) -> str:
+def class_name(obj: Any) -> str:
     """The full name of the object's class."""
     return f"{type(obj).__module__}.{type(obj).__qualname__}"

@@ -1,4 +1,7 @@
-"""The command line, ``stepfuse``: one file per command, torch imported only inside them."""
+"""The command line, ``stepfuse``: a file for each command, torch imported only where one runs.
+
+Nothing else in ``engine`` imports from here.
+"""
 
 from stepfuse.engine.cli.commands import app, main, run
 

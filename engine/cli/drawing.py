@@ -23,12 +23,13 @@ from rich.text import Text
 from torch import Tensor
 
 from stepfuse._version import __version__
-from stepfuse.engine.cli.errors import Problem, failing_on
+from stepfuse.engine.cli.errors import failing_on
+from stepfuse.engine.cli.models import choose_device, load_model
 from stepfuse.engine.cli.output import Drawn, Target, write
 from stepfuse.engine.cli.printing import wrote
-from stepfuse.engine.cli.sample import Options
+from stepfuse.engine.cli.sample_options import SampleOptions
 from stepfuse.engine.files.images import check_channels, frame_indices, to_pixels
-from stepfuse.engine.networks.checkpoint import Checkpoint, load
+from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.step import Step
@@ -37,7 +38,7 @@ from stepfuse.kernels.limits import check_memory
 NO_CLASS = "none"
 
 
-def draw_to(target: Target, options: Options) -> None:
+def draw_to(target: Target, options: SampleOptions) -> None:
     """Sample what ``options`` ask for, write it to ``target`` and say how fast it was."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -72,30 +73,7 @@ def draw_to(target: Target, options: Options) -> None:
     report(paths, sampler, options, checkpoint, seconds)
 
 
-def load_model(name: str) -> Checkpoint:
-    """The checkpoint; an unknown name and a bad file are values that are not accepted."""
-    return load(name)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, or the best there is for "auto"."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Problem(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
-            "`stepfuse doctor` says more"
-        )
-    return device
-
-
-def choose_labels(options: Options, checkpoint: Checkpoint) -> Tensor | None:
+def choose_labels(options: SampleOptions, checkpoint: Checkpoint) -> Tensor | None:
     """The class of every image, int64 [N], the null class for "none"; None without classes.
 
     Image k of a seed has the same label in whatever batch or call it is drawn: the labels asked for
@@ -127,7 +105,7 @@ def _class_of(text: str, names: tuple[str, ...]) -> int:
     raise ValueError(f"--label must be one of {accepted} or {NO_CLASS}; got {text!r}")
 
 
-def build_sampler(options: Options, checkpoint: Checkpoint) -> Sampler:
+def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
     """The sampler; its errors name the setting, the value and what is accepted."""
     try:
         steps: int | str = int(options.steps)
@@ -201,7 +179,11 @@ class Rate(ProgressColumn):
 
 
 def sample(
-    sampler: Sampler, options: Options, checkpoint: Checkpoint, labels: Tensor | None, film: Film
+    sampler: Sampler,
+    options: SampleOptions,
+    checkpoint: Checkpoint,
+    labels: Tensor | None,
+    film: Film,
 ) -> Tensor:
     """Sample under a progress bar, which is shown on a terminal only."""
     batches = -(-options.count // (options.batch_size or options.count))
@@ -235,7 +217,7 @@ def sample(
         )
 
 
-def settings_of(options: Options) -> dict[str, Any]:
+def settings_of(options: SampleOptions) -> dict[str, Any]:
     """What decides the images, by the names of the command line."""
     return {
         "stepfuse": __version__,
@@ -255,7 +237,7 @@ def settings_of(options: Options) -> dict[str, Any]:
 def report(
     paths: list[Path],
     sampler: Sampler,
-    options: Options,
+    options: SampleOptions,
     checkpoint: Checkpoint,
     seconds: float,
 ) -> None:

@@ -1,18 +1,16 @@
-"""``stepfuse export``: the options."""
+"""``stepfuse export``: the command, and what its help says."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stepfuse.engine.cli.errors import choosing_places, interruptible
+from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
-from stepfuse.kernels.limits import check_seed
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -25,89 +23,7 @@ EXAMPLES = (
     "  [cyan]stepfuse export -m digits -o sampler.onnx --whole-loop --steps 50 --guidance 2[/cyan]"
 )
 
-STEPS, METHOD, SPACING = "50", "ddim", "leading"
 WHAT, LOOP, CHECK, RT = "What is exported", "The whole sampler", "Comparison", "TensorRT"
-PRECISIONS = ("fp32", "fp16", "bf16")
-REPORTS = (".md", ".json")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of ``stepfuse export``; raises ValueError for what does not fit together."""
-
-    model: str
-    out: Path
-    precision: str
-    batch: BatchProfile
-    opset: int | None
-    whole_loop: bool
-    steps: str
-    method: str
-    spacing: str
-    eta: float
-    guidance: float
-    tensorrt: Path | None
-    compute_capability: str | None
-    timing_cache: Path | None
-    check: bool
-    tolerance: float | None
-    report: Path | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.out.suffix.lower() != ".onnx":
-            raise ValueError(f"--out must end in .onnx; got {str(self.out)!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"--precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}"
-            )
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"--guidance must be a finite number; got {self.guidance}")
-        if self.whole_loop:
-            unfit = {"--tensorrt": self.tensorrt, "--tolerance": self.tolerance}
-            for name, value in {**unfit, "--report": self.report}.items():
-                if value is not None:
-                    raise ValueError(f"{name} is for a network alone; got --whole-loop too")
-        else:
-            for option, said, usual in (
-                ("--steps", self.steps, STEPS),
-                ("--method", self.method, METHOD),
-                ("--spacing", self.spacing, SPACING),
-                ("--eta", f"{self.eta:g}", "0"),
-                ("--guidance", f"{self.guidance:g}", "1"),
-            ):
-                if said != usual:
-                    raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")
-        if self.tensorrt is None:
-            for name, given in (
-                ("--compute-capability", self.compute_capability),
-                ("--timing-cache", self.timing_cache),
-            ):
-                if given is not None:
-                    raise ValueError(f"{name} needs --tensorrt FILE; got {str(given)!r}")
-        if not self.check:
-            for name, value in (("--tolerance", self.tolerance), ("--report", self.report)):
-                if value is not None:
-                    raise ValueError(f"{name} needs --check; got {str(value)!r}")
-        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
-            raise ValueError(f"--tolerance must be a positive number; got {self.tolerance}")
-        if self.report is not None and self.report.suffix.lower() not in REPORTS:
-            raise ValueError(
-                f"--report must end in {' or '.join(REPORTS)}; got {str(self.report)!r}"
-            )
-        check_seed("--seed", self.seed)
-        paths = [path.resolve() for path in self.files]
-        if len(set(paths)) != len(paths):
-            raise ValueError(f"two files with one name; got {', '.join(map(str, self.files))}")
-
-    @property
-    def files(self) -> list[Path]:
-        """Everything that will be written."""
-        return [
-            path
-            for path in (self.out, self.tensorrt, self.timing_cache, self.report)
-            if path is not None
-        ]
 
 
 def export_command(
@@ -236,7 +152,7 @@ def export_command(
     seed: Annotated[int, typer.Option(help="Of its inputs.", rich_help_panel=CHECK)] = 0,
 ) -> None:
     """Write a network as ONNX or TensorRT, and check it against the reference."""
-    options = Options(
+    options = ExportOptions(
         model=model,
         out=Path(f"{Path(model).stem}.onnx") if out is None else out,
         precision=precision,

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from stepfuse.engine.cli.drawing import load_model
 from stepfuse.engine.cli.errors import Problem, failing_on
-from stepfuse.engine.cli.export import Options
+from stepfuse.engine.cli.export_options import ExportOptions
+from stepfuse.engine.cli.models import load_model
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.parity.check_file import check
@@ -25,7 +25,7 @@ from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.sampling.guidance.cfg import CFG
 
 
-def export_to(options: Options) -> None:
+def export_to(options: ExportOptions) -> None:
     """Write the files that ``options`` ask for, compare, and say what comes next."""
     if options.tensorrt is not None:
         # before the minutes that a large network takes
@@ -44,7 +44,7 @@ def export_to(options: Options) -> None:
     _say_next(console, options)
 
 
-def _export(options: Options, checkpoint: Checkpoint, progress: bool) -> Exported:
+def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> Exported:
     shared: dict[str, Any] = {
         "batch": options.batch,
         "precision": options.precision,
@@ -72,7 +72,7 @@ def _export(options: Options, checkpoint: Checkpoint, progress: bool) -> Exporte
         )
 
 
-def _build(console: Console, options: Options, progress: bool) -> None:
+def _build(console: Console, options: ExportOptions, progress: bool) -> None:
     assert options.tensorrt is not None
     with failing_on(BuildFailed):
         info = tensorrt(
@@ -93,7 +93,9 @@ def _build(console: Console, options: Options, progress: bool) -> None:
     )
 
 
-def _check(console: Console, options: Options, checkpoint: Checkpoint, progress: bool) -> None:
+def _check(
+    console: Console, options: ExportOptions, checkpoint: Checkpoint, progress: bool
+) -> None:
     report = check(
         checkpoint,
         options.out,
@@ -117,7 +119,7 @@ def _check(console: Console, options: Options, checkpoint: Checkpoint, progress:
         )
 
 
-def _say_onnx(console: Console, options: Options, exported: Exported) -> None:
+def _say_onnx(console: Console, options: ExportOptions, exported: Exported) -> None:
     inputs = ", ".join(
         f"{name} [{', '.join(map(str, shape))}]" for name, shape in exported.inputs.items()
     )
@@ -135,7 +137,7 @@ def _say(console: Console, path: Path, what: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _say_next(console: Console, options: Options) -> None:
+def _say_next(console: Console, options: ExportOptions) -> None:
     """A command or two to go on with, in Python."""
     if options.whole_loop:
         console.print(

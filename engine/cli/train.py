@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from stepfuse.engine.cli.drawing import choose_device
 from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, interruptible
+from stepfuse.engine.cli.models import choose_device
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.networks.unet import UNetConfig
 from stepfuse.engine.training.config import TrainConfig

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from stepfuse.engine.compile.heap import trim
+from stepfuse.kernels.checks import FLOATS
 from stepfuse.kernels.convolve import Form, filters_shape
 
 T = TypeVar("T")
 _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one process may count on
 _HOPELESS = 1.5
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter)  # fake ones have nothing that could be read
 _between: ContextVar[tuple[Tensor, ...]] = ContextVar("_between", default=())
 
@@ -43,7 +43,7 @@ def reading(weights: Iterable[Tensor]) -> Iterator[None]:
     chosen: list[Tensor] = []
     read = 0
     for weight in sorted(there, key=lambda w: w.nbytes, reverse=True):
-        if read < _CACHE and weight.dtype in _FLOATING:
+        if read < _CACHE and weight.dtype in FLOATS:
             chosen.append(weight.detach())
             read += weight.nbytes
     token = _between.set(tuple(chosen))

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.export.metadata import Metadata
+from stepfuse.engine.export.precisions import PRECISIONS
 from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.networks.unet import UNet
 from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.kernels.arguments import as_sizes
 from stepfuse.kernels.checks import received
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 _DIFFUSERS_KEYS = ("in_channels", "sample_size", "block_out_channels")
 _INPUTS = "(x, t) or (x, t, {name: tensor})"
 TEXT_TOKENS = 77  # of CLIP, which Stable Diffusion's networks were trained with

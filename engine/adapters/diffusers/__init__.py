@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from stepfuse.engine.adapters.diffusers import pipelines, unet
+from stepfuse.engine.adapters.patch import class_name
 
 if TYPE_CHECKING:
     from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
@@ -113,8 +114,7 @@ def explain(obj: Any) -> str:
 
 
 def _unknown(obj: Any) -> str:
-    kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
-    return f"cannot accelerate {kind}; supported: {', '.join(SUPPORTED)}"
+    return f"cannot accelerate {class_name(obj)}; supported: {', '.join(SUPPORTED)}"
 
 
 def __getattr__(name: str) -> Any:

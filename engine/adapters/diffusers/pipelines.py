@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepfuse.engine.adapters.diffusers import unet as unets
+import stepfuse.engine.adapters.diffusers.unet as unets
+from stepfuse.engine.adapters.patch import NAME
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
@@ -30,7 +31,6 @@ _SCHEDULERS = {
     "DDPMScheduler": "ddpm",
     "DDIMInverseScheduler": "ddim_inverse",
 }
-_NAME = "_stepfuse"
 
 
 class Changes:
@@ -53,7 +53,7 @@ def is_pipeline(obj: Any) -> bool:
 
 def changes_of(pipe: Any) -> Changes | None:
     """What was changed in this pipeline, None where nothing was."""
-    found = vars(pipe).get(_NAME)
+    found = vars(pipe).get(NAME)
     return found if isinstance(found, Changes) else None
 
 
@@ -71,7 +71,7 @@ def accelerate(pipe: Any, optimize: bool, dtype: torch.dtype | None, strict: boo
     changes = changes_of(pipe) or Changes()
     _exchange_scheduler(pipe, changes, strict)
     _exchange_forward(pipe, changes, optimize, dtype)
-    vars(pipe)[_NAME] = changes
+    vars(pipe)[NAME] = changes
 
 
 def restore(pipe: Any) -> None:
@@ -86,7 +86,7 @@ def restore(pipe: Any) -> None:
     _release(changes)
     if changes.ours is not None and pipe.scheduler is changes.ours:
         vars(pipe)["scheduler"] = changes.theirs
-    del vars(pipe)[_NAME]
+    del vars(pipe)[NAME]
 
 
 def explain(pipe: Any) -> str:

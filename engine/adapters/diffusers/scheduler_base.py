@@ -14,11 +14,10 @@ from torch import Tensor
 from stepfuse.engine.adapters.diffusers.scheduler_rows import plain_step
 from stepfuse.engine.adapters.diffusers.scheduler_tables import betas_of, spaced
 from stepfuse.kernels.add_noise import add_noise
-from stepfuse.kernels.backends import FLOAT_DTYPES
+from stepfuse.kernels.checks import FLOATS
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import Column
 
-_DTYPES = (*FLOAT_DTYPES, torch.float64)
 _DEVICES = ("cpu", "cuda")
 _COEFFICIENTS = [
     *(Column.P_X, Column.P_O, Column.C_X, Column.C_O, Column.C_0),
@@ -52,7 +51,7 @@ def _place(t: Tensor, listed: Tensor) -> int | None:
 
 def _takes(x: Tensor) -> bool:
     """Whether `denoise_step` takes such a sample."""
-    return x.dim() > 1 and x.numel() > 0 and x.dtype in _DTYPES and x.device.type in _DEVICES
+    return x.dim() > 1 and x.numel() > 0 and x.dtype in FLOATS and x.device.type in _DEVICES
 
 
 class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -274,7 +273,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         channels = sample.shape[1] if split else 0
         mean = output[:, :channels] if split else output
         others = [mean] if noise is None else [mean, noise]
-        if fused and all(x.shape == sample.shape and x.dtype in _DTYPES for x in others):
+        if fused and all(x.shape == sample.shape and x.dtype in FLOATS for x in others):
             x0_dtype = torch.promote_types(sample.dtype, output.dtype)
             dtype = x0_dtype if noise is None else torch.promote_types(x0_dtype, noise.dtype)
             x_s, x0 = self._fused(row, sample.to(dtype), output, noise, learned)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
 from stepfuse.engine.compile.state.python_state import PythonState
+from stepfuse.engine.compile.timetable import CAPACITY
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
@@ -35,7 +36,6 @@ _STATELESS = (
 )
 # hooks of the U-Net itself, which run around its forward, whatever that is
 _AROUND = ("_forward_hooks", "_forward_pre_hooks")
-_TABLE = 4096  # timesteps that have a row in the table of time embeddings: 0 .. 4095
 
 
 def is_unet(obj: Any) -> bool:
@@ -212,7 +212,7 @@ class Forward:
             # a value on the CPU costs nothing to read, one on another device a wait
             if on_cpu and t.device.type == "cpu" and not t.is_floating_point():
                 value = int(t)
-                if 0 <= value < _TABLE and value not in self._announced:
+                if 0 <= value < CAPACITY and value not in self._announced:
                     fast.prepare([value])
                     self._announced.add(value)
                 return torch.full((len(sample),), value, device="cpu")

@@ -14,7 +14,7 @@ from torch import Tensor
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.to_onnx.facts import parse_model
 from stepfuse.engine.export.to_onnx.graph import MODULE
-from stepfuse.engine.export.to_onnx.runtime import CPU, quiet_options
+from stepfuse.engine.export.to_onnx.runtime import CPU, DTYPES, quiet_options
 from stepfuse.engine.export.to_onnx.write import PROTOBUF_LIMIT
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -104,11 +104,11 @@ class OnnxProbe:
     def _run(
         self, session: Any, inputs: Mapping[str, Tensor], outputs: list[str] | None
     ) -> list[Tensor]:
-        numbers = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
         feeds = {}
         for wanted in session.get_inputs():
             value = inputs[wanted.name].detach().cpu()
-            feeds[wanted.name] = value.to(numbers.get(wanted.type, value.dtype)).numpy()
+            dtype, _ = DTYPES.get(wanted.type, (value.dtype, None))
+            feeds[wanted.name] = value.to(dtype).numpy()
         return [torch.from_numpy(value) for value in session.run(outputs, feeds)]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from stepfuse.engine.export.described import Described
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.metadata import PREFIX, Metadata
 from stepfuse.engine.export.to_onnx.runtime import (
+    DTYPES,
     Provider,
     check_providers,
     device_of,
@@ -36,15 +36,6 @@ from stepfuse.kernels.layout import resolved
 from stepfuse.kernels.limits import check_threads
 from stepfuse.kernels.registration import define
 
-_DTYPES = {
-    "tensor(float)": (torch.float32, np.float32),
-    "tensor(float16)": (torch.float16, np.float16),
-    "tensor(double)": (torch.float64, np.float64),
-    "tensor(int64)": (torch.int64, np.int64),
-    "tensor(int32)": (torch.int32, np.int32),
-    "tensor(bool)": (torch.bool, np.bool_),
-}
-
 
 @dataclass(frozen=True)
 class Port:
@@ -58,11 +49,11 @@ class Port:
     @classmethod
     def of(cls, path: Path, info: Any) -> Port:
         """From ONNX Runtime's description; ValueError for a type that PyTorch cannot lend."""
-        if info.type not in _DTYPES:
+        if info.type not in DTYPES:
             raise ValueError(
-                f"{path}: {info.name!r} is a {info.type}; accepted: {', '.join(_DTYPES)}"
+                f"{path}: {info.name!r} is a {info.type}; accepted: {', '.join(DTYPES)}"
             )
-        return cls(info.name, tuple(info.shape), *_DTYPES[info.type])
+        return cls(info.name, tuple(info.shape), *DTYPES[info.type])
 
     def check(self, shape: torch.Size) -> None:
         """Raise ValueError for a shape that the file does not take, the batch aside."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepfuse.kernels.backends import BackendUnavailable
@@ -24,6 +25,16 @@ _PACKAGES = {
     "OpenVINOExecutionProvider": "onnxruntime-openvino",
     "DmlExecutionProvider": "onnxruntime-directml",
     "QNNExecutionProvider": "onnxruntime-qnn",
+}
+
+# what ONNX Runtime calls the types that PyTorch can lend it: PyTorch's, NumPy's
+DTYPES = {
+    "tensor(float)": (torch.float32, np.float32),
+    "tensor(float16)": (torch.float16, np.float16),
+    "tensor(double)": (torch.float64, np.float64),
+    "tensor(int64)": (torch.int64, np.int64),
+    "tensor(int32)": (torch.int32, np.int32),
+    "tensor(bool)": (torch.bool, np.bool_),
 }
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from stepfuse._version import __version__
 from stepfuse.engine.export.batch_profile import BatchProfile
+from stepfuse.engine.export.precisions import PRECISIONS
 from stepfuse.engine.export.to_onnx.facts import OnnxFacts, read_facts
 from stepfuse.engine.export.to_tensorrt.engine_file import (
     EngineInfo,
@@ -36,8 +37,8 @@ from stepfuse.kernels.arguments import check_path
 from stepfuse.kernels.backends import BackendUnavailable
 from stepfuse.kernels.checks import as_integer, check_flag, check_word
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-DTYPES = {
+# what TensorRT calls the types of inputs and outputs: names of PyTorch's
+_NAMES = {
     "FLOAT": "float32",
     "HALF": "float16",
     "BF16": "bfloat16",
@@ -255,7 +256,7 @@ def _build(
 
 def _spec(tensor: Any) -> TensorSpec:
     return TensorSpec(
-        tensor.name, tuple(tensor.shape), DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+        tensor.name, tuple(tensor.shape), _NAMES.get(tensor.dtype.name, tensor.dtype.name.lower())
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.compile.networks import distance
+from tests.engine.compile.networks import conditioned, distance
 from torch import Tensor
 
 import stepfuse as sf
@@ -23,20 +23,10 @@ FAR = 1e-3  # what an adapter changes here is far more
 
 def adapted() -> Any:
     """A U-Net with two adapters that do something, "a" active."""
-    from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
     torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    unet = conditioned()
     for name, rank in (("a", 4), ("b", 2)):
         config = LoraConfig(
             r=rank,

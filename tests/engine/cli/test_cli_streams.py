@@ -241,13 +241,13 @@ def test_every_command_that_writes_ends_with_the_signal(
         signal.raise_signal(signal.SIGTERM)
         flush(path)
 
-    def writing(*arguments: Any, **named: Any) -> None:
+    def work(*arguments: Any, **named: Any) -> None:
         writing.write_file(words[-1], b"whole")
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(writing, "_flush", ended)
-    monkeypatch.setattr(exporting, "export_to", writing)
-    monkeypatch.setattr(running, "run", writing)
+    monkeypatch.setattr(exporting, "export_to", work)
+    monkeypatch.setattr(running, "run", work)
     assert run(words) == 143
     assert capsys.readouterr().err.startswith("error: interrupted")
     assert os.listdir() == [words[-1]]

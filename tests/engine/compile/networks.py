@@ -94,20 +94,39 @@ def own(**options: Any) -> tuple[UNet, tuple[Tensor, Tensor]]:
     return model, (torch.randn(2, 3, 10, 6), torch.tensor([3, 700]))
 
 
+def conditioned(name: str = "UNet2DConditionModel", **options: Any) -> Any:
+    """One of diffusers' U-Nets by its name: two levels of 16 and 32 channels.
+
+    Cross-attention, to [N, tokens, 12], is on the upper level.
+    """
+    import diffusers
+
+    over = {"UNet2DConditionModel": "2D", "UNet3DConditionModel": "3D"}.get(name, "Motion")
+    defaults: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "down_block_types": (f"CrossAttnDownBlock{over}", f"DownBlock{over}"),
+        "up_block_types": (f"UpBlock{over}", f"CrossAttnUpBlock{over}"),
+    }
+    if over != "Motion":  # which has another word for it
+        defaults["attention_head_dim"] = 4
+    return getattr(diffusers, name)(**{**defaults, **options}).eval()
+
+
 def stable_diffusion(**options: Any) -> nn.Module:
     """UNet2DConditionModel with the widths of Stable Diffusion and two of its four levels."""
-    from diffusers import UNet2DConditionModel
-
-    defaults: dict[str, Any] = {
+    widths: dict[str, Any] = {
         "sample_size": 64,
         "block_out_channels": (320, 640),
         "layers_per_block": 2,
+        "norm_num_groups": 32,
         "cross_attention_dim": 768,
         "attention_head_dim": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    unet: nn.Module = UNet2DConditionModel(**{**defaults, **options}).eval()
+    unet: nn.Module = conditioned(**{**widths, **options})
     return unet
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.compile.networks import Small, distance, own, small
+from tests.engine.compile.networks import Small, conditioned, distance, own, small
 from torch import Tensor, nn
 
 from stepfuse import CFG, Sampler, Schedule
@@ -54,18 +54,7 @@ def test_a_diffusers_unet(options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_a_conditioned_diffusers_unet() -> None:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    unet = conditioned()
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), torch.randn(2, 5, 12)
     condition = {"encoder_hidden_states": text}
     fast = optimize(unet, (x, t, condition))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.compile.networks import distance, small
+from tests.engine.compile.networks import conditioned, distance, small
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -88,38 +88,15 @@ def test_networks_over_frames(dtype: torch.dtype | None) -> None:
 
 
 def unet3d() -> tuple[nn.Module, tuple[Any, ...]]:
-    from diffusers import UNet3DConditionModel
-
-    unet = UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-    )
     frames = torch.randn(2, 4, 3, 8, 8)
-    return unet, (frames, torch.tensor([1, 2]), {"encoder_hidden_states": torch.randn(2, 3, 8)})
+    condition = {"encoder_hidden_states": torch.randn(2, 3, 12)}
+    return conditioned("UNet3DConditionModel"), (frames, torch.tensor([1, 2]), condition)
 
 
 def motion() -> tuple[nn.Module, tuple[Any, ...]]:
-    from diffusers import UNetMotionModel
-
-    unet = UNetMotionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-    )
+    unet = conditioned("UNetMotionModel", num_attention_heads=2, motion_num_attention_heads=2)
     frames = torch.randn(2, 4, 3, 8, 8)
-    return unet, (frames, torch.tensor([1, 2]), {"encoder_hidden_states": torch.randn(6, 3, 8)})
+    return unet, (frames, torch.tensor([1, 2]), {"encoder_hidden_states": torch.randn(6, 3, 12)})
 
 
 def skipping() -> tuple[nn.Module, tuple[Any, ...]]:
