@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 import stepfuse as sf
 from stepfuse.engine.sampling.lint import check_capturable
+from stepfuse.engine.sampling.steps import Steps
+from stepfuse.engine.sampling.update import Update
 
 # negative numbers are 64-bit patterns too
 SEED = {"-1", "0"}
@@ -29,6 +32,11 @@ LIST_OF_STEPS = {"as an iterator"}
 def log_probability(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
     """Of a classifier, [N]."""
     return -x.flatten(1).square().sum(1)
+
+
+def rows(schedule: sf.Schedule, timesteps: Sequence[int], update: Update) -> Tensor:
+    """Of a method, [S, 16]."""
+    return Steps.down(schedule, timesteps, update).table
 
 
 def constructor() -> Call:
@@ -120,6 +128,16 @@ CALLS = {
         sf.ClassifierGuidance,
         {"fn": log_probability, "scale": 2.0},
         {"scale": {"-1", "0", "1.5", "2 ** 70"}},
+    ),
+    "Method": lambda: Call(
+        sf.Method,
+        {"rows": rows, "takes": ("eta",), "predictions": ("sample",), "name": "mine"},
+        {
+            "takes": {"as a list", "an empty list"},
+            "predictions": {"as a list"},
+            "name": {"a text", "an empty text"},
+        },
+        instead={"shifts_mean": True},
     ),
     "slerp": lambda: Call(
         sf.slerp,

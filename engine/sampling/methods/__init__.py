@@ -45,17 +45,23 @@ class Method:
 
     def __post_init__(self) -> None:
         if not callable(self.rows) or isinstance(self.rows, type):
+            given = _given(self.rows)
             raise TypeError(
-                f"rows must be callable as rows(schedule, timesteps, update); got {self.rows!r}"
+                f"rows must be callable as rows(schedule, timesteps, update); got {given}"
             )
         if not isinstance(self.name, str):
-            raise TypeError(f"name must be a str; got {self.name!r}")
+            raise TypeError(f"name must be a str; got {_given(self.name)}")
         if not isinstance(self.shifts_mean, bool):
-            raise TypeError(f"shifts_mean must be True or False; got {self.shifts_mean!r}")
+            raise TypeError(f"shifts_mean must be True or False; got {_given(self.shifts_mean)}")
         for field, accepted in (("takes", SETTINGS), ("predictions", PREDICTIONS)):
             given = getattr(self, field)
-            if not isinstance(given, (tuple, list)) or not all(w in accepted for w in given):
-                raise ValueError(f"{field} must be a tuple of {', '.join(accepted)}; got {given!r}")
+            words = given if isinstance(given, (tuple, list)) else (given,)
+            unknown = [w for w in words if not (isinstance(w, str) and w in accepted)]
+            if unknown or words is not given:
+                raise ValueError(
+                    f"{field} must be a tuple of {', '.join(accepted)}; "
+                    f"got {_given(unknown[0] if words is given else given)}"
+                )
             object.__setattr__(self, field, tuple(given))
         if not self.predictions:
             raise ValueError(f"predictions must name one of {', '.join(PREDICTIONS)} at least")
@@ -78,5 +84,13 @@ def named(name: str) -> Method:
     """
     known = names()
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"method must be a Method or one of {', '.join(known)}; got {name!r}")
+        raise ValueError(
+            f"method must be a Method or one of {', '.join(known)}; got {_given(name)}"
+        )
     return cast(Method, importlib.import_module(f"{__name__}.{name}").METHOD)
+
+
+def _given(value: object) -> str:
+    from stepfuse.kernels.checks import shown  # brings torch
+
+    return shown(value)
