@@ -68,7 +68,7 @@ class Network:
     def __init__(self, name: str) -> None:
         from diffusers import DDIMPipeline, DDIMScheduler
 
-        from stepfuse.bench.twin import diffusers_twin
+        from stepfuse.bench.diffusers_twin import diffusers_twin
 
         self.name = name
         torch.manual_seed(0)

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 import stepfuse as sf
 from stepfuse.bench import peers_setup, unet_memory
 from stepfuse.bench.able import able, to_stderr
+from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.bench.harness import machine
 from stepfuse.bench.peers import PEERS, Call, Plain
 from stepfuse.bench.products import products
-from stepfuse.bench.twin import diffusers_twin
 from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.weights.watched import Holding
 from stepfuse.engine.files.reading import read_text

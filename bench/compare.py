@@ -13,7 +13,11 @@ from rich.console import Group
 from rich.markup import escape
 
 from stepfuse.bench import units
-from stepfuse.bench.change import (
+from stepfuse.bench.gate import benchmarks
+from stepfuse.bench.grid import Grid
+from stepfuse.bench.grids import timed
+from stepfuse.bench.record import Candidate, Record
+from stepfuse.bench.significance import (
     CONFIDENCE,
     FEW,
     SAME,
@@ -22,10 +26,6 @@ from stepfuse.bench.change import (
     Ratio,
     ratio_of_medians,
 )
-from stepfuse.bench.gate import benchmarks
-from stepfuse.bench.grid import Grid
-from stepfuse.bench.grids import timed
-from stepfuse.bench.record import Candidate, Record
 
 # What makes another machine, and another task, of the fields of a record.
 _MACHINE = ("processor", "device", "cores", "logical_cores", "threads", "isa", "os", "python")

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stepfuse.bench.change import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.record import Timing
+from stepfuse.bench.significance import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.suite_file import read
 
 ALLOWED = 1.15

@@ -21,7 +21,7 @@ from stepfuse.bench.loops import Loop, SamplerLoop
 from stepfuse.bench.machine import busy, describe
 from stepfuse.bench.memory import PROCESSES, ColdStartFailed, Launch, cold_start
 from stepfuse.bench.record import Candidate, Energy, Record, Runs, Settings, Windows
-from stepfuse.bench.split import split
+from stepfuse.bench.step_split import split
 from stepfuse.bench.throughput import throughput
 from stepfuse.bench.verify import Reference
 from stepfuse.bench.workload import Workload

@@ -50,12 +50,12 @@ def cold_start(
 
 
 def in_a_process(spec: Spec, candidate: str, batch: int) -> dict[str, float]:
-    """What `stepfuse.bench.fresh` prints."""
+    """What `stepfuse.bench.cold_start` prints."""
     job = json.dumps({"spec": asdict(spec), "candidate": candidate, "batch": batch})
     with tempfile.TemporaryDirectory() as empty:
         caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         done = subprocess.run(
-            [sys.executable, "-m", "stepfuse.bench.fresh", job],
+            [sys.executable, "-m", "stepfuse.bench.cold_start", job],
             capture_output=True,
             text=True,
             env={**os.environ, **caches},

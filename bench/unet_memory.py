@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stepfuse.bench.fresh import held_bytes, peak_bytes
+from stepfuse.bench.cold_start import held_bytes, peak_bytes
 
 EVALUATIONS = 3
 _COLUMNS = {"built": "after the build", "running": "running", "peak": "peak"}

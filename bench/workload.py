@@ -152,7 +152,7 @@ class Workload:
         if not isinstance(self.network, UNet):
             return self.network
         peers_setup.prepare()
-        from stepfuse.bench.twin import diffusers_twin
+        from stepfuse.bench.diffusers_twin import diffusers_twin
 
         return diffusers_twin(self.network, self.shape[-1]).to(self.device)
 

@@ -1,6 +1,6 @@
-"""The first images of a candidate, in a process that has just started; see `cold_start`.
+"""The first images of a candidate, in a process that has just started; see `memory.cold_start`.
 
-    python -m stepfuse.bench.fresh '{"spec": {...}, "candidate": "stepfuse", "batch": 1}'
+    python -m stepfuse.bench.cold_start '{"spec": {...}, "candidate": "stepfuse", "batch": 1}'
 
 Prints one JSON object as its last line. Only the standard library is imported before the clock
 starts; starting the interpreter itself (some 20 ms) is not counted.
