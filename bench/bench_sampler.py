@@ -25,6 +25,7 @@ from torch import Tensor
 import stepfuse as sf
 from stepfuse.bench import peers_setup
 from stepfuse.bench.able import able
+from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.bench.harness import machine
 from stepfuse.engine.files.writing import check_file, write_file
 from stepfuse.engine.networks.unet import UNet, UNetConfig
@@ -67,8 +68,6 @@ class Network:
 
     def __init__(self, name: str) -> None:
         from diffusers import DDIMPipeline, DDIMScheduler
-
-        from stepfuse.bench.diffusers_twin import diffusers_twin
 
         self.name = name
         torch.manual_seed(0)

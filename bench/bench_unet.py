@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib
 import json
 import math
 import statistics
@@ -37,28 +36,15 @@ from torch import Tensor, nn
 import stepfuse as sf
 from stepfuse.bench import peers_setup, unet_memory
 from stepfuse.bench.able import able, to_stderr
-from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.bench.harness import machine
-from stepfuse.bench.peers import PEERS, Call, Plain
+from stepfuse.bench.peers import PEERS, Call
 from stepfuse.bench.products import products
-from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.compile.weights.watched import Holding
+from stepfuse.bench.unet_candidates import OURS, PRECISIONS, TOLERANCE, inputs, maker, network
 from stepfuse.engine.files.reading import read_text
 from stepfuse.engine.files.writing import check_file, write_file
 from stepfuse.kernels.limits import check_threads
 
-# relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
-TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-_HOLDINGS: dict[str, Holding] = {"": "parked", "-kept": "kept", "-released": "released"}
-# ours by name: its dtype, and what becomes of weights that were packed
-OURS: dict[str, tuple[str, Holding]] = {
-    f"stepfuse-{dtype}{ending}": (dtype, holding)
-    for dtype in PRECISIONS
-    for ending, holding in _HOLDINGS.items()
-}
 MODELS = ("cifar10", "digits")
-TIMESTEP = 500
 MOST_IMAGES = 8  # of a batch whose images are compared: fifty evaluations of every candidate
 SETTLE_SECONDS = 0.02  # idle threads of the candidate before stop spinning
 
@@ -76,89 +62,6 @@ class Candidate:
     psnr: float = math.nan
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-
-
-def cifar10() -> nn.Module:
-    """diffusers' network in the size of DDPM for CIFAR-10: 35.7M, random weights."""
-    return from_config(
-        {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 256, 256),
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": None,
-        }
-    )
-
-
-def from_config(config: dict[str, Any]) -> nn.Module:
-    """diffusers' UNet2DModel of a configuration, as its config.json holds it."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    given = {k: v for k, v in config.items() if not k.startswith("_")}
-    network: nn.Module = UNet2DModel(**given).eval().requires_grad_(False)
-    return network
-
-
-class Labelled(nn.Module):
-    """A class-conditional network of diffusers with its labels fixed: ``model(x, t)``."""
-
-    labels: Tensor
-
-    def __init__(self, model: nn.Module, labels: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("labels", labels)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        result: Tensor = self.model(x, t, class_labels=self.labels).sample
-        return result
-
-
-def network(
-    name: str, config: dict[str, Any] | None, batch: int
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """(``model(x, t)`` with a tensor for its result, the shape of its x).
-
-    "digits" is diffusers' twin of the embedded checkpoint, every class in turn.
-    """
-    if config is None and name == "digits":
-        checkpoint = sf.load("digits")
-        labels = torch.arange(batch) % (checkpoint.num_classes or 1)
-        model: nn.Module = Labelled(diffusers_twin(checkpoint.model), labels)
-        return model.eval(), (batch, *checkpoint.sample_shape)
-    unet: Any = cifar10() if config is None else from_config(config)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    model = Plain(unet).eval()
-    return model, (batch, unet.config.in_channels, height, width)
-
-
-def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x and t."""
-    generator = torch.Generator().manual_seed(shape[0])
-    return torch.randn(shape, generator=generator), torch.full(shape[:1], TIMESTEP)
-
-
-def maker(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
-    """What builds the candidate of this name; RuntimeError where it cannot run here."""
-    if name in OURS:
-        dtype, weights = PRECISIONS[OURS[name][0]], OURS[name][1]
-        timesteps = [*sf.spaced_timesteps(1000, 50), TIMESTEP]
-        return lambda: optimize(model, (x, t), dtype, timesteps=timesteps, weights=weights)
-    peer = next(peer for peer in PEERS if peer.name == name)
-    reason = peer.why_not()
-    if reason:
-        raise RuntimeError(reason)
-    return lambda: peer.build(model, x, t)
-
-
-def import_packages(name: str) -> None:
-    """Import what the candidate needs, so that it does not count as the candidate's own memory."""
-    for package in next((peer.needs for peer in PEERS if peer.name == name), ()):
-        importlib.import_module(package)
 
 
 def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor) -> Candidate:

@@ -8,13 +8,10 @@ starts; starting the interpreter itself (some 20 ms) is not counted.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from stepfuse.bench.processes import answer, held_bytes, peak_bytes
 
 
 def first_images(job: dict[str, Any]) -> dict[str, float]:
@@ -50,42 +47,5 @@ def first_images(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def peak_bytes() -> int:
-    """Most memory this process has held.
-
-    Linux counts into ru_maxrss what the process was before it became this program, which after a
-    fork is the size of its parent: the kernel's own high-water mark is of this program alone.
-    """
-    found = _status("VmHWM")
-    if found is not None:
-        return found
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def held_bytes() -> int:
-    """Memory this process holds; its peak so far where the system does not say."""
-    found = _status("VmRSS")
-    return peak_bytes() if found is None else found
-
-
-def _status(field: str) -> int | None:
-    path = Path("/proc/self/status")
-    if not path.is_file():
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def main() -> None:
-    """The job is the only argument."""
-    # libraries may write to the standard output: it is theirs, the result goes to a copy of it
-    with os.fdopen(os.dup(1), "w") as result:
-        os.dup2(2, 1)
-        print(json.dumps(first_images(json.loads(sys.argv[1]))), file=result)
-
-
 if __name__ == "__main__":
-    main()
+    answer(first_images)

@@ -19,7 +19,8 @@ from stepfuse.bench.energy import Counter, NoCounter, counter, energy
 from stepfuse.bench.latency import LEAST_ROUNDS, latency, other_steps, timer_for
 from stepfuse.bench.loops import Loop, SamplerLoop
 from stepfuse.bench.machine import busy, describe
-from stepfuse.bench.memory import PROCESSES, ColdStartFailed, Launch, cold_start
+from stepfuse.bench.memory import PROCESSES, Launch, cold_start
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Candidate, Energy, Record, Runs, Settings, Windows
 from stepfuse.bench.step_split import split
 from stepfuse.bench.throughput import throughput
@@ -320,7 +321,7 @@ class Bench:
             try:
                 batch = self.plan.batches[0]
                 c.cold_start = cold_start(spec, c.name, batch, self.plan.processes, self.launch)
-            except ColdStartFailed as error:
+            except ProcessFailed as error:
                 self._note(f"No cold start of {c.name}: {error}")
             self.save(self.record)
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from stepfuse.bench import bench_adapters, bench_sampler, bench_unet, harness, products, suite
+from stepfuse.bench import (
+    bench_adapters,
+    bench_sampler,
+    bench_unet,
+    harness,
+    products,
+    suite,
+    unet_candidates,
+)
 from stepfuse.bench.able import able, described
 from stepfuse.bench.adapter_cases import Case
 
@@ -69,8 +77,8 @@ def test_the_benchmark_of_networks_where_oneDNN_has_float32_only(tmp_path: Path)
 def test_products_leave_no_hook_behind_where_one_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, shape = bench_unet.network("cifar10", TINY, 1)
-    x, t = bench_unet.inputs(shape)
+    model, shape = unet_candidates.network("cifar10", TINY, 1)
+    x, t = unet_candidates.inputs(shape)
     monkeypatch.setattr(products, "_linear", refuse)
     assert bench_unet.sums_of_products(model, x, t) == {}
     assert "products fp32 left out: RuntimeError: no such primitive" in capsys.readouterr().err
@@ -84,9 +92,9 @@ def test_candidates_of_a_network_and_the_table_without_products(
     def optimized(model: Any, inputs: Any, dtype: Any, **_: Any) -> Any:
         return refuse() if dtype else model
 
-    monkeypatch.setattr(bench_unet, "optimize", optimized)
-    model, shape = bench_unet.network("cifar10", TINY, 1)
-    x, t = bench_unet.inputs(shape)
+    monkeypatch.setattr(unet_candidates, "optimize", optimized)
+    model, shape = unet_candidates.network("cifar10", TINY, 1)
+    x, t = unet_candidates.inputs(shape)
     found = bench_unet.candidates(model, x, t, ["eager"])
     assert [c.name for c in found] == ["stepfuse-fp32", "stepfuse-fp32-kept", "eager"]
     assert "stepfuse-bf16 left out: RuntimeError: no such primitive" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from stepfuse.bench.candidates import Entry, entry
 from stepfuse.bench.energy import Counter, NoCounter
 from stepfuse.bench.latency import LEAST_ROUNDS
 from stepfuse.bench.measure import Bench, Budget, Plan
-from stepfuse.bench.memory import ColdStartFailed
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Verified, load
 from stepfuse.bench.workload import Spec, Workload
 
@@ -231,7 +231,7 @@ def test_an_error_leaves_the_record_behind(tiny: str, tmp_path: Path) -> None:
 
 def test_a_process_that_fails_costs_only_its_figure(tiny: str) -> None:
     def fails(spec: Spec, candidate: str, batch: int) -> dict[str, float]:
-        raise ColdStartFailed("killed")
+        raise ProcessFailed("killed")
 
     run = bench(tiny, OURS[:1], batches=(1,))
     run.launch = fails

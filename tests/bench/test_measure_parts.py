@@ -15,7 +15,8 @@ from stepfuse.bench import latency as timing
 from stepfuse.bench import throughput
 from stepfuse.bench.energy import Counter, NoCounter, energy, nvml, rapl
 from stepfuse.bench.latency import LEAST_ROUNDS, WallTimer, in_turn, other_steps, rounds
-from stepfuse.bench.memory import ColdStartFailed, cold_start
+from stepfuse.bench.memory import cold_start
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Windows
 from stepfuse.bench.workload import Spec
 
@@ -171,7 +172,7 @@ def test_a_process_that_ends_early_says_why(
     interpreter.write_text("#!/bin/sh\necho starting; echo 'ImportError: libx.so' >&2; exit 3\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    with pytest.raises(ColdStartFailed, match=r"^ImportError: libx\.so$"):
+    with pytest.raises(ProcessFailed, match=r"^ImportError: libx\.so$"):
         cold_start(Spec(), "stepfuse", 1, processes=1)
 
 
