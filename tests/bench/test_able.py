@@ -21,6 +21,7 @@ from stepfuse.bench import (
     harness,
     products,
     suite,
+    timing,
     unet_candidates,
 )
 from stepfuse.bench.able import able, described
@@ -98,7 +99,8 @@ def test_candidates_of_a_network_and_the_table_without_products(
     found = bench_unet.candidates(model, x, t, ["eager"])
     assert [c.name for c in found] == ["stepfuse-fp32", "stepfuse-fp32-kept", "eager"]
     assert "stepfuse-bf16 left out: RuntimeError: no such primitive" in capsys.readouterr().err
-    assert bench_unet.alternate(found, x, t, {}, 1) == {}
+    assert bench_unet.time_in_turn(found, x, t, {}, 1) == {}
+    assert all(len(c.seconds) == len(c.cpu_seconds) == 1 for c in found)
     bench_unet.show(Console(width=140), 1, found, {})
     assert "stepfuse-fp32-kept" in capsys.readouterr().out
 
@@ -161,12 +163,12 @@ def kernel_case(**candidates: Any) -> harness.Case:
 def test_candidates_of_an_op(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "ROTATED_BYTES", 1 << 10)
-    monkeypatch.setattr(harness, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(timing, "ROTATED_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-5)
     case = kernel_case(eager=refuse)
     case.compiled = refuse
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    monkeypatch.setattr(harness, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0)
     result = harness.measure(case, 2, with_compile=True)
     shown = capsys.readouterr().err
     assert "eager left out: RuntimeError" in shown
