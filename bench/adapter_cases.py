@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.bench.bench_unet import cifar10
+from stepfuse.bench.diffusers_twin import diffusers_twin
+from stepfuse.bench.networks import cifar10
 from stepfuse.bench.stable_diffusion import parts
-from stepfuse.bench.twin import diffusers_twin
 
 CHECKOUT = "GUIDED_DIFFUSION"  # the environment variable that names a checkout of it
 

@@ -9,17 +9,13 @@ command fails. What a library's absence leaves out is listed with the reason.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
 import io
-import json
-import math
 import statistics
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +24,12 @@ from rich.table import Table
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.bench import peers_setup
+from stepfuse.bench import machine, peers_setup, script
 from stepfuse.bench.able import able, described
 from stepfuse.bench.adapter_cases import Case, cases
-from stepfuse.bench.bench_sampler import alternate, ratio
-from stepfuse.bench.harness import machine
-from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.bench.samples import ratio
+from stepfuse.bench.timing import in_turn
+from stepfuse.bench.verify import psnr
 
 peers_setup.prepare()
 
@@ -46,12 +42,6 @@ LIBRARIES = ("diffusers", "denoising-diffusion-pytorch", "transformers")
 
 class Wrong(RuntimeError):
     """The images of an accelerated object are not those of the original."""
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
-    error = float((images.double() - reference.double()).square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 class Pair:
@@ -69,7 +59,7 @@ class Pair:
 
         def compared(name: str) -> float:
             self.objects[name] = sf.accelerate(copy.deepcopy(original), **OPTIONS[name])
-            return psnr(self.run(name), before)
+            return psnr(self.run(name), before, least=0.0)
 
         makers = {f"{case}, {name}": functools.partial(compared, name) for name in OPTIONS}
         found = able(makers)
@@ -89,23 +79,21 @@ class Pair:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Compare, then time in turn."""
     pair = Pair(case)
-    samples = alternate({n: (lambda n=n: pair.run(n)) for n in pair.objects}, rounds)
+    samples = in_turn({n: (lambda n=n: pair.run(n)) for n in pair.objects}, rounds)
     return {
         "library": case.library,
         "case": case.label,
         "psnr": pair.psnr,
         "ms": {name: statistics.median(seconds) * 1e3 for name, seconds in samples.items()},
-        "times faster": {name: ratio(samples, BEFORE, name) for name in pair.psnr},
+        "times faster": {n: ratio(samples[BEFORE], samples[n]) for n in pair.psnr},
         "samples": samples,
     }
 
 
 def report(rows: list[dict[str, Any]], left_out: dict[str, str], console: Console) -> None:
     """The table, and what is not in it."""
-    described = ", ".join(f"{k} {v}" for k, v in machine().items())
-    table = Table(
-        title="before and after sf.accelerate, medians of one run in turn", caption=described
-    )
+    title = "before and after sf.accelerate, medians of one run in turn"
+    table = Table(title=title, caption=machine.caption())
     table.add_column("library")
     table.add_column("case")
     for heading in (BEFORE, AFTER, "faster", "PSNR dB", "faster in bf16", "PSNR dB"):
@@ -140,27 +128,14 @@ def versions() -> Iterator[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the samples where asked to; 1 where images were wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write machine, versions and every sample here")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default 7)")
-    parser.add_argument("--threads", type=int, help="of torch and of ours")
+    parser = script.parser(__doc__, rounds=7)
     parser.add_argument("--match", default="", help="only cases whose line contains this")
-    options = parser.parse_args(arguments)
-    for name in ("rounds", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1; got {value}")
+    options = script.parsed(parser, arguments)
     chosen = [case for case in cases() if options.match in str(case)]
     if not chosen:
         known = "\n  ".join(str(case) for case in cases())
         parser.error(f"no case contains {options.match!r}; there are\n  {known}")
-    if options.json:
-        check_file(options.json)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a file has no width of its own
+    console = script.console(140)
     rows, left_out, wrong = [], {}, False
     with console.status("") as status:
         for case in chosen:
@@ -173,15 +148,14 @@ def main(arguments: list[str] | None = None) -> int:
             except Exception as error:  # of whatever library it is
                 left_out[str(case)] = described(error)
     report(rows, left_out, console)
-    if options.json:
-        document = {
-            "machine": machine(),
-            "versions": dict(versions()),
-            "rounds": options.rounds,
-            "cases": rows,
-            "left out": left_out,
-        }
-        write_file(options.json, json.dumps(document, indent=1).encode())
+    document = {
+        "machine": machine.brief(),
+        "versions": dict(versions()),
+        "rounds": options.rounds,
+        "cases": rows,
+        "left out": left_out,
+    }
+    script.save(options.json, document)
     return int(wrong)
 
 

@@ -6,15 +6,11 @@ turns in one run and medians are quoted, so that a busy machine meets them all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +19,17 @@ from rich.table import Table
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.bench import peers_setup
+from stepfuse.bench import machine, peers_setup, script
 from stepfuse.bench.able import able
-from stepfuse.bench.harness import machine
-from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.bench.diffusers_twin import diffusers_twin
+from stepfuse.bench.samples import ratio
+from stepfuse.bench.timing import in_turn
+from stepfuse.bench.verify import LEAST_PSNR, MOST_DIFFERENCE, psnr
 from stepfuse.engine.networks.unet import UNet, UNetConfig
 from stepfuse.engine.sampling.program_cache import Runner
 
 peers_setup.prepare()
 
-PARITY = 2e-3  # of images in [-1, 1]: float32 sums in another order, through S clipped steps
 HALF = "in bfloat16"
 WAYS: dict[str, dict[str, Any]] = {
     "eager": {"graph": None},
@@ -40,26 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "optimized": {"optimize": True},
     HALF: {"optimize": torch.bfloat16},
 }
-LEAST_PSNR = 25.0  # dB of bfloat16's images to float32's, which a chaotic loop takes apart
 Samples = dict[str, list[float]]
-
-
-def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> Samples:
-    """Seconds of every candidate, in turn, ``rounds`` times after one round that is not counted."""
-    samples: Samples = {name: [] for name in candidates}
-    for counted in range(-1, rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if counted >= 0:
-                samples[name].append(time.perf_counter() - start)
-    return samples
-
-
-def ratio(samples: Samples, name: str, base: str) -> float:
-    """Median over the rounds of ``name`` / ``base``, round by round."""
-    pairs = zip(samples[name], samples[base], strict=True)
-    return statistics.median(a / b for a, b in pairs)
 
 
 class Network:
@@ -67,8 +45,6 @@ class Network:
 
     def __init__(self, name: str) -> None:
         from diffusers import DDIMPipeline, DDIMScheduler
-
-        from stepfuse.bench.twin import diffusers_twin
 
         self.name = name
         torch.manual_seed(0)
@@ -127,7 +103,7 @@ class Network:
         return sampler.sample(self.shape(batch), condition=self.condition(batch), x_T=x_T)
 
     def verify(self, batch: int, steps: int, sampler: sf.Sampler | None = None) -> float:
-        """Largest difference of the images, in [-1, 1]; AssertionError above `PARITY`."""
+        """Largest difference of the images, in [-1, 1]; AssertionError above `MOST_DIFFERENCE`."""
         theirs = self.theirs(batch, steps)
         if self.labels is None:  # the pipeline gives [0, 1]
             theirs = theirs * 2 - 1
@@ -138,14 +114,8 @@ class Network:
             .abs()
             .max()
         )
-        assert difference <= PARITY, f"images differ by {difference:.2g}: nothing is timed"
+        assert difference <= MOST_DIFFERENCE, f"images differ by {difference:.2g}: nothing is timed"
         return difference
-
-    @staticmethod
-    def psnr(images: Tensor, reference: Tensor) -> float:
-        """Peak signal-to-noise ratio in dB, of images in [-1, 1]."""
-        error = (images.clamp(-1, 1) - reference.clamp(-1, 1)).square().mean()
-        return float(10 * torch.log10(4 / error))
 
 
 def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -158,23 +128,25 @@ def against_diffusers(network: Network, batch: int, steps: int, rounds: int) -> 
         sampler = network.sampler(steps, **WAYS[name])
         if name == HALF:
             exact = network.ours(network.sampler(steps), batch)
-            psnr = network.psnr(network.ours(sampler, batch), exact)
-            assert psnr > LEAST_PSNR, f"bfloat16 images at {psnr:.1f} dB: nothing is timed"
-            quality["psnr of bfloat16"] = psnr
+            found = psnr(network.ours(sampler, batch), exact)
+            assert found > LEAST_PSNR, f"bfloat16 images at {found:.1f} dB: nothing is timed"
+            quality["psnr of bfloat16"] = found
         else:
             difference = network.verify(batch, steps, sampler)
             quality["difference"] = max(difference, quality.get("difference", 0.0))
         return lambda: network.ours(sampler, batch)
 
     ours = able({name: functools.partial(verified, name) for name in WAYS})
-    samples = alternate({"diffusers": lambda: network.theirs(batch, steps), **ours}, rounds)
+    samples = in_turn({"diffusers": lambda: network.theirs(batch, steps), **ours}, rounds)
     return {
         "network": network.name,
         "batch": batch,
         "steps": steps,
         **quality,
         "ms": {name: statistics.median(s) * 1e3 for name, s in samples.items()},
-        "times faster": {n: ratio(samples, "diffusers", n) for n in samples if n != "diffusers"},
+        "times faster": {
+            n: ratio(samples["diffusers"], s) for n, s in samples.items() if n != "diffusers"
+        },
         "samples": samples,
     }
 
@@ -198,7 +170,7 @@ def outside_the_network(
             runner.run_step(False)
 
     with torch.no_grad():
-        samples = alternate({n: (lambda r=r: step(r)) for n, r in runners.items()}, rounds)
+        samples = in_turn({n: (lambda r=r: step(r)) for n, r in runners.items()}, rounds)
     return {
         "network": network.name,
         "batch": batch,
@@ -222,12 +194,10 @@ def linearity(network: Network, rounds: int) -> dict[str, Any]:
     samplers = {n: network.sampler(n) for n in steps}
     batches = [1, 2, 4, 6, 8]
     by_batch = network.sampler(10, max_programs=len(batches))
-    over_steps = alternate(
+    over_steps = in_turn(
         {str(n): (lambda n=n: network.ours(samplers[n], 1)) for n in steps}, rounds
     )
-    over_batch = alternate(
-        {str(n): (lambda n=n: network.ours(by_batch, n)) for n in batches}, rounds
-    )
+    over_batch = in_turn({str(n): (lambda n=n: network.ours(by_batch, n)) for n in batches}, rounds)
     return {
         "network": network.name,
         "steps": _r_squared(over_steps),
@@ -249,7 +219,7 @@ def watching(network: Network, rounds: int) -> dict[str, Any]:
         with contextlib.redirect_stderr(io.StringIO()):  # drawn, but not on this terminal
             idle.sample(shape, condition=condition, progress=True)
 
-    samples = alternate(
+    samples = in_turn(
         {
             "real": lambda: real.sample(shape, condition=condition),
             "plain": lambda: idle.sample(shape, condition=condition),
@@ -307,29 +277,23 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """Measure, print, and write the samples where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each comparison")
+    parser = script.parser(__doc__, rounds=7)
     parser.add_argument("--networks", default="digits,ddpm_cifar10", help="which of the two")
-    parser.add_argument("--json", type=Path, help="write machine, settings and every sample here")
-    arguments = parser.parse_args()
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        check_file(arguments.json)
-    networks = [Network(name) for name in arguments.networks.split(",")]
-    results: dict[str, Any] = {"machine": machine(), "loops": [], "outside": []}
+    options = script.parsed(parser)
+    networks = [Network(name) for name in options.networks.split(",")]
+    results: dict[str, Any] = {"machine": machine.brief(), "loops": [], "outside": []}
     for network in networks:
         steps = 50 if network.name == "digits" else 5
         for batch in (1, 8):
-            results["loops"].append(against_diffusers(network, batch, steps, arguments.rounds))
+            results["loops"].append(against_diffusers(network, batch, steps, options.rounds))
             results["outside"] += [
-                outside_the_network(network, batch, 10 * arguments.rounds, optimize)
+                outside_the_network(network, batch, 10 * options.rounds, optimize)
                 for optimize in (False, True)
             ]
-    results["linearity"] = linearity(networks[0], 3 * arguments.rounds)
-    results["watching"] = watching(networks[0], 4 * arguments.rounds)
-    report(results, Console())
-    if arguments.json is not None:
-        write_file(arguments.json, json.dumps(results, indent=1).encode())
+    results["linearity"] = linearity(networks[0], 3 * options.rounds)
+    results["watching"] = watching(networks[0], 4 * options.rounds)
+    report(results, script.console())
+    script.save(options.json, results)
 
 
 if __name__ == "__main__":

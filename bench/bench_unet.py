@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib
 import json
 import math
 import statistics
@@ -35,32 +34,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.bench import peers_setup, unet_memory
+from stepfuse.bench import machine, peers_setup, script, unet_memory
 from stepfuse.bench.able import able, to_stderr
-from stepfuse.bench.harness import machine
-from stepfuse.bench.peers import PEERS, Call, Plain
+from stepfuse.bench.peers import PEERS, Call
 from stepfuse.bench.products import products
-from stepfuse.bench.twin import diffusers_twin
-from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.compile.weights.watched import Holding
+from stepfuse.bench.samples import ratio
+from stepfuse.bench.timing import Turns, Work
+from stepfuse.bench.unet_candidates import OURS, PRECISIONS, TOLERANCE, inputs, maker, network
+from stepfuse.bench.verify import psnr
 from stepfuse.engine.files.reading import read_text
-from stepfuse.engine.files.writing import check_file, write_file
-from stepfuse.kernels.limits import check_threads
 
-# relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
-TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-_HOLDINGS: dict[str, Holding] = {"": "parked", "-kept": "kept", "-released": "released"}
-# ours by name: its dtype, and what becomes of weights that were packed
-OURS: dict[str, tuple[str, Holding]] = {
-    f"stepfuse-{dtype}{ending}": (dtype, holding)
-    for dtype in PRECISIONS
-    for ending, holding in _HOLDINGS.items()
-}
 MODELS = ("cifar10", "digits")
-TIMESTEP = 500
 MOST_IMAGES = 8  # of a batch whose images are compared: fifty evaluations of every candidate
-SETTLE_SECONDS = 0.02  # idle threads of the candidate before stop spinning
 
 
 @dataclass
@@ -76,89 +61,6 @@ class Candidate:
     psnr: float = math.nan
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-
-
-def cifar10() -> nn.Module:
-    """diffusers' network in the size of DDPM for CIFAR-10: 35.7M, random weights."""
-    return from_config(
-        {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 256, 256),
-            "layers_per_block": 2,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": None,
-        }
-    )
-
-
-def from_config(config: dict[str, Any]) -> nn.Module:
-    """diffusers' UNet2DModel of a configuration, as its config.json holds it."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    given = {k: v for k, v in config.items() if not k.startswith("_")}
-    network: nn.Module = UNet2DModel(**given).eval().requires_grad_(False)
-    return network
-
-
-class Labelled(nn.Module):
-    """A class-conditional network of diffusers with its labels fixed: ``model(x, t)``."""
-
-    labels: Tensor
-
-    def __init__(self, model: nn.Module, labels: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("labels", labels)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        result: Tensor = self.model(x, t, class_labels=self.labels).sample
-        return result
-
-
-def network(
-    name: str, config: dict[str, Any] | None, batch: int
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """(``model(x, t)`` with a tensor for its result, the shape of its x).
-
-    "digits" is diffusers' twin of the embedded checkpoint, every class in turn.
-    """
-    if config is None and name == "digits":
-        checkpoint = sf.load("digits")
-        labels = torch.arange(batch) % (checkpoint.num_classes or 1)
-        model: nn.Module = Labelled(diffusers_twin(checkpoint.model), labels)
-        return model.eval(), (batch, *checkpoint.sample_shape)
-    unet: Any = cifar10() if config is None else from_config(config)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    model = Plain(unet).eval()
-    return model, (batch, unet.config.in_channels, height, width)
-
-
-def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x and t."""
-    generator = torch.Generator().manual_seed(shape[0])
-    return torch.randn(shape, generator=generator), torch.full(shape[:1], TIMESTEP)
-
-
-def maker(name: str, model: nn.Module, x: Tensor, t: Tensor) -> Callable[[], Call]:
-    """What builds the candidate of this name; RuntimeError where it cannot run here."""
-    if name in OURS:
-        dtype, weights = PRECISIONS[OURS[name][0]], OURS[name][1]
-        timesteps = [*sf.spaced_timesteps(1000, 50), TIMESTEP]
-        return lambda: optimize(model, (x, t), dtype, timesteps=timesteps, weights=weights)
-    peer = next(peer for peer in PEERS if peer.name == name)
-    reason = peer.why_not()
-    if reason:
-        raise RuntimeError(reason)
-    return lambda: peer.build(model, x, t)
-
-
-def import_packages(name: str) -> None:
-    """Import what the candidate needs, so that it does not count as the candidate's own memory."""
-    for package in next((peer.needs for peer in PEERS if peer.name == name), ()):
-        importlib.import_module(package)
 
 
 def build(name: str, dtype: str, make: Callable[[], Call], x: Tensor, t: Tensor) -> Candidate:
@@ -200,7 +102,7 @@ def verified(found: list[Candidate], model: nn.Module, x: Tensor, t: Tensor) -> 
     return [c for c in found if c not in wrong]
 
 
-def sums_of_products(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Callable[[], float]]:
+def sums_of_products(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Callable[[], None]]:
     """`products` in every precision that this CPU has; the others are named with the reason."""
     makers = {
         f"products {dtype}": functools.partial(products, model, x, t, precision)
@@ -210,7 +112,7 @@ def sums_of_products(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Callab
 
 
 def compare_images(found: list[Candidate], model: nn.Module, x: Tensor) -> None:
-    """PSNR, in dB for a range of 2, of 50-step DDIM images to those of eager float32."""
+    """PSNR of 50-step DDIM images to those of eager float32."""
 
     def images(call: Call) -> Tensor:
         sampler = sf.Sampler(lambda x, t: call(x, t), sf.Schedule.linear(), steps=50, graph=None)
@@ -218,44 +120,26 @@ def compare_images(found: list[Candidate], model: nn.Module, x: Tensor) -> None:
 
     exact = images(model)
     for c in found:
-        mean_square = float((images(c.call) - exact).square().mean())
-        c.psnr = 10 * math.log10(4 / mean_square) if mean_square else math.inf
+        c.psnr = psnr(images(c.call), exact)
 
 
-def alternate(
-    found: list[Candidate], x: Tensor, t: Tensor, sums: dict[str, Callable[[], float]], rounds: int
+def time_in_turn(
+    found: list[Candidate], x: Tensor, t: Tensor, sums: dict[str, Callable[[], None]], rounds: int
 ) -> dict[str, list[float]]:
-    """Time every candidate and every sum of products in turn, each after an untimed call."""
-    alone: dict[str, list[float]] = {name: [] for name in sums}
-    for counted in range(-1, rounds):
-        for c in found:
-            time.sleep(SETTLE_SECONDS)
-            c.call(x, t)
-            start, busy = time.perf_counter(), time.process_time()
-            c.call(x, t)
-            if counted >= 0:
-                c.seconds.append(time.perf_counter() - start)
-                c.cpu_seconds.append(time.process_time() - busy)
-        for name, run in sums.items():
-            time.sleep(SETTLE_SECONDS)
-            run()
-            seconds = run()
-            if counted >= 0:
-                alone[name].append(seconds)
-    return alone
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-    """Median over the rounds of a / b."""
-    return statistics.median(p / q for p, q in zip(a, b, strict=True))
+    """Time every candidate, and every sum of products: the seconds of these."""
+    works = {c.name: Work(functools.partial(c.call, x, t)) for c in found}
+    works |= {f"products {dtype}": Work(run) for dtype, run in sums.items()}
+    turns = Turns(works, settle=True, uncounted=1).run(rounds)
+    for c in found:
+        c.seconds, c.cpu_seconds = turns.seconds[c.name], turns.cpu_seconds[c.name]
+    return {dtype: turns.seconds[f"products {dtype}"] for dtype in sums}
 
 
 def show(
     console: Console, batch: int, found: list[Candidate], alone: dict[str, list[float]]
 ) -> None:
     """The table of one batch size."""
-    described = ", ".join(f"{k} {v}" for k, v in machine().items())
-    table = Table(title=f"one evaluation, batch {batch}", caption=described)
+    table = Table(title=f"one evaluation, batch {batch}", caption=machine.caption())
     for heading in (
         "candidate",
         "ms",
@@ -306,12 +190,10 @@ def as_json(batch: int, found: list[Candidate], alone: dict[str, list[float]]) -
 
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = script.parser(__doc__, rounds=15)
     parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="what is evaluated")
     parser.add_argument("--config", type=Path, help="JSON of a diffusers UNet2DModel, instead")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="of every candidate")
     names = [peer.name for peer in PEERS]
     quick = [name for name in names if not name.startswith("inductor")]
     parser.add_argument(
@@ -320,17 +202,10 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--no-images", action="store_true", help="leave the PSNR of images out")
     parser.add_argument("--memory", action="store_true", help="each candidate in its own process")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    options = parser.parse_args()
+    options = script.parsed(parser)
     options.peers = names if "all" in options.peers else options.peers
-    if min(options.batch) < 1 or options.rounds < 1:
-        parser.error("--batch and --rounds must be at least 1")
-    try:
-        check_threads("--threads", options.threads)
-        if options.json:
-            check_file(options.json)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    if min(options.batch) < 1:
+        parser.error(f"--batch must be at least 1; got {min(options.batch)}")
     return options
 
 
@@ -339,12 +214,8 @@ def main() -> None:
     """Command line."""
     options = arguments()
     peers_setup.prepare()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     config = json.loads(read_text(options.config)) if options.config else None
-    console, results = Console(), []
-    if not console.is_terminal:
-        console.width = 120  # a file has no width of its own
+    console, results = script.console(), []
     for batch in options.batch:
         model, shape = network(options.model, config, batch)
         x, t = inputs(shape)
@@ -352,7 +223,7 @@ def main() -> None:
         if not found:
             to_stderr(f"batch {batch}: nothing runs here, and nothing is timed")
             continue
-        alone = alternate(found, x, t, sums_of_products(model, x, t), options.rounds)
+        alone = time_in_turn(found, x, t, sums_of_products(model, x, t), options.rounds)
         if batch <= MOST_IMAGES and not options.no_images:
             compare_images(found, model, x)
         show(console, batch, found, alone)
@@ -365,9 +236,8 @@ def main() -> None:
             memory = unet_memory.in_processes(names, job | {"threads": options.threads})
             console.print(unet_memory.table(memory, batch))
             results[-1]["memory"] = memory
-    if options.json:
-        document = {"machine": machine(), "model": options.model, "config": config}
-        write_file(options.json, json.dumps(document | {"results": results}, indent=1).encode())
+    document = {"machine": machine.brief(), "model": options.model, "config": config}
+    script.save(options.json, document | {"results": results})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def bench(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(metavar="ddim|ddpm|ddim_hat|ddgan", help="The sampler.", rich_help_panel=WHAT),
+        typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=WHAT),
     ] = "ddim",
     eta: Annotated[
         float,

@@ -13,7 +13,12 @@ from rich.console import Group
 from rich.markup import escape
 
 from stepfuse.bench import units
-from stepfuse.bench.change import (
+from stepfuse.bench.gate import benchmarks
+from stepfuse.bench.grid import Grid
+from stepfuse.bench.grids import timed
+from stepfuse.bench.machine import busy
+from stepfuse.bench.record import Candidate, Record
+from stepfuse.bench.significance import (
     CONFIDENCE,
     FEW,
     SAME,
@@ -22,15 +27,10 @@ from stepfuse.bench.change import (
     Ratio,
     ratio_of_medians,
 )
-from stepfuse.bench.gate import benchmarks
-from stepfuse.bench.grid import Grid
-from stepfuse.bench.grids import timed
-from stepfuse.bench.record import Candidate, Record
 
 # What makes another machine, and another task, of the fields of a record.
 _MACHINE = ("processor", "device", "cores", "logical_cores", "threads", "isa", "os", "python")
 _NOT_THE_TASK = ("batches", "rounds", "time_limit", "dtypes")  # found row by row
-_BUSY = 0.5  # runnable processes a core, besides us
 
 LATENCY = "latency"
 _NO_TIME = ("peak memory", "energy")
@@ -238,9 +238,8 @@ def _warnings(a: Record, b: Record) -> Iterator[str]:
         if name not in _NOT_THE_TASK and old != new:
             yield f"the settings differ: {name} is {old} in a, {new} in b"
     for side, record in (("a", a), ("b", b)):
-        m = record.machine
-        if m.load is not None and m.load > _BUSY * m.logical_cores:
-            yield f"{side} was taken on a busy machine: load {m.load:.1f} at the start"
+        if busy(record.machine):
+            yield f"{side} was taken on a busy machine: load {record.machine.load:.1f} at the start"
         if not record.complete:
             yield f"{side} was ended early"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stepfuse.bench import harness, peers_setup
+from stepfuse.bench import machine, peers_setup
 from stepfuse.bench.suite import Timed
 
 peers_setup.prepare()
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Called by pytest-benchmark before it writes a file."""
-    machine_info["stepfuse"] = harness.machine()
+    machine_info["stepfuse"] = machine.brief()
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stepfuse.bench.change import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.record import Timing
+from stepfuse.bench.samples import ratios
+from stepfuse.bench.significance import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.suite_file import read
 
 ALLOWED = 1.15
@@ -54,9 +55,8 @@ def benchmarks(timings: Sequence[Timing]) -> dict[str, Beside]:
         reference = groups.get((t.suite, t.group, t.reference))
         if reference is None or reference is t:
             continue
-        pairs = zip(t.seconds, reference.seconds, strict=False)
-        ratios = tuple(own / other for own, other in pairs)
-        found[f"{t.suite}: {t.group}: {t.name}"] = Beside(t.reference, ratios)
+        pairs = tuple(ratios(t.seconds, reference.seconds))
+        found[f"{t.suite}: {t.group}: {t.name}"] = Beside(t.reference, pairs)
     return found
 
 

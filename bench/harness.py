@@ -1,23 +1,17 @@
-"""Verify, then time: the part that the benchmarks of the ops share.
+"""What the benchmarks of the ops share: a case, its table, and its command line.
 
-A case is an op at one shape, dtype and layout, with the candidates that do the same work. A case
-whose result is wrong is never timed. Candidates take turns in one run, so that whatever else the
-machine does meets them all; each turn is a block of calls over rotating buffers, so that a cache
-does not serve the same tensor again and again. What is reported is the median over the blocks.
+A case is an op at one shape, dtype and layout, with the candidates that do the same work. They are
+verified and timed as `stepfuse.bench.timing` says, a turn being a block of calls over rotating
+buffers.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stepfuse.bench import machine, script, timing
 from stepfuse.bench.able import able
-from stepfuse.engine.files.writing import check_file, write_file
-from stepfuse.kernels.limits import check_threads
+from stepfuse.bench.samples import ratio
+from stepfuse.bench.timing import Turns, Work
 
 OURS = "stepfuse"
 INTO = "out="  # ours, into a buffer that is there already
 COPY = "copy"
 COMPILE = "compile"
 BESIDE = "stepfuse beside compile"
-ROTATED_BYTES = 128 << 20  # larger than a last-level cache that one process may count on
-MOST_BUFFERS = 32
-BLOCK_SECONDS = 0.004
-# torch.compile brings an OpenMP of its own: threads of one pool spin for some milliseconds after
-# their last work, on cores that the other pool is then timed on. So it is timed apart from the
-# others, against ours once more, with a pause before each turn.
-SETTLE_SECONDS = 0.02
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Inputs = dict[str, Any]
@@ -87,7 +75,7 @@ class Result:
         """How many times longer ``name`` takes than ours; None where it was not timed."""
         base = BESIDE if name == COMPILE else OURS
         there = name in self.samples and base in self.samples
-        return self.median(name) / self.median(base) if there else None
+        return ratio(self.samples[name], self.samples[base]) if there else None
 
 
 def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> Result:
@@ -95,79 +83,42 @@ def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> R
 
     ``hot`` gives every call the same inputs, which a cache then holds where they fit.
     """
-    case.verify()
     buffers = [case.make()] if hot else rotating(case)
-    candidates = dict(case.candidates) | {COPY: _copy(case.traffic)}
-    result = Result(case, _alternated(candidates, buffers, rounds, settle=0))
-    if with_compile and case.compiled is not None:
-        torch._dynamo.reset()
-        compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False)
-        pair = {BESIDE: case.candidates[OURS], COMPILE: compiled}
-        result.samples |= _alternated(pair, buffers, rounds, SETTLE_SECONDS)
+    inputs = itertools.cycle([(buffer,) for buffer in buffers])
+    work = functools.partial(Work, calls=None, inputs=inputs)
+    works = {name: work(call) for name, call in case.candidates.items()}
+    works[OURS].verify = case.verify
+    with torch.no_grad():
+        result = Result(case, Turns(works | {COPY: work(_copy(case.traffic))}).run(rounds).seconds)
+        if with_compile and case.compiled is not None:
+            torch._dynamo.reset()
+            compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False)
+            pair = {BESIDE: work(case.candidates[OURS]), COMPILE: work(compiled)}
+            # torch.compile brings an OpenMP of its own: timed apart, with pauses
+            result.samples |= Turns(pair, settle=True).run(rounds).seconds
     return result
 
 
 def rotating(case: Case) -> list[Inputs]:
     """Sets of inputs that together are larger than a cache."""
-    first = case.make()
-    held = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
-    count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // max(held, 1)))
-    return [first, *(case.make() for _ in range(count - 1))]
-
-
-def _alternated(
-    candidates: dict[str, Callable[[Inputs], Any]],
-    buffers: list[Inputs],
-    rounds: int,
-    settle: float,
-) -> dict[str, list[float]]:
-    with torch.no_grad():
-        calls = able(
-            {
-                n: functools.partial(_calls_per_block, call, buffers)
-                for n, call in candidates.items()
-            }
-        )
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        turn = itertools.cycle(buffers)
-        for _ in range(rounds):
-            for name in calls:
-                call = candidates[name]
-                chosen = list(itertools.islice(turn, calls[name]))
-                if settle:
-                    time.sleep(settle)
-                    call(next(turn))  # wakes its own threads
-                start = time.perf_counter()
-                for inputs in chosen:
-                    call(inputs)
-                samples[name].append((time.perf_counter() - start) / len(chosen))
-    return samples
+    held = sum(v.nbytes for v in case.make().values() if isinstance(v, Tensor))
+    found = timing.rotating(case.make, max(held, 1))
+    for inputs in found:
+        if "buffer" in inputs:
+            inputs["buffer"].zero_()  # so that its pages are there, as those of a copy's target
+    return found
 
 
 def _copy(traffic: int) -> Callable[[Inputs], Any]:
     """A copy that reads and writes as many bytes as the op has to, over buffers of its own."""
-    half = max(traffic // 2, 1)
-    count = max(2, min(MOST_BUFFERS, ROTATED_BYTES // traffic))
-    pairs = itertools.cycle(
-        [(torch.ones(half, dtype=torch.uint8), torch.ones(half, dtype=torch.uint8))
-         for _ in range(count)]
-    )  # fmt: skip
+    half = torch.ones(max(traffic // 2, 1), dtype=torch.uint8)
+    pairs = itertools.cycle(timing.rotating(lambda: (half.clone(), half.clone()), traffic))
 
     def copy(inputs: Inputs) -> Tensor:
         source, target = next(pairs)
         return target.copy_(source)
 
     return copy
-
-
-def _calls_per_block(call: Callable[[Inputs], Any], buffers: list[Inputs]) -> int:
-    for inputs in buffers[:3]:
-        call(inputs)
-    start = time.perf_counter()
-    for inputs in buffers[:3]:
-        call(inputs)
-    each = (time.perf_counter() - start) / min(3, len(buffers))
-    return max(1, min(2000, int(BLOCK_SECONDS / each)))
 
 
 def assert_close(found: Tensor, exact: Tensor, absolute: float, what: str) -> None:
@@ -177,35 +128,12 @@ def assert_close(found: Tensor, exact: Tensor, absolute: float, what: str) -> No
     assert worst <= absolute, f"{what}: off by {worst:.3g}, allowed {absolute:.3g}: not timed"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    try:
-        from stepfuse.kernels.cpp import module
-
-        isa = module.isa
-    except ImportError:
-        isa = "not built"
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "isa": isa,
-    }
-
-
 def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
     """The command line of a benchmark: measure the cases, print the table, keep the samples.
 
     ``columns`` maps candidates to the heading under which their ratio to ours is printed.
     """
-    parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--json", type=Path, help="write every sample to this file")
-    parser.add_argument("--rounds", type=int, default=21, help="blocks a candidate (default 21)")
-    parser.add_argument("--threads", type=int, help="threads of torch and of ours")
+    parser = script.parser(title, rounds=21)
     parser.add_argument("--match", default="", help="only cases whose label contains this")
     parser.add_argument(
         "--hot",
@@ -213,20 +141,10 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
         help="the same tensors again and again, as a layer finds what the one before just wrote",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    try:
-        check_threads("--threads", options.threads)
-        if options.json:
-            check_file(options.json)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = script.parsed(parser)
     torch.manual_seed(0)
     results = []
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a file has no width of its own
+    console = script.console()
     with console.status("") as status:
         for case in cases:
             if options.match in str(case):
@@ -237,13 +155,12 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
                 measured = able({str(case): work}).values()
                 results += [r for r in measured if {OURS, INTO, COPY} <= r.samples.keys()]
     show(console, title, results, columns)
-    if options.json:
-        write_file(options.json, json.dumps(_as_json(results), indent=1).encode())
+    script.save(options.json, {"machine": machine.brief(), "rows": list(map(_row, results))})
 
 
 def show(console: Console, title: str, results: list[Result], columns: dict[str, str]) -> None:
     """Print medians and ratios; bandwidth is that of "out=", as a copy allocates nothing."""
-    table = Table(title=title, caption=", ".join(f"{k} {v}" for k, v in machine().items()))
+    table = Table(title=title, caption=machine.caption())
     table.add_column("case")
     table.add_column("dtype")
     table.add_column("us", justify="right")
@@ -260,36 +177,26 @@ def show(console: Console, title: str, results: list[Result], columns: dict[str,
             f"{result.median(OURS) * 1e6:.1f}",
             f"{seconds * 1e6:.1f}",
             f"{case.traffic / seconds / 1e9:.1f}",
-            f"{100 * result.median(COPY) / seconds:.0f}",
+            f"{100 * ratio(result.samples[COPY], result.samples[INTO]):.0f}",
             *(_times(result.ratio(name)) for name in columns),
         )
     table.add_section()
-    medians = [
-        statistics.median(ratios) if (ratios := _ratios(results, name)) else None
-        for name in columns
-    ]
+    by_column = [[found for r in results if (found := r.ratio(name))] for name in columns]
+    medians = [statistics.median(ratios) if ratios else None for ratios in by_column]
     table.add_row("median over the cases", "", "", "", "", "", *map(_times, medians))
     console.print(table)
-
-
-def _ratios(results: list[Result], name: str) -> list[float]:
-    return [ratio for result in results if (ratio := result.ratio(name)) is not None]
 
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.1f}x"
 
 
-def _as_json(results: list[Result]) -> dict[str, Any]:
-    rows = [
-        {
-            "case": r.case.label,
-            "note": r.case.note,
-            "dtype": DTYPES[r.case.dtype],
-            "traffic_bytes": r.case.traffic,
-            "median_seconds": {name: r.median(name) for name in r.samples},
-            "seconds": r.samples,
-        }
-        for r in results
-    ]
-    return {"machine": machine(), "rows": rows}
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "case": result.case.label,
+        "note": result.case.note,
+        "dtype": DTYPES[result.case.dtype],
+        "traffic_bytes": result.case.traffic,
+        "median_seconds": {name: result.median(name) for name in result.samples},
+        "seconds": result.samples,
+    }

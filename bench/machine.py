@@ -15,24 +15,37 @@ from typing import Any
 import torch
 
 from stepfuse._version import __version__
-from stepfuse.bench import harness
 from stepfuse.bench.record import Machine
 
 PACKAGES = ("triton", "diffusers", "onnx", "onnxruntime", "openvino", "numpy")
 BUSY = 0.5  # processes that want a core before we start, per core: above, figures will scatter
 
 
+def brief() -> dict[str, Any]:
+    """What a figure depends on most, for files and captions of the scripts."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "isa": _isa(),
+    }
+
+
+def caption() -> str:
+    """`brief` in a line."""
+    return ", ".join(f"{k} {v}" for k, v in brief().items())
+
+
 def describe(device: torch.device | None = None) -> Machine:
     """The machine as it is now; ``device`` is that of the network, the CPU by default."""
-    found = harness.machine()
     return Machine(
-        processor=str(found["processor"]),
+        processor=_processor(),
         device=_device(device or torch.device("cpu")),
         cores=_physical_cores(),
         logical_cores=_usable_cores(),
-        threads=int(found["threads"]),
+        threads=torch.get_num_threads(),
         memory_bytes=_memory(),
-        isa=str(found["isa"]),
+        isa=_isa(),
         load=_load(),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -50,6 +63,22 @@ def busy(machine: Machine) -> str:
         f"The machine was busy when this began: {machine.load:.1f} processes wanted its "
         f"{machine.logical_cores} cores. Times scatter and are too long; ratios less so."
     )
+
+
+def _processor() -> str:
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+    return model
+
+
+def _isa() -> str:
+    try:
+        from stepfuse.kernels.cpp import module
+    except ImportError:
+        return "not built"
+    return str(module.isa)
 
 
 def _device(device: torch.device) -> str:

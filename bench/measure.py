@@ -16,18 +16,24 @@ import torch
 from stepfuse.bench.able import described
 from stepfuse.bench.candidates import Entry
 from stepfuse.bench.energy import Counter, NoCounter, counter, energy
-from stepfuse.bench.latency import LEAST_ROUNDS, latency, other_steps, timer_for
 from stepfuse.bench.loops import Loop, SamplerLoop
 from stepfuse.bench.machine import busy, describe
-from stepfuse.bench.memory import PROCESSES, ColdStartFailed, Launch, cold_start
+from stepfuse.bench.memory import PROCESSES, Launch, cold_start
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Candidate, Energy, Record, Runs, Settings, Windows
-from stepfuse.bench.split import split
+from stepfuse.bench.step_split import split
 from stepfuse.bench.throughput import throughput
+from stepfuse.bench.timing import LEAST_ROUNDS, Turns, Work, timer_for
 from stepfuse.bench.verify import Reference
 from stepfuse.bench.workload import Workload
 
 WORTH_SAYING = 300.0  # seconds that a figure takes at least
 STEPS_ROUNDS = 7  # rounds of each other number of steps: a line through medians needs no more
+
+
+def other_steps(steps: int) -> list[int]:
+    """Fewer steps, for time over steps: a quarter and half as many."""
+    return sorted({max(1, steps // 4), max(1, steps // 2)} - {steps})
 
 
 class Watch(Protocol):
@@ -154,7 +160,7 @@ class Bench:
                 self._leave_out(self.record.candidate(e.name), "install", reason)
         figures = 2 * len(plan.batches) + len(other_steps(spec.steps))
         self._budget = Budget(plan.time_limit, figures)
-        self._timer = timer_for(self.workload.device)
+        self._timer, self._uncounted = timer_for(self.workload.device)
         self._counter = self._find_counter()
 
     def run(self) -> Record:
@@ -186,13 +192,7 @@ class Bench:
             return
         samples = {name: self._new_runs(name, batch) for name in loops}
         what = f"batch {batch}: timing {len(loops)} candidates in turn"
-        self._figure(
-            f"{what}, one loop at a time",
-            self.plan.rounds,
-            lambda most, seconds: latency(
-                loops, samples, most, seconds, self._timer, self.watch.tick
-            ),
-        )
+        self._latency(f"{what}, one loop at a time", self.plan.rounds, loops, samples)
         self._throughput(loops, samples, batch, what)
         if batch == self.plan.batches[0]:
             self._over_steps(loops, batch)
@@ -258,13 +258,8 @@ class Bench:
         windows = {name: Windows(batch, self.workload.spec.steps, [], []) for name in loops}
         for name, window in windows.items():
             self.record.candidate(name).throughput.append(window)
-        self._figure(
-            f"{what}, loops one after the other",
-            self.plan.rounds,
-            lambda most, seconds: throughput(
-                loops, samples, windows, most, seconds, self._timer, self.watch.tick
-            ),
-        )
+        turns = throughput(loops, samples, windows, self._timer)
+        self._figure(f"{what}, loops one after the other", self.plan.rounds, turns)
 
     def _over_steps(self, loops: dict[str, Loop], batch: int) -> None:
         steps = self.workload.spec.steps
@@ -276,13 +271,8 @@ class Bench:
                 samples[name] = runs.seconds
                 loop.prepare(fewer)
                 loop.images()
-            self._figure(
-                f"batch {batch}: timing with {fewer} of the {steps} steps",
-                min(self.plan.rounds, STEPS_ROUNDS),
-                lambda most, seconds, samples=samples: latency(
-                    loops, samples, most, seconds, self._timer, self.watch.tick
-                ),
-            )
+            text = f"batch {batch}: timing with {fewer} of the {steps} steps"
+            self._latency(text, min(self.plan.rounds, STEPS_ROUNDS), loops, samples)
         for loop in loops.values():
             loop.prepare(steps)
 
@@ -320,15 +310,23 @@ class Bench:
             try:
                 batch = self.plan.batches[0]
                 c.cold_start = cold_start(spec, c.name, batch, self.plan.processes, self.launch)
-            except ColdStartFailed as error:
+            except ProcessFailed as error:
                 self._note(f"No cold start of {c.name}: {error}")
             self.save(self.record)
 
-    def _figure(self, text: str, most: int, measure: Callable[[int, float | None], None]) -> None:
+    def _latency(
+        self, text: str, most: int, loops: dict[str, Loop], into: dict[str, list[float]]
+    ) -> None:
+        """The seconds of each candidate's whole loop, one at a time."""
+        works = {name: Work(loop.images, wake=loop.wake) for name, loop in loops.items()}
+        settings = {"uncounted": self._uncounted, "timer": self._timer, "seconds": into}
+        self._figure(text, most, Turns(works, settle=True, **settings))
+
+    def _figure(self, text: str, most: int, turns: Turns) -> None:
         """One figure of all candidates, within its share of the time limit."""
         self.watch.stage(text, most)
         start = time.perf_counter()
-        measure(most, self._budget.share())
+        turns.run(most, self._budget.share(), self.watch.tick)
         self._budget.spent(time.perf_counter() - start)
         self.save(self.record)
 

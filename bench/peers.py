@@ -46,19 +46,6 @@ class Peer:
         return ""
 
 
-class Plain(nn.Module):
-    """``model(x, t)`` with a tensor for its result, as exporters want it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        result = self.model(x, t)
-        tensor: Tensor = result if isinstance(result, Tensor) else result.sample
-        return tensor
-
-
 def eager(model: nn.Module, x: Tensor, t: Tensor) -> Call:
     """The module as it is."""
     return model

@@ -23,7 +23,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from stepfuse.bench.decode import decode
+from stepfuse.bench.json_dataclass import decode
 from stepfuse.engine.files.reading import read_text
 from stepfuse.engine.files.writing import write_file
 

@@ -24,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from stepfuse.bench import script
 from stepfuse.bench.candidates import chosen, libraries
 from stepfuse.bench.machine import describe
 from stepfuse.bench.measure import Bench, Plan
@@ -113,7 +114,7 @@ def run(
     check_memory(f"--batch {most}", 2 * 4 * most * math.prod(workload.shape))
     with choosing_places():
         targets.check()
-    console = _console()
+    console = script.console()
     with _progress() as watch:
         work = Bench(
             workload, entries, plan, watch, targets.save, f"stepfuse {shlex.join(sys.argv[1:])}"
@@ -132,7 +133,7 @@ def static(targets: Targets) -> None:
         targets.check()
     from stepfuse.bench.roofline import render, static_table
 
-    console = _console()
+    console = script.console()
     with interruptible("nothing was written"):
         with _progress() as watch:
             watch.stage("compiling the Triton kernels for four GPU architectures")
@@ -157,7 +158,7 @@ def show_comparison(a: Path, b: Path) -> None:
             raise ValueError(f"--compare: there is no file {path}")
     records = [load(path) for path in (a, b)]
     compare = importlib.import_module("stepfuse.bench.compare").compare
-    _console().print(compare(*records).table())
+    script.console().print(compare(*records).table())
 
 
 def show(record: Record, targets: Targets, console: Console) -> None:
@@ -219,13 +220,6 @@ def _batches(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ValueError(f"--batch must be whole numbers like 1,8,32; got {text!r}") from None
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a file has no width of its own
-    return console
 
 
 class Bar:

@@ -57,3 +57,8 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
     """Round by round; a round that only one of them finished is left out."""
     return [a / b for a, b in zip(numerator, denominator, strict=False)]
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median of `ratios`."""
+    return statistics.median(ratios(numerator, denominator))

@@ -12,8 +12,6 @@ two files, never their times.
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +20,12 @@ import pytest
 import torch
 
 from stepfuse.bench import harness
-from stepfuse.bench.able import described
+from stepfuse.bench.harness import OURS
+from stepfuse.bench.samples import ratio
+from stepfuse.bench.significance import FEW
+from stepfuse.bench.timing import Call, Turns, Work, undisturbed
 
-Call = Callable[[], Any]
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = FEW  # with less, the gate does not know how far they scatter
 
 
 @dataclass
@@ -52,7 +52,6 @@ class Timed:
         dtype: str,
         group: str,
         verify: Callable[[], Any],
-        settle: float = 0.0,
     ) -> None:
         """Time ``call`` once ``verify`` has returned, each round followed by ``beside``.
 
@@ -65,35 +64,29 @@ class Timed:
             verify: raises AssertionError where the result of ``call`` is wrong; what it returns,
                 a dict of figures or None, is kept beside the times. Whatever else it raises is the
                 reason why the benchmark is left out (skipped): it cannot run here.
-            settle: seconds to wait before a block, for threads of the other side to fall asleep.
         """
-        try:
-            found = verify()
-        except AssertionError:
-            raise
-        except Exception as error:  # what cannot run here is named, and the others are timed
-            pytest.skip(f"left out: {described(error)}")
-        extra = self.benchmark.extra_info
-        extra.update(found or {}, reference=reference, dtype=dtype)
-        self.benchmark.group = group
         with torch.no_grad():
-            (own, first), (other, second) = _calls(call), _calls(beside)
-            fitting = int(self.budget / (first + second))
+            turns = Turns(
+                {OURS: Work(call, verify, calls=None), reference: Work(beside, calls=None)},
+                say=pytest.skip,  # what cannot run here is named, and the others are timed
+            )
+            extra = self.benchmark.extra_info
+            extra.update(turns.found[OURS] or {}, reference=reference, dtype=dtype)
+            self.benchmark.group = group
+            fitting = int(self.budget / sum(work.lasts for work in turns.works.values()))
             rounds = min(self.rounds, max(LEAST_ROUNDS, fitting))
-            seconds: list[float] = []
-
-            def turn() -> None:
-                seconds.append(_block(beside, other, settle))
-                _settled(call, settle)
-
-            _settled(call, settle)
-            self.benchmark.pedantic(call, teardown=turn, rounds=rounds, iterations=own)
+            with undisturbed():
+                self.benchmark.pedantic(
+                    call,
+                    teardown=lambda: turns.turn(reference),
+                    rounds=rounds,
+                    iterations=turns.works[OURS].calls,
+                )
         if self.benchmark.stats is None:  # --benchmark-disable
             return
         # where a block has several calls, pytest-benchmark makes one more for its result
-        extra["reference_seconds"] = seconds[:rounds]
-        pairs = zip(self.benchmark.stats.stats.data, seconds, strict=False)
-        extra["ratio"] = statistics.median(a / b for a, b in pairs)
+        extra["reference_seconds"] = turns.seconds[reference][:rounds]
+        extra["ratio"] = ratio(self.benchmark.stats.stats.data, extra["reference_seconds"])
 
     def case(self, case: harness.Case) -> None:
         """One op at one shape over rotating buffers, beside the eager expression."""
@@ -110,34 +103,10 @@ class Timed:
 
         buffers = harness.rotating(case)
         self(
-            over(harness.OURS),
+            over(OURS),
             beside=over("eager"),
             reference="eager",
             dtype=harness.DTYPES[case.dtype],
             group=f"{op} {case.label}",
             verify=verify,
         )
-
-
-def _calls(call: Call) -> tuple[int, float]:
-    """How many calls make a block, and about how many seconds they take."""
-    call()
-    each = max(_block(call, 1, 0.0), 1e-9)
-    count = max(1, min(2000, round(harness.BLOCK_SECONDS / each)))
-    return count, count * each
-
-
-def _settled(call: Call, settle: float) -> None:
-    """Wait, then wake the threads that ``call`` uses."""
-    if settle:
-        time.sleep(settle)
-        call()
-
-
-def _block(call: Call, count: int, settle: float) -> float:
-    """Seconds a call, over ``count`` of them."""
-    _settled(call, settle)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count

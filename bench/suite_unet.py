@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from stepfuse.bench.suite import Timed
+from stepfuse.bench.unet_candidates import PRECISIONS, TIMESTEP, TOLERANCE
 from stepfuse.engine.compile.optimize import optimize
 
-# relative L2 to eager float32: sums in another order, and rounding to 8 bits through 60 layers
-TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-TIMESTEP = 500
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -31,10 +29,12 @@ def test_unet(timed: Timed, network: Any, batch: int, dtype: str) -> None:
 
     def verify() -> dict[str, float]:
         inputs = (x, t, condition)
-        made.append(optimize(network.model, inputs, DTYPES[dtype], timesteps=[TIMESTEP]))
+        made.append(
+            optimize(network.model, inputs, PRECISIONS[DTYPES[dtype]], timesteps=[TIMESTEP])
+        )
         exact = network.model(x, t, **condition).double()
         error = float((fast().double() - exact).norm() / exact.norm())
-        assert error <= TOLERANCE[dtype], f"relative error {error:.2g}: not timed"
+        assert error <= TOLERANCE[DTYPES[dtype]], f"relative error {error:.2g}: not timed"
         return {"relative_error": error}
 
     timed(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from stepfuse.bench.cuda_timing import Timer
-from stepfuse.bench.latency import Tick, in_turn
 from stepfuse.bench.loops import Loop
 from stepfuse.bench.record import Windows
+from stepfuse.bench.timing import Timer, Turns, Work, wall
 
 WINDOW_SECONDS = 0.5
 
@@ -23,26 +23,22 @@ def throughput(
     loops: Mapping[str, Loop],
     latencies: Mapping[str, Sequence[float]],
     into: Mapping[str, Windows],
-    most: int,
-    seconds: float | None,
-    timer: Timer,
-    tick: Tick = lambda: None,
-) -> None:
-    """Append to ``into`` a window of each candidate, once a round.
+    timer: Timer = wall,
+) -> Turns:
+    """Turns that append to ``into`` a window of each candidate, once a round.
 
     A loop that fills a window by itself is not run again: its latency is its window. Every window
     holds whole loops, as many as its candidate's latency asks for.
     """
-    counts = {name: loops_in_window(latencies[name]) for name in loops}
-    for name, count in counts.items():
+    works = {}
+    for name, loop in loops.items():
+        windows, count = into[name], loops_in_window(latencies[name])
         if count == 1:
-            windows = into[name]
             windows.seconds.extend(latencies[name])
             windows.images.extend([windows.batch] * len(latencies[name]))
-
-    def turn(name: str, loop: Loop) -> None:
-        windows = into[name]
-        windows.seconds.append(timer.repeated(loop.images, counts[name]))
-        windows.images.append(windows.batch * counts[name])
-
-    in_turn({n: loop for n, loop in loops.items() if counts[n] > 1}, most, seconds, turn, tick)
+        else:
+            window = Work(loop.images, calls=count).run
+            done = functools.partial(windows.images.append, windows.batch * count)
+            works[name] = Work(window, wake=loop.wake, done=done)
+    seconds = {name: into[name].seconds for name in works}
+    return Turns(works, settle=True, timer=timer, seconds=seconds)

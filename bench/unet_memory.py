@@ -8,16 +8,15 @@ after the candidate was built, after a few evaluations, and the most that there 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import functools
 from typing import Any
 
-from rich.console import Console
+import torch
 from rich.table import Table
 
-from stepfuse.bench.fresh import held_bytes, peak_bytes
+from stepfuse.bench import peers_setup, unet_candidates
+from stepfuse.bench.able import able, to_stderr
+from stepfuse.bench.processes import answer, ask, held_bytes, peak_bytes
 
 EVALUATIONS = 3
 _COLUMNS = {"built": "after the build", "running": "running", "peak": "peak"}
@@ -25,24 +24,11 @@ _COLUMNS = {"built": "after the build", "running": "running", "peak": "peak"}
 
 def in_processes(names: list[str], job: dict[str, Any]) -> dict[str, dict[str, int]]:
     """What each candidate takes; one that cannot run here is left out, with the reason printed."""
-    found = {}
-    for name in names:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "stepfuse.bench.unet_memory",
-                json.dumps(job | {"candidate": name}),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            Console(stderr=True).print(f"{name} left out of the memory table: {lines[-1][:200]}")
-        else:
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    asked = {
+        name: functools.partial(ask, "stepfuse.bench.unet_memory", job | {"candidate": name})
+        for name in names
+    }
+    return able(asked, lambda said: to_stderr(f"memory table: {said}"))
 
 
 def table(found: dict[str, dict[str, int]], batch: int) -> Table:
@@ -61,20 +47,16 @@ def table(found: dict[str, dict[str, int]], batch: int) -> Table:
 
 def measured(job: dict[str, Any]) -> dict[str, int]:
     """Import, build, evaluate; the job as `bench_unet` describes it."""
-    import torch
-
-    from stepfuse.bench import bench_unet, peers_setup
-
     peers_setup.prepare()
     if job["threads"]:
         torch.set_num_threads(job["threads"])
-    bench_unet.import_packages(job["candidate"])
+    unet_candidates.import_packages(job["candidate"])
     imported = held_bytes()
     with torch.no_grad():
-        model, shape = bench_unet.network(job["model"], job["config"], job["batch"])
-        x, t = bench_unet.inputs(shape)
+        model, shape = unet_candidates.network(job["model"], job["config"], job["batch"])
+        x, t = unet_candidates.inputs(shape)
         loaded = held_bytes()
-        call = bench_unet.maker(job["candidate"], model, x, t)()
+        call = unet_candidates.maker(job["candidate"], model, x, t)()
         built = held_bytes()
         for _ in range(EVALUATIONS):
             call(x, t)
@@ -87,13 +69,5 @@ def measured(job: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def main() -> None:
-    """The job is the only argument."""
-    # libraries may write to the standard output: it is theirs, the result goes to a copy of it
-    with os.fdopen(os.dup(1), "w") as result:
-        os.dup2(2, 1)
-        print(json.dumps(measured(json.loads(sys.argv[1]))), file=result)
-
-
 if __name__ == "__main__":
-    main()
+    answer(measured)

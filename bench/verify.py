@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from stepfuse.bench.loops import Draws, Loop, SamplerLoop, generator_noise
 from stepfuse.bench.record import Verified
 from stepfuse.bench.workload import Workload
+from stepfuse.engine.export.parity import compare
 
 # images in [-1, 1]: float32 sums in another order, through S clipped steps
 MOST_DIFFERENCE = 2e-3
@@ -46,17 +49,22 @@ class Reference:
         return compared(found, exact, dtype)
 
 
+def psnr(found: Tensor, exact: Tensor, least: float = -1.0) -> float:
+    """Of images in [``least``, 1], clipped to it, in dB; infinite where they are equal."""
+    return compare.psnr(found.clamp(least, 1), exact.clamp(least, 1), 1 - least)
+
+
 def compared(found: Tensor, exact: Tensor, dtype: str) -> tuple[Verified, str]:
     """Largest difference and PSNR of finite images; the reason is empty where they agree."""
-    error = (found.double().clamp(-1, 1) - exact.double().clamp(-1, 1)).cpu()
-    largest, mean_square = float(error.abs().max()), float(error.square().mean())
-    psnr = None if mean_square == 0 else float(-10 * torch.log10(torch.tensor(mean_square / 4)))
+    largest = float((found.double().clamp(-1, 1) - exact.double().clamp(-1, 1)).abs().max())
+    decibels = psnr(found, exact)
     if dtype == "fp32":
         passed, limit = largest <= MOST_DIFFERENCE, f"difference of at most {MOST_DIFFERENCE:g}"
         reason = f"its images differ from the eager float32 loop's by {largest:.2g}"
     else:
-        passed = psnr is None or psnr >= LEAST_PSNR
+        passed = decibels >= LEAST_PSNR
         limit = f"PSNR of at least {LEAST_PSNR:g} dB"
-        reason = f"its images are at {psnr or 0:.1f} dB of the eager float32 loop's"
-    verified = Verified(len(found), largest, psnr, limit, passed)
+        reason = f"its images are at {decibels:.1f} dB of the eager float32 loop's"
+    finite = decibels if math.isfinite(decibels) else None
+    verified = Verified(len(found), largest, finite, limit, passed)
     return verified, "" if passed else f"{reason}, accepted: {limit}; not timed"

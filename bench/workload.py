@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.bench import peers_setup
-from stepfuse.bench.peers import Plain
+from stepfuse.bench.diffusers_twin import diffusers_twin
+from stepfuse.bench.networks import Plain, cifar10
 from stepfuse.engine.networks.checkpoint import Checkpoint, embedded, load
 from stepfuse.engine.networks.unet import UNet
 from stepfuse.engine.sampling.sampler import Sampler
@@ -46,20 +47,6 @@ class Spec:
             raise ValueError(f"--graph must be one of {accepted}; got {self.graph!r}")
         check_threads("--threads", self.threads)
         check_seed("--seed", self.seed)
-
-
-class Conditioned(nn.Module):
-    """``model(x, t)`` with its condition held inside, as runtimes of two inputs want it."""
-
-    def __init__(self, model: nn.Module, condition: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(condition)
-        for name, value in condition.items():
-            self.register_buffer(f"given_{name}", value, persistent=False)
-
-    def forward(self, x: Tensor, t: Tensor) -> Any:
-        return self.model(x, t, **{n: getattr(self, f"given_{n}") for n in self.names})
 
 
 class Workload:
@@ -136,15 +123,11 @@ class Workload:
         """An example of the timesteps of a batch, int64 [N]."""
         return torch.full((batch,), self.timesteps[0], device=self.device)
 
-    def plain(self, batch: int) -> nn.Module:
-        """The network as ``model(x, t)`` -> tensor."""
-        return Plain(Conditioned(self.network, self.condition(batch))).eval()
-
     def plain_twin(self, batch: int) -> nn.Module:
         """diffusers' network with the same weights as ``model(x, t)`` -> tensor."""
         condition = self.condition(batch)
         theirs = {"class_labels": condition["labels"]} if condition else {}
-        return Plain(Conditioned(self.twin, theirs)).eval()
+        return Plain(self.twin, theirs)
 
     @cached_property
     def twin(self) -> nn.Module:
@@ -152,8 +135,6 @@ class Workload:
         if not isinstance(self.network, UNet):
             return self.network
         peers_setup.prepare()
-        from stepfuse.bench.twin import diffusers_twin
-
         return diffusers_twin(self.network, self.shape[-1]).to(self.device)
 
 
@@ -173,10 +154,9 @@ def _ddpm_cifar() -> nn.Module:
     """diffusers' U-Net in the size of DDPM's for CIFAR-10, with random weights."""
     try:
         peers_setup.prepare()
-        from stepfuse.bench.bench_unet import cifar10
+        return cifar10()
     except ImportError as error:
         raise ValueError(
             f"--model {DDPM_CIFAR} is a network of diffusers ({error}); "
             "pip install 'stepfuse[bench]'"
         ) from None
-    return cifar10()

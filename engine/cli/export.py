@@ -77,7 +77,7 @@ def export_command(
         str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
     ] = STEPS,
     method: Annotated[
-        str, typer.Option(metavar="ddim|ddpm", help="The sampler.", rich_help_panel=LOOP)
+        str, typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=LOOP)
     ] = METHOD,
     spacing: Annotated[
         str,

@@ -10,6 +10,7 @@ import typer
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.cli.sample_options import SampleOptions
+from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -63,9 +64,7 @@ def sample(
     ] = "50",
     method: Annotated[
         str,
-        typer.Option(
-            metavar="ddim|ddpm|ddim_hat|ddgan", help="The sampler.", rich_help_panel=SAMPLING
-        ),
+        typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=SAMPLING),
     ] = "ddim",
     eta: Annotated[
         float,

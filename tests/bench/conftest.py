@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tests.engine.cli.cli_case import TINY, save
 
-from stepfuse.bench import latency, measure, throughput
+from stepfuse.bench import measure, throughput, timing
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses before a time is taken, short windows, and nothing collected between batches."""
-    monkeypatch.setattr(latency, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(throughput, "WINDOW_SECONDS", 0.02)
     monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: 0))

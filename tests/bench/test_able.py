@@ -14,7 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from stepfuse.bench import bench_adapters, bench_sampler, bench_unet, harness, products, suite
+from stepfuse.bench import (
+    bench_adapters,
+    bench_sampler,
+    bench_unet,
+    harness,
+    products,
+    suite,
+    timing,
+    unet_candidates,
+)
 from stepfuse.bench.able import able, described
 from stepfuse.bench.adapter_cases import Case
 
@@ -69,8 +78,8 @@ def test_the_benchmark_of_networks_where_oneDNN_has_float32_only(tmp_path: Path)
 def test_products_leave_no_hook_behind_where_one_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, shape = bench_unet.network("cifar10", TINY, 1)
-    x, t = bench_unet.inputs(shape)
+    model, shape = unet_candidates.network("cifar10", TINY, 1)
+    x, t = unet_candidates.inputs(shape)
     monkeypatch.setattr(products, "_linear", refuse)
     assert bench_unet.sums_of_products(model, x, t) == {}
     assert "products fp32 left out: RuntimeError: no such primitive" in capsys.readouterr().err
@@ -84,13 +93,14 @@ def test_candidates_of_a_network_and_the_table_without_products(
     def optimized(model: Any, inputs: Any, dtype: Any, **_: Any) -> Any:
         return refuse() if dtype else model
 
-    monkeypatch.setattr(bench_unet, "optimize", optimized)
-    model, shape = bench_unet.network("cifar10", TINY, 1)
-    x, t = bench_unet.inputs(shape)
+    monkeypatch.setattr(unet_candidates, "optimize", optimized)
+    model, shape = unet_candidates.network("cifar10", TINY, 1)
+    x, t = unet_candidates.inputs(shape)
     found = bench_unet.candidates(model, x, t, ["eager"])
     assert [c.name for c in found] == ["stepfuse-fp32", "stepfuse-fp32-kept", "eager"]
     assert "stepfuse-bf16 left out: RuntimeError: no such primitive" in capsys.readouterr().err
-    assert bench_unet.alternate(found, x, t, {}, 1) == {}
+    assert bench_unet.time_in_turn(found, x, t, {}, 1) == {}
+    assert all(len(c.seconds) == len(c.cpu_seconds) == 1 for c in found)
     bench_unet.show(Console(width=140), 1, found, {})
     assert "stepfuse-fp32-kept" in capsys.readouterr().out
 
@@ -153,12 +163,12 @@ def kernel_case(**candidates: Any) -> harness.Case:
 def test_candidates_of_an_op(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "ROTATED_BYTES", 1 << 10)
-    monkeypatch.setattr(harness, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(timing, "ROTATED_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-5)
     case = kernel_case(eager=refuse)
     case.compiled = refuse
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    monkeypatch.setattr(harness, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0)
     result = harness.measure(case, 2, with_compile=True)
     shown = capsys.readouterr().err
     assert "eager left out: RuntimeError" in shown

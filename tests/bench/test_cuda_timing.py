@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from stepfuse.bench.cuda_timing import FLUSH, L2_BYTES, CudaTimer, l2_bytes, rotating
+from stepfuse.bench.cuda_timing import FLUSH, L2_BYTES, CudaTimer, l2_bytes
+from stepfuse.bench.timing import Turns, Work
 
 L2 = 50 << 20
 LAUNCH, KERNEL, WRITE = 0.004, 0.250, 0.080  # milliseconds
@@ -70,13 +71,13 @@ def device() -> Device:
     return Device()
 
 
-def timer(device: Device, **settings: Any) -> CudaTimer:
-    return CudaTimer(0, device, device.flush, **settings)
+def timer(device: Device) -> CudaTimer:
+    return CudaTimer(0, device, device.flush)
 
 
 def test_once_is_the_time_of_the_work_alone(device: Device) -> None:
     """Neither the flush nor the launches are in it."""
-    seconds = timer(device).once(lambda: device.launch("kernel"))
+    seconds = timer(device)(lambda: device.launch("kernel"))
     assert seconds == pytest.approx(KERNEL / 1e3)
     assert device.log == ["synchronize", "flush", "event", "kernel", "event"]
 
@@ -89,61 +90,27 @@ def test_the_flush_is_larger_than_the_cache(device: Device) -> None:
 
 def test_work_that_is_still_running_is_waited_for(device: Device) -> None:
     device.launch("kernel")
-    assert timer(device).once(lambda: device.launch("kernel")) == pytest.approx(KERNEL / 1e3)
+    assert timer(device)(lambda: device.launch("kernel")) == pytest.approx(KERNEL / 1e3)
     assert device.log[:2] == ["kernel", "synchronize"]
 
 
 def test_replays_are_timed_inside_one_pair_of_events(device: Device) -> None:
     count = 20
-    seconds = timer(device).repeated(lambda: device.launch("kernel"), count)
-    assert seconds == pytest.approx(count * KERNEL / 1e3)
+    work = Work(lambda: device.launch("kernel"), calls=count)
+    turns = Turns({"replay": work}, timer=timer(device)).run(1)
+    assert turns.seconds["replay"] == pytest.approx([KERNEL / 1e3])
     assert device.log == ["synchronize", "flush", "event", *["kernel"] * count, "event"]
-
-
-def test_the_warm_up_runs_before_and_is_over(device: Device) -> None:
-    calls = timer(device, calls=4)
-    calls.warm_up(lambda: device.launch("kernel"))
-    assert device.log == [*["kernel"] * 4, "synchronize"]
 
 
 def test_every_time_has_events_of_its_own(device: Device) -> None:
     """An event that is recorded again forgets the first time."""
     calls = timer(device)
-    found = [calls.once(lambda n=n: [device.launch("kernel") for _ in range(n)]) for n in (1, 3)]
+    found = [calls(lambda n=n: [device.launch("kernel") for _ in range(n)]) for n in (1, 3)]
     assert found == pytest.approx([KERNEL / 1e3, 3 * KERNEL / 1e3])
     assert device.log.count("event") == 4
-
-
-def test_no_calls_have_no_time(device: Device) -> None:
-    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
-        timer(device).repeated(lambda: None, 0)
 
 
 def test_a_device_that_does_not_say_has_a_large_cache() -> None:
     assert l2_bytes(Device(None).properties) == L2_BYTES
     assert l2_bytes(Device(0).properties) == L2_BYTES
     assert l2_bytes(Device(L2).properties) == L2
-
-
-@pytest.mark.parametrize("size", [1 << 20, (50 << 20) + 1, 30 << 20])
-def test_rotating_tensors_exceed_the_cache_together(size: int) -> None:
-    made: list[int] = []
-
-    def make() -> int:
-        made.append(len(made))
-        return made[-1]
-
-    turns = rotating(make, size, L2)
-    seen = [next(turns) for _ in range(2 * len(made))]
-    assert len(made) * size >= FLUSH * L2
-    assert seen == [*range(len(made)), *range(len(made))]
-
-
-def test_two_tensors_take_turns_however_large() -> None:
-    turns = rotating(iter("abc").__next__, 1 << 40, L2)
-    assert [next(turns) for _ in range(4)] == ["a", "b", "a", "b"]
-
-
-def test_a_tensor_of_no_bytes_cannot_be_rotated() -> None:
-    with pytest.raises(ValueError, match="size must be at least 1 byte; got 0"):
-        rotating(lambda: 0, 0, L2)

@@ -13,7 +13,7 @@ import pytest
 from tests.bench.example_record import example, example_suite
 
 from stepfuse.bench import gate
-from stepfuse.bench.change import CONFIDENCE, Ratio, ratio_of_medians
+from stepfuse.bench.significance import CONFIDENCE, Ratio, ratio_of_medians
 from stepfuse.bench.suite_file import read
 
 USUAL = {"add_noise[a]": 1e-5, "denoise_step[b]": 2e-3, "unet[c]": 0.4}

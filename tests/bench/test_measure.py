@@ -15,10 +15,10 @@ from torch import Tensor
 from stepfuse.bench import measure
 from stepfuse.bench.candidates import Entry, entry
 from stepfuse.bench.energy import Counter, NoCounter
-from stepfuse.bench.latency import LEAST_ROUNDS
-from stepfuse.bench.measure import Bench, Budget, Plan
-from stepfuse.bench.memory import ColdStartFailed
+from stepfuse.bench.measure import Bench, Budget, Plan, other_steps
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Verified, load
+from stepfuse.bench.timing import LEAST_ROUNDS
 from stepfuse.bench.workload import Spec, Workload
 
 ROUNDS = 4
@@ -231,7 +231,7 @@ def test_an_error_leaves_the_record_behind(tiny: str, tmp_path: Path) -> None:
 
 def test_a_process_that_fails_costs_only_its_figure(tiny: str) -> None:
     def fails(spec: Spec, candidate: str, batch: int) -> dict[str, float]:
-        raise ColdStartFailed("killed")
+        raise ProcessFailed("killed")
 
     run = bench(tiny, OURS[:1], batches=(1,))
     run.launch = fails
@@ -239,6 +239,11 @@ def test_a_process_that_fails_costs_only_its_figure(tiny: str) -> None:
     assert record.complete
     assert record.candidates[0].cold_start is None
     assert "No cold start of stepfuse: killed" in record.notes
+
+
+@pytest.mark.parametrize(("steps", "others"), [(50, [12, 25]), (2, [1]), (1, []), (3, [1])])
+def test_other_numbers_of_steps(steps: int, others: list[int]) -> None:
+    assert other_steps(steps) == others
 
 
 def test_the_budget_is_shared_by_what_is_left() -> None:

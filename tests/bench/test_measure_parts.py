@@ -1,4 +1,4 @@
-"""The parts of a run: turns, windows, joules, and processes that have just started."""
+"""The parts of a run: windows, joules, and processes that have just started."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from tests.bench.hasty import launched
 
-from stepfuse.bench import latency as timing
 from stepfuse.bench import throughput
 from stepfuse.bench.energy import Counter, NoCounter, energy, nvml, rapl
-from stepfuse.bench.latency import LEAST_ROUNDS, WallTimer, in_turn, other_steps, rounds
-from stepfuse.bench.memory import ColdStartFailed, cold_start
+from stepfuse.bench.memory import cold_start
+from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Windows
 from stepfuse.bench.workload import Spec
 
@@ -40,42 +39,16 @@ class Stub:
         self.log.append(self.name)
 
 
-def test_candidates_take_turns_each_woken_first() -> None:
-    log: list[str] = []
-    loops: Any = {name: Stub(name, log) for name in "abc"}
-    seconds: dict[str, list[float]] = {name: [] for name in "abc"}
-    timing.latency(loops, seconds, 3, None, WallTimer())
-    assert log[1::2] == list("abcbcacab")  # nobody is always first
-    assert log[::2] == [f"wake {name}" for name in "abcbcacab"]
-    assert all(len(samples) == 3 for samples in seconds.values())
-
-
-def test_no_candidates_have_no_turns() -> None:
-    in_turn({}, 3, None, lambda name, loop: None, lambda: None)
-
-
 def test_a_loop_that_fills_a_window_is_not_run_again() -> None:
     log: list[str] = []
     loops: Any = {name: Stub(name, log) for name in ("short", "long")}
     latencies = {"short": [0.008, 0.009, 0.007], "long": [5.0, 6.0]}
     windows = {"short": Windows(2, 4, [], []), "long": Windows(2, 4, [], [])}
-    throughput.throughput(loops, latencies, windows, 5, None, WallTimer())
+    throughput.throughput(loops, latencies, windows).run(5)
     assert (windows["long"].images, windows["long"].seconds) == ([2, 2], [5.0, 6.0])
-    assert log.count("short") == 5 * 3  # three of 8 ms fill 20 ms
+    assert log == 5 * ["wake short", *3 * ["short"]]  # three of 8 ms fill 20 ms
     assert windows["short"].images == [6] * 5
-    assert "long" not in log
-
-
-def test_rounds_end_before_the_time_does() -> None:
-    assert list(rounds(5)) == [0, 1, 2, 3, 4]
-    assert list(rounds(5, 1e9)) == [0, 1, 2, 3, 4]
-    assert len([time.sleep(0.002) for _ in rounds(50, 1e-6)]) == LEAST_ROUNDS
-    assert len([None for _ in rounds(2, 0.0)]) == 2
-
-
-@pytest.mark.parametrize(("steps", "others"), [(50, [12, 25]), (2, [1]), (1, []), (3, [1])])
-def test_other_numbers_of_steps(steps: int, others: list[int]) -> None:
-    assert other_steps(steps) == others
+    assert len(windows["short"].seconds) == 5
 
 
 def powercap(folder: Path, packages: dict[str, tuple[int, int]]) -> Path:
@@ -171,7 +144,7 @@ def test_a_process_that_ends_early_says_why(
     interpreter.write_text("#!/bin/sh\necho starting; echo 'ImportError: libx.so' >&2; exit 3\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    with pytest.raises(ColdStartFailed, match=r"^ImportError: libx\.so$"):
+    with pytest.raises(ProcessFailed, match=r"^ImportError: libx\.so$"):
         cold_start(Spec(), "stepfuse", 1, processes=1)
 
 

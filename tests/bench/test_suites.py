@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stepfuse.bench import gate, harness, suite
+from stepfuse.bench import gate, timing
 from stepfuse.bench.suite import LEAST_ROUNDS, Timed
 from stepfuse.bench.suite_file import read
 
@@ -46,7 +46,7 @@ class Benchmark:
 
 @pytest.fixture
 def _one_call_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.0)
 
 
 def timed(fixture: Timed, calls: list[str], verify: Any = lambda: None) -> None:
@@ -88,18 +88,15 @@ def test_ours_and_the_reference_take_turns() -> None:
 @pytest.mark.usefixtures("_one_call_a_block")
 def test_long_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     for budget, expected in ((100.0, 21), (12.0, 12), (1.0, LEAST_ROUNDS)):
-        blocks = iter([(1, 0.8), (1, 0.2)])  # calls of a block and its seconds: ours, theirs
-        monkeypatch.setattr(suite, "_calls", lambda call, blocks=blocks: next(blocks))
+        lasts = iter([0.8, 0.2])  # a block of ours, of theirs
+
+        def size(work: timing.Work, timer: Any, lasts: Any = lasts) -> None:
+            work.calls, work.lasts = 1, next(lasts)
+
+        monkeypatch.setattr(timing.Work, "size", size)
         benchmark = Benchmark()
         timed(Timed(benchmark, rounds=21, budget=budget), [])
         assert benchmark.rounds == expected
-
-
-def test_a_block_lasts_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr(suite.time, "perf_counter", lambda: next(clock) * 1e-3)
-    monkeypatch.setattr(harness, "BLOCK_SECONDS", 0.005)
-    assert suite._calls(lambda: None) == (5, pytest.approx(0.005))
 
 
 def test_one_of_the_suites_and_what_it_leaves(tmp_path: Path) -> None:

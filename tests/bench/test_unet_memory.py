@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 import stepfuse as sf
-from stepfuse.bench import bench_unet, unet_memory
+from stepfuse.bench import unet_candidates, unet_memory
 
 # float32 sums in another order, through thirty layers
 REORDERED = 1e-5
@@ -15,8 +15,8 @@ REORDERED = 1e-5
 
 @torch.no_grad()
 def test_digits_is_the_embedded_checkpoint_with_every_class_in_turn() -> None:
-    model, shape = bench_unet.network("digits", None, 12)
-    x, t = bench_unet.inputs(shape)
+    model, shape = unet_candidates.network("digits", None, 12)
+    x, t = unet_candidates.inputs(shape)
     checkpoint = sf.load("digits")
     assert shape == (12, *checkpoint.sample_shape)
     expected = checkpoint.model(x, t, labels=torch.tensor([*range(10), 0, 1]))
@@ -34,11 +34,11 @@ def test_a_configuration_gives_the_shape() -> None:
         "down_block_types": ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"],
     }
-    model, shape = bench_unet.network("cifar10", config, 3)
+    model, shape = unet_candidates.network("cifar10", config, 3)
     assert shape == (3, 2, 8, 6)
-    x, t = bench_unet.inputs(shape)
+    x, t = unet_candidates.inputs(shape)
     assert model(x, t).shape == shape
-    released = bench_unet.maker("stepfuse-fp32-released", model, x, t)()
+    released = unet_candidates.maker("stepfuse-fp32-released", model, x, t)()
     with pytest.raises(sf.WeightsReleased):
         model(x, t)
     assert released(x, t).shape == shape

@@ -17,7 +17,7 @@ from tests.kernels.triton_modes import interpreted
 from torch import nn
 
 from stepfuse import CFG, Sampler, Schedule
-from stepfuse.bench.bench_unet import cifar10
+from stepfuse.bench.networks import cifar10
 from stepfuse.engine.compile.graph import calls, finish
 from stepfuse.engine.compile.network import Network, rewrite
 from stepfuse.engine.compile.optimize import Optimized, optimize

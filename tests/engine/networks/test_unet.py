@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stepfuse.bench.twin import diffusers_twin
+from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.engine.networks.unet import UNet, UNetConfig
 from stepfuse.engine.networks.unet_blocks import ResidualBlock, SelfAttention, timestep_embedding
 
