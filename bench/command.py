@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from stepfuse.engine.sampling.methods import names
+
 WHAT, PEERS, HOW, OUTPUT = "What is run", "Against whom", "How it is measured", "What is written"
 
 EXAMPLES = (

@@ -11,6 +11,7 @@ from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
+from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
