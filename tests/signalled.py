@@ -17,6 +17,16 @@ def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
     return subprocess.Popen(command, preexec_fn=_deliver if os.name == "posix" else None, **options)
 
 
+def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a process that signals itself, its texts captured."""
+    child = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, errors = child.communicate(timeout=timeout)
+    finally:
+        child.kill()
+    return subprocess.CompletedProcess(command, child.returncode, out, errors)
+
+
 def _deliver() -> None:
     """Between fork and exec, which keeps the default of a signal and a signal that is ignored."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -15,7 +15,6 @@ where eps is re-derived from the clipped x0. Row i is timestep i of the object's
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.step_row import COLUMNS, Column
+from stepfuse.engine.sampling import rows as writer
+from stepfuse.kernels.step_row import Column
 
 Step = Literal["p_sample", "ddim_sample", "ddim_reverse_sample"]
 Array = npt.NDArray[np.float64]
@@ -55,8 +55,9 @@ class Rows:
         self.before: Array = np.append(1.0, self.abar[:-1])
         self.after: Array = np.append(self.abar[1:], 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            self.c_0: Array = self.betas * np.sqrt(self.before) / (1 - self.abar)
-            self.c_x: Array = (1 - self.before) * np.sqrt(alphas) / (1 - self.abar)
+            means = writer.posterior_mean(self.abar, self.before, alphas, self.betas)
+            self.c_0: Array = means[0]
+            self.c_x: Array = means[1]
             small = self.betas * (1 - self.before) / (1 - self.abar)
         # beta~ is 0 at the first timestep: its logarithm, and a large variance, take the second's
         clipped = np.append(small[1:2] if len(small) > 1 else small, small[1:])
@@ -72,17 +73,28 @@ class Rows:
 
     def table(self, step: Step, clip: bool, eta: float) -> Tensor:
         """float64 [T, 16]."""
-        rows = np.zeros((len(self.betas), COLUMNS))
-        rows[:, Column.TIMESTEP] = np.arange(len(rows))
-        rows[:, Column.GUIDANCE] = 1
-        rows[:, Column.CLIP] = 1 if clip else math.inf
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self._x0(rows)
-            if step == "p_sample":
-                self._ancestral(rows)
-            else:
-                self._implicit(rows, *self._ends(step, eta))
-        return torch.from_numpy(rows)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return self._table(step, 1.0 if clip else None, eta)
+
+    def _table(self, step: Step, limit: float | None, eta: float) -> Tensor:
+        rows = writer.Rows(
+            torch.arange(len(self.betas), device="cpu"), None, None, limit, self._scale
+        )
+        if self.mean_type == "EPSILON":
+            rows.predict("epsilon")
+        elif self.mean_type == "START_X":
+            rows.predict("sample")
+        else:
+            rows.predict("mean", self._mean)
+        if step == "p_sample":
+            self._ancestral(rows)
+        else:
+            end, sigma = self._ends(step, eta)
+            direction = np.sqrt(1 - end - sigma**2)
+            b_root, weight, std = map(torch.from_numpy, (np.sqrt(end), direction, sigma))
+            # whatever it predicts, epsilon is taken from the clipped x0
+            rows.implicit(b_root, weight, std, rederive=True)
+        return rows.table
 
     def log_variance(self, i: int) -> tuple[float, float]:
         """(l_0, l_1) of the learned log variance l_0 + l_1 w, w being the output's second half."""
@@ -99,29 +111,25 @@ class Rows:
         direction = np.sqrt(1 - b - sigma[i] ** 2)
         return Guide(float(np.sqrt(b) * x0 - direction * np.sqrt(1 - a)), float(x0))
 
-    def _x0(self, rows: Array) -> None:
-        if self.mean_type == "EPSILON":
-            rows[:, Column.P_X] = np.sqrt(1 / self.abar)
-            rows[:, Column.P_O] = -np.sqrt(1 / self.abar - 1)
-        elif self.mean_type == "START_X":
-            rows[:, Column.P_O] = 1
-        else:
-            rows[:, Column.P_X] = -self.c_x / self.c_0
-            rows[:, Column.P_O] = 1 / self.c_0
+    @property
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.c_0), torch.from_numpy(self.c_x)
 
-    def _ancestral(self, rows: Array) -> None:
+    @property
+    def _scale(self) -> writer.Scale:
+        roots = np.sqrt(1 / self.abar), np.sqrt(1 / self.abar - 1)
+        return writer.Scale.of_reciprocals(*map(torch.from_numpy, roots))
+
+    def _ancestral(self, rows: writer.Rows) -> None:
         if self.mean_type == "PREVIOUS_X":
-            rows[:, Column.C_O] = 1
+            rows.table[:, Column.C_O] = 1
         else:
-            rows[:, Column.C_0], rows[:, Column.C_X] = self.c_0, self.c_x
-        if self.var_type == "LEARNED":
-            rows[:, Column.L_1] = 1
-        elif self.var_type == "LEARNED_RANGE":
-            log_large = np.log(self.betas)
-            rows[:, Column.L_0] = (log_large + self.log_small) / 2
-            rows[:, Column.L_1] = (log_large - self.log_small) / 2
-        rows[:, Column.SIGMA] = 1 if self.learned else self.std
-        rows[0, Column.SIGMA] = 0
+            rows.ancestral(self._mean)
+        rows.noised(torch.from_numpy(self.std))
+        if self.learned:
+            small, large = map(torch.from_numpy, (self.log_small, np.log(self.betas)))
+            rows.learned(small, large, ranged=self.var_type == "LEARNED_RANGE")
+        rows.table[0, Column.SIGMA] = 0
 
     def _ends(self, step: Step, eta: float) -> tuple[Array, Array]:
         """(abar where the step ends, sigma)."""
@@ -129,13 +137,6 @@ class Rows:
             return self.after, np.zeros_like(self.after)
         a, b = self.abar, self.before
         return b, eta * np.sqrt((1 - b) / (1 - a)) * np.sqrt(1 - a / b)
-
-    def _implicit(self, rows: Array, end: Array, sigma: Array) -> None:
-        direction = np.sqrt(1 - end - sigma**2)
-        noise = np.sqrt(1 / self.abar - 1)
-        rows[:, Column.C_X] = direction * np.sqrt(1 / self.abar) / noise
-        rows[:, Column.C_0] = np.sqrt(end) - direction / noise
-        rows[:, Column.SIGMA] = sigma
 
 
 def network_times(diffusion: Any) -> list[int] | list[float]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from tqdm.auto import tqdm
 
 from stepfuse.engine.adapters.network import FastNetwork, check_options
 from stepfuse.engine.adapters.patch import Fast, class_name, install, remove, report
+from stepfuse.engine.sampling.rows import Rows, Scale
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
-from stepfuse.kernels.step_row import COLUMNS, Column
 
 SUPPORTED = (
     "denoising_diffusion_pytorch.GaussianDiffusion (pred_noise, pred_x0, pred_v)",
@@ -293,18 +292,14 @@ class FastDiffusion(Fast):
 
     def _ancestral(self, objective: str) -> Tensor:
         """DDPM, row 0 being the last timestep: mean = c_1 x0 + c_2 x, variance from a logarithm."""
-        table = self._rows(range(self.diffusion.num_timesteps), objective)
-        table[:, Column.C_0] = self._buffer("posterior_mean_coef1")
-        table[:, Column.C_X] = self._buffer("posterior_mean_coef2")
+        rows = self._rows(range(self.diffusion.num_timesteps), objective)
+        rows.ancestral((self._buffer("posterior_mean_coef1"), self._buffer("posterior_mean_coef2")))
         small = self._buffer("posterior_log_variance_clipped")
         if self.learned:
-            large = self._buffer("betas").log()
-            table[:, Column.L_0] = (large + small) / 2
-            table[:, Column.L_1] = (large - small) / 2
-            table[:, Column.SIGMA] = 1
+            rows.learned(small, self._buffer("betas").log(), True)
         else:
-            table[:, Column.SIGMA] = (small / 2).exp()
-        return table.flip(0)
+            rows.noised((small / 2).exp())
+        return rows.table.flip(0)
 
     def _implicit(self, objective: str, times: tuple[int, ...], eta: float) -> Tensor:
         """DDIM from each of ``times`` to the next; -1 is the x0 that was predicted.
@@ -312,41 +307,35 @@ class FastDiffusion(Fast):
         At eta = 1 the difference under the root of c cancels: they take it in the dtype of the
         buffers, so that half its digits are rounding where abar_t is small.
         """
-        table = self._rows(times[:-1], objective)
+        rows = self._rows(times[:-1], objective)
         abar = self._buffer("alphas_cumprod")
         if self.strict:
             abar = abar.to(self.diffusion.alphas_cumprod.dtype)
-        signal = self._buffer("sqrt_recip_alphas_cumprod")
-        noise = self._buffer("sqrt_recipm1_alphas_cumprod")
-        for row, (t, s) in zip(table, pairwise(times), strict=True):
-            if s < 0:
-                row[Column.C_0] = 1
-                continue
-            a, b = abar[t], abar[s]
-            sigma = eta * ((1 - a / b) * (1 - b) / (1 - a)).sqrt()
-            c = (1 - b - sigma**2).sqrt()
-            # eps = (signal x - x0) / noise, in which signal is 1 / sqrt(abar)
-            row[Column.C_X] = c * signal[t] / noise[t]
-            row[Column.C_0] = b.double().sqrt() - c / noise[t]
-            row[Column.SIGMA] = sigma
-        return table
+        ends = torch.tensor(times[1:], device="cpu")
+        a, b = abar[list(times[:-1])], torch.where(ends < 0, 1.0, abar[ends])
+        sigma = eta * ((1 - a / b) * (1 - b) / (1 - a)).sqrt()
+        direction = torch.where(ends < 0, 0.0, (1 - b - sigma**2).sqrt())
+        rows.implicit(b.double().sqrt(), direction, torch.where(ends < 0, 0.0, sigma), True)
+        return rows.table
 
-    def _rows(self, times: Sequence[int], objective: str) -> Tensor:
-        """Rows that say what the output means and that x0 is clipped: float64 [len(times), 16]."""
+    def _rows(self, times: Sequence[int], objective: str) -> Rows:
+        """Rows that say what the output means and that x0 is clipped, at ``times``."""
         at = list(times)
-        table = torch.zeros(len(at), COLUMNS, dtype=torch.float64)
-        table[:, Column.TIMESTEP] = torch.tensor(at, dtype=torch.float64)
-        table[:, Column.CLIP] = table[:, Column.GUIDANCE] = 1
+        scale = Scale.of_reciprocals(
+            self._buffer("sqrt_recip_alphas_cumprod")[at],
+            self._buffer("sqrt_recipm1_alphas_cumprod")[at],
+        )
+        rows = Rows(torch.tensor(at, device="cpu"), None, None, 1.0, scale)
         # their p_mean_variance with a learned variance takes any output for epsilon
         if objective == "pred_noise" or self.learned:
-            table[:, Column.P_X] = self._buffer("sqrt_recip_alphas_cumprod")[at]
-            table[:, Column.P_O] = -self._buffer("sqrt_recipm1_alphas_cumprod")[at]
+            rows.predict("epsilon")
         elif objective == "pred_v":
-            table[:, Column.P_X] = self._buffer("sqrt_alphas_cumprod")[at]
-            table[:, Column.P_O] = -self._buffer("sqrt_one_minus_alphas_cumprod")[at]
+            rows.signal = self._buffer("sqrt_alphas_cumprod")[at]
+            rows.noise = self._buffer("sqrt_one_minus_alphas_cumprod")[at]
+            rows.predict("v_prediction")
         else:
-            table[:, Column.P_O] = 1
-        return table
+            rows.predict("sample")
+        return rows
 
     def _abar(self) -> Tensor:
         """abar in float64 with both square roots as exact as their buffers have them."""

@@ -85,7 +85,7 @@ def inversion_table(
     else:
         starts = [1.0, *(float(abar[t]) for t in up[:-1])]
         legs = [(t, a, float(abar[t])) for t, a in zip(up, starts, strict=True)]
-    t, a, b = torch.tensor(legs, dtype=torch.float64).reshape(-1, 3).unbind(1)
+    t, a, b = torch.tensor(legs, dtype=torch.float64, device=abar.device).reshape(-1, 3).unbind(1)
     steps = Steps(schedule, update, t.long(), a, b)
     nothing = torch.zeros_like(a)
     steps.implicit(drift=nothing, sigma=nothing)

@@ -9,13 +9,18 @@ so that the coefficients are theirs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stepfuse.kernels.step_row import COLUMNS, Column
 
+T = TypeVar("T", Tensor, npt.NDArray[np.float64])
 SMALLEST_VARIANCE = 1e-20  # what stands for 0 before a logarithm is taken
 
 
@@ -46,18 +51,18 @@ class Scale:
         return self.x / self.x0, -self.eps / self.x0
 
 
-def posterior_mean(
-    a: Tensor, b: Tensor, alpha: Tensor | None = None, beta: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def posterior_mean(a: T, b: T, alpha: T | None = None, beta: T | None = None) -> tuple[T, T]:
     """(c_0, c_x) of the mean c_0 x0 + c_x x of q(x_s | x_t, x_0), DDPM eq. 7.
 
         c_0 = sqrt(b) beta / (1 - a)      c_x = sqrt(alpha) (1 - b) / (1 - a)
 
-    with alpha = a / b and beta = 1 - alpha unless they are given. Not finite at a = 1.
+    with alpha = a / b and beta = 1 - alpha unless they are given. Not finite at a = 1. Arrays of
+    NumPy give arrays: its square root and PyTorch's differ in the last bit.
     """
     alpha = a / b if alpha is None else alpha
     beta = 1 - alpha if beta is None else beta
-    return b.sqrt() * beta / (1 - a), alpha.sqrt() * (1 - b) / (1 - a)
+    root: Callable[[Any], Any] = np.sqrt if isinstance(a, np.ndarray) else torch.sqrt
+    return root(b) * beta / (1 - a), root(alpha) * (1 - b) / (1 - a)
 
 
 def posterior_variance(a: Tensor, b: Tensor) -> Tensor:
@@ -106,10 +111,11 @@ class Rows:
         mean           (o - c_x x) / c_0                 with ``mean`` = (c_0, c_x)
         """
         self.prediction_type = prediction_type
+        zero = torch.zeros_like(self.signal)
         if prediction_type == "epsilon":
             p_x, p_o = self.scale.x0_of_epsilon()
         elif prediction_type == "sample":
-            p_x, p_o = torch.zeros(()), torch.ones(())
+            p_x, p_o = zero, zero + 1
         elif prediction_type == "v_prediction":
             p_x, p_o = self.signal, -self.noise
         else:
@@ -148,8 +154,8 @@ class Rows:
         else:
             p_x, p_o = self.table[:, Column.P_X], self.table[:, Column.P_O]
             own = weight * (x_w - x0_w * p_x) / eps_w, -(weight * x0_w * p_o / eps_w)
-        again = torch.as_tensor(rederive)
-        there = torch.as_tensor(True) if where is None else where
+        again = torch.as_tensor(rederive, device=zero.device)
+        there = torch.ones_like(zero, dtype=torch.bool) if where is None else where
         for column, rederived, of_model in (
             (Column.C_X, weight * x_w / eps_w, own[0]),
             (Column.C_O, zero, own[1]),

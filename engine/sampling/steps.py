@@ -42,9 +42,9 @@ class Steps:
         ``final_alpha_one=False``.
         """
         abar = schedule.alphas_cumprod
-        t = torch.tensor(list(timesteps), dtype=torch.int64)
+        t = torch.tensor(list(timesteps), dtype=torch.int64, device=abar.device)
         a = abar[t]
-        end = torch.ones(1, dtype=torch.float64) if update.final_alpha_one else abar[:1]
+        end = torch.ones_like(abar[:1]) if update.final_alpha_one else abar[:1]
         b = torch.cat([a[1:], end])
         for i, start in enumerate(timesteps):
             if a[i] == 0 and update.prediction_type in ("epsilon", "mean"):
@@ -62,7 +62,7 @@ class Steps:
     @property
     def last(self) -> Tensor:
         """True in the last step alone."""
-        return torch.arange(len(self.t)) == len(self.t) - 1
+        return torch.arange(len(self.t), device=self.t.device) == len(self.t) - 1
 
     @property
     def posterior_variance(self) -> Tensor:
@@ -112,7 +112,7 @@ class Steps:
         """(c_0, c_x) of the training chain, which a model that predicts the mean speaks of."""
         if self.update.prediction_type != "mean":
             return None
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod])
+        abar = torch.cat([torch.ones_like(self.a[:1]), schedule.alphas_cumprod])
         c_0, c_x = _mean(self.a, abar[self.t])
         if bool((c_0 == 0).any()):
             raise ValueError(
@@ -138,7 +138,7 @@ def posterior_log_variance(
     reference implementations of DDPM and ADM), "clamp" takes 1e-20 (diffusers, lucidrains).
     """
     a = schedule.alphas_cumprod[list(timesteps)]
-    b = torch.cat([a[1:], torch.ones(1, dtype=torch.float64)])
+    b = torch.cat([a[1:], torch.ones_like(a[:1])])
     variance = (1 - b) / (1 - a).clamp_min(SMALLEST_VARIANCE) * (1 - a / b)
     if at_zero == "next" and len(variance) > 1:
         variance[-1] = variance[-2]

@@ -12,7 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers.scheduler_base import NoisingScheduler
-from stepfuse.engine.adapters.diffusers.scheduler_rows import ddim_rows, variance
+from stepfuse.engine.adapters.diffusers.scheduler_rows import ddim_rows
+from stepfuse.engine.sampling.rows import posterior_variance
 
 
 class DDIMScheduler(NoisingScheduler):
@@ -79,7 +80,7 @@ class DDIMScheduler(NoisingScheduler):
         """sigma^2 at eta = 1 from ``timestep`` to ``prev_timestep`` (DDIM, eq. 16)."""
         abar = self.alphas_cumprod
         end = abar[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
-        return variance(abar[timestep], end)
+        return posterior_variance(abar[timestep], end)
 
     def step(
         self,

@@ -9,21 +9,20 @@ Below, a = abar where the step starts and b = abar where it ends, CPU tensors [S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from stepfuse.kernels.step_row import COLUMNS, Column
+from stepfuse.engine.sampling.rows import (
+    SMALLEST_VARIANCE,
+    Rows,
+    posterior_mean,
+    posterior_variance,
+)
+from stepfuse.kernels.step_row import Column
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-_SMALLEST_VARIANCE = 1e-20
-
-
-def variance(a: Tensor, b: Tensor) -> Tensor:
-    """beta~ = (1 - b) / (1 - a) (1 - a / b): the variance of the posterior (DDPM, eq. 7)."""
-    return (1 - b) / (1 - a) * (1 - a / b)
 
 
 def ddim_rows(
@@ -39,12 +38,10 @@ def ddim_rows(
 
     ``clipped`` re-derives epsilon from the clipped x0 (``use_clipped_model_output``).
     """
-    sigma = eta * variance(a, b).sqrt()
+    sigma = eta * posterior_variance(a, b).sqrt()
     rows = _start(t, a, b, prediction_type, clip)
-    _add_epsilon(rows, (1 - b - sigma**2).sqrt(), prediction_type, clipped)
-    rows[:, Column.C_0] += rows[:, Column.SIGNAL_NEXT]
-    rows[:, Column.SIGMA] = sigma
-    return rows
+    rows.implicit(b.sqrt(), (1 - b - sigma**2).sqrt(), sigma, clipped)
+    return rows.table
 
 
 def inverse_rows(
@@ -52,9 +49,8 @@ def inverse_rows(
 ) -> Tensor:
     """Rows of DDIM read upward: x at a, the model evaluated at t, the result at b."""
     rows = _start(t, a, b, prediction_type, clip)
-    _add_epsilon(rows, rows[:, Column.NOISE_NEXT], prediction_type, clipped=False)
-    rows[:, Column.C_0] += rows[:, Column.SIGNAL_NEXT]
-    return rows
+    rows.implicit(b.sqrt(), (1 - b).sqrt(), 0.0, False)
+    return rows.table
 
 
 def ddpm_rows(
@@ -66,57 +62,24 @@ def ddpm_rows(
     the line from that output to the log variance ("learned_range", improved DDPM eq. 15).
     """
     rows = _start(t, a, b, prediction_type, clip)
-    alpha = a / b
-    rows[:, Column.C_0] = b.sqrt() * (1 - alpha) / (1 - a)
-    rows[:, Column.C_X] = alpha.sqrt() * (1 - b) / (1 - a)
-    small, large = variance(a, b).clamp(min=_SMALLEST_VARIANCE), 1 - alpha
+    rows.ancestral(posterior_mean(a, b))
+    small, large = posterior_variance(a, b).clamp(min=SMALLEST_VARIANCE), 1 - a / b
     fixed = large if variance_type.startswith("fixed_large") else small
-    rows[:, Column.VARIANCE] = fixed
-    if variance_type == "learned_range":
-        low, high = small.log(), large.log()
-        rows[:, Column.L_0], rows[:, Column.L_1] = (high + low) / 2, (high - low) / 2
-    elif variance_type == "learned":
-        rows[:, Column.L_1] = 1.0
-    rows[:, Column.SIGMA] = 1.0 if variance_type.startswith("learned") else fixed.sqrt()
-    return rows
+    rows.noised(fixed.sqrt(), fixed)
+    if variance_type.startswith("learned"):
+        rows.learned(small.log(), large.log(), variance_type == "learned_range")
+    return rows.table
 
 
-def _start(t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | None) -> Tensor:
+def _start(t: Tensor, a: Tensor, b: Tensor, prediction_type: str, clip: float | None) -> Rows:
     """Rows that know where they are and how x0 is predicted, and do not move x yet."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}"
         )
-    rows = torch.zeros(len(t), COLUMNS, dtype=torch.float64, device=t.device)
-    rows[:, Column.TIMESTEP] = t
-    rows[:, Column.CLIP] = math.inf if clip is None else clip
-    rows[:, Column.GUIDANCE] = 1.0
-    rows[:, Column.SIGNAL], rows[:, Column.NOISE] = a.sqrt(), (1 - a).sqrt()
-    rows[:, Column.SIGNAL_NEXT], rows[:, Column.NOISE_NEXT] = b.sqrt(), (1 - b).sqrt()
-    signal, noise = rows[:, Column.SIGNAL], rows[:, Column.NOISE]
-    if prediction_type == "epsilon":
-        rows[:, Column.P_X], rows[:, Column.P_O] = 1 / signal, -noise / signal
-    elif prediction_type == "sample":
-        rows[:, Column.P_O] = 1.0
-    else:
-        rows[:, Column.P_X], rows[:, Column.P_O] = signal, -noise
+    rows = Rows(t, a, b, clip)
+    rows.predict(prediction_type)
     return rows
-
-
-def _add_epsilon(rows: Tensor, weight: Tensor, prediction_type: str, clipped: bool) -> None:
-    """Add ``weight`` eps, the model's own or, ``clipped``, that of the clipped x0."""
-    signal, noise = rows[:, Column.SIGNAL], rows[:, Column.NOISE]
-    if clipped:
-        rows[:, Column.C_X] += weight / noise
-        rows[:, Column.C_0] -= weight * signal / noise
-    elif prediction_type == "epsilon":
-        rows[:, Column.C_O] += weight
-    elif prediction_type == "sample":
-        rows[:, Column.C_X] += weight / noise
-        rows[:, Column.C_O] -= weight * signal / noise
-    else:
-        rows[:, Column.C_X] += weight * noise
-        rows[:, Column.C_O] += weight * signal
 
 
 def plain_step(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.engine.adapters.diffusers_models import SAME, build, call, counted, least_unet2d, psnr
+from tests.engine.compile.networks import BFLOAT16_LAYERS
 
 import stepfuse as sf
 from stepfuse.engine.adapters.diffusers import accelerate, explain, restore
@@ -66,7 +67,8 @@ def test_twice_is_harmless_and_the_last_options_hold(pipe: Any) -> None:
     assert pipe.scheduler.strict
     assert not accelerate(pipe, strict=False).scheduler.strict
     accelerate(pipe, dtype=torch.bfloat16)
-    assert psnr(call(pipe), before) < 70
+    # float32 goes on where it is faster, as on processors without bfloat16
+    assert psnr(call(pipe), before) < 70 or not BFLOAT16_LAYERS
     accelerate(pipe, optimize=False)
     assert "forward" not in vars(pipe.unet)
     assert "optimize=False" in explain(pipe)

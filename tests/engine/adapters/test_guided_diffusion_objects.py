@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.engine.adapters import guided_diffusion_oracle as oracle
 from tests.engine.adapters.guided_diffusion_case import SHAPE, Network, betas, compare, diffusion
+from tests.engine.compile.networks import BFLOAT16_LAYERS
 from torch import Tensor
 
 import stepfuse as sf
@@ -232,7 +233,9 @@ def test_bfloat16() -> None:
     d, model = diffusion(), network()
     plain = images(d, model)
     error = float((images(sf.accelerate(d, dtype=torch.bfloat16), model) - plain).square().mean())
-    assert 1e-12 < error < 4e-3  # images in [-1, 1]: more than 30 dB, in another arithmetic
+    assert error < 4e-3  # images in [-1, 1]: more than 30 dB
+    # in another arithmetic, but where float32 is faster, as on processors without bfloat16
+    assert error > 1e-12 or not BFLOAT16_LAYERS
 
 
 def test_weights_changed_afterwards() -> None:

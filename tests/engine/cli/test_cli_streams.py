@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests import signalled
 from tests.engine.cli.cli_case import process, sample
 from tests.signalled import start
 
@@ -144,11 +145,8 @@ def test_a_signal_ends_sampling(tiny: str, number: int, status: int) -> None:
         "images.encode_png = slow\n"
         "sys.exit(run(sys.argv[1:]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *SAMPLE, "-m", tiny, "-n", "3", "-o", "images/"],
-        capture_output=True,
-        text=True,
-        timeout=120,
+    done = signalled.run(
+        [sys.executable, "-c", script, *SAMPLE, "-m", tiny, "-n", "3", "-o", "images/"], timeout=120
     )
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr == "error: interrupted; no file was left half-written\n"

@@ -15,12 +15,13 @@ from stepfuse.engine.compile.tracing.trace import Traced, trace
 from stepfuse.engine.networks.unet import UNet, UNetConfig
 
 # float32 and bfloat16, where oneDNN has layers for it: with AVX-512, or AVX-NE-CONVERT
+BFLOAT16_LAYERS: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ONEDNN_DTYPES = [
     None,
     pytest.param(
         torch.bfloat16,
         marks=pytest.mark.skipif(
-            not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            not BFLOAT16_LAYERS,
             reason="needs a CPU with AVX-512 or AVX-NE-CONVERT",
         ),
     ),
