@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepfuse.kernels.backends import FLOAT_DTYPES
 from stepfuse.kernels.checks import (
     as_integer,
     as_number,
@@ -26,7 +27,7 @@ from stepfuse.kernels.checks import (
 from stepfuse.kernels.limits import check_seed
 
 PathLike = str | os.PathLike[str]
-PRECISIONS = (None, torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = (None, *FLOAT_DTYPES)
 
 
 def check_words(name: str, values: Any, accepted: Collection[str]) -> tuple[str, ...]:
