@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from stepfuse.bench.loops import Draws, Loop, SamplerLoop, generator_noise
+from stepfuse.bench.loops import Draws, Loop, generator_noise
 from stepfuse.bench.record import Verified
 from stepfuse.bench.workload import Workload
 from stepfuse.engine.export.parity import compare
+from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.engine.sampling.plain_loop import plain_loop
+from stepfuse.kernels import philox
 
 # images in [-1, 1]: float32 sums in another order, through S clipped steps
 MOST_DIFFERENCE = 2e-3
@@ -19,7 +23,7 @@ LEAST_PSNR = 25.0
 
 
 class Reference:
-    """The images of the eager float32 network and the reference update, by PyTorch's formulas."""
+    """The images of the eager float32 network in the loop that the papers describe."""
 
     def __init__(self, workload: Workload, batch: int) -> None:
         self.workload, self.batch = workload, batch
@@ -28,16 +32,33 @@ class Reference:
     def images(self, draws: Draws) -> Tensor:
         """From the same x_T and, where eta > 0, with the noise of `Sampler` or of a generator."""
         if draws not in self._images:
-            noise = generator_noise(self.workload, self.batch) if draws == "generator" else None
-            sampler = self.workload.sampler(
-                self.workload.network,
-                steps=self.workload.spec.steps,
-                graph=None,
-                backend="reference",
-            )
-            loop = SamplerLoop(self.workload, self.batch, sampler)
-            self._images[draws] = loop.images(noise)
+            workload, settings = self.workload, dict(self.workload.sampler_settings)
+            del settings["spacing"]  # of the timesteps
+            with torch.no_grad():
+                self._images[draws] = plain_loop(
+                    self._model,
+                    workload.schedule,
+                    workload.timesteps,
+                    workload.x_T(self.batch),
+                    self._noise(draws),
+                    **settings,
+                )
         return self._images[draws]
+
+    def _model(self, x: Tensor, t: Tensor) -> Tensor:
+        workload = self.workload
+        return Denoiser(workload.network)(x, t.to(x.device), workload.condition(self.batch))
+
+    def _noise(self, draws: Draws) -> Callable[[int], Tensor]:
+        workload = self.workload
+        if draws == "generator":
+            drawn = generator_noise(workload, self.batch)
+            zeros = torch.zeros_like(workload.x_T(self.batch))
+            return lambda t: zeros if drawn is None else drawn[workload.timesteps.index(t)]
+        numbers = torch.arange(self.batch, device=workload.device)
+        return lambda t: philox.normal(
+            workload.spec.seed, numbers, t, tuple(workload.shape), "reference"
+        )
 
     def check(self, loop: Loop, dtype: str) -> tuple[Verified | None, str]:
         """What was found, and why it may not be timed; empty where it may."""

@@ -19,6 +19,7 @@ from stepfuse.bench.candidates import LIBRARIES, chosen, entry, libraries
 from stepfuse.bench.loops import why_no_scheduler
 from stepfuse.bench.verify import MOST_DIFFERENCE, Reference, compared
 from stepfuse.bench.workload import Spec, Workload
+from stepfuse.engine.sampling.sampler import Sampler
 
 STEPS = 4
 
@@ -83,18 +84,19 @@ def test_another_number_of_steps_is_that_of_the_reference(tiny: str) -> None:
 
 
 def test_the_reference_is_another_computation(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its update is PyTorch's formula, not the kernel that is timed."""
-    asked = []
+    """It asks neither the sampler nor the kernel that are timed."""
     work = workload(tiny)
-    sampler = work.sampler
+    exact = Reference(work, 1).images("philox")
 
-    def spied(model: Any, **settings: Any) -> Any:
-        asked.append(settings)
-        return sampler(model, **settings)
+    def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the reference asked what it is compared with")
 
-    monkeypatch.setattr(work, "sampler", spied)
-    Reference(work, 1).images("philox")
-    assert asked == [{"steps": STEPS, "graph": None, "backend": "reference"}]
+    monkeypatch.setattr(work, "sampler", asked)
+    monkeypatch.setattr(Sampler, "sample", asked)
+    monkeypatch.setattr("stepfuse.engine.sampling.program.denoise_step", asked)
+    again = Reference(work, 1).images("philox")
+    assert torch.equal(again, exact)
+    assert tuple(exact.shape) == (1, *work.shape)
 
 
 class Wrong:
