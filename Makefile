@@ -66,6 +66,9 @@ bench-kernels: $(VENV)/benched
 	@$(BIN)/python -m stepfuse.bench.bench_denoise_step
 	@$(BIN)/python -m stepfuse.bench.bench_add_noise
 	@$(BIN)/python -m stepfuse.bench.bench_philox
+	@$(BIN)/python -m stepfuse.bench.bench_convolve
+	@$(BIN)/python -m stepfuse.bench.bench_attention
+	@$(BIN)/python -m stepfuse.bench.bench_concatenate
 	@$(BIN)/python -m stepfuse.bench.roofline
 
 bench-sampler: $(VENV)/benched

@@ -128,6 +128,15 @@ def assert_close(found: Tensor, exact: Tensor, absolute: float, what: str) -> No
     assert worst <= absolute, f"{what}: off by {worst:.3g}, allowed {absolute:.3g}: not timed"
 
 
+def assert_near(found: Tensor, exact: Tensor, relative: float, what: str) -> None:
+    """The L2 distance of ``found`` from ``exact`` is within ``relative`` of the norm of ``exact``.
+
+    For sums of many terms, of which single ones may cancel.
+    """
+    error = float((found.double() - exact).norm() / exact.norm())
+    assert error <= relative, f"{what}: off by {error:.3g}, allowed {relative:.3g}: not timed"
+
+
 def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
     """The command line of a benchmark: measure the cases, print the table, keep the samples.
 

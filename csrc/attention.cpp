@@ -156,7 +156,7 @@ class Heads {
 
 }  // namespace
 
-void attend(const Attention& a, int threads) {
+void attention(const Attention& a, int threads) {
   if (a.samples * a.heads * a.queries * a.keys * a.width * a.values == 0) return;
   if (a.dtype == DType::f32) Heads<float>(a).run(threads);
 #if defined(STEPFUSE_AVX512)

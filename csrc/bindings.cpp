@@ -218,6 +218,9 @@ void bind_convolve(py::module_& m) {
         run(a.samples * a.height * a.width * a.channels * a.filters,
             [&] { convolve(a, threads); });
       });
+}
+
+void bind_concatenate(py::module_& m) {
   m.def("concatenate", [](const std::vector<std::pair<uintptr_t, int64_t>>& parts, uintptr_t out,
                           int64_t pixels, int threads) {
     Concatenate a{{}, pointer<void>(out), pixels};
@@ -228,17 +231,20 @@ void bind_convolve(py::module_& m) {
     }
     run(bytes, [&] { concatenate(a, threads); });
   });
+}
+
+void bind_attention(py::module_& m) {
   // an operand: its address and three strides; sizes: samples, heads, queries, keys, width, values
-  m.def("attend", [](const std::array<int64_t, 4>& q, const std::array<int64_t, 4>& k,
-                     const std::array<int64_t, 4>& v, const std::array<int64_t, 4>& out, int dtype,
-                     const std::array<int64_t, 6>& sizes, float scale, int threads) {
+  m.def("attention", [](const std::array<int64_t, 4>& q, const std::array<int64_t, 4>& k,
+                        const std::array<int64_t, 4>& v, const std::array<int64_t, 4>& out,
+                        int dtype, const std::array<int64_t, 6>& sizes, float scale, int threads) {
     const auto operand = [](const std::array<int64_t, 4>& o) {
       return Attention::Operand{pointer<void>(static_cast<uintptr_t>(o[0])), o[1], o[2], o[3]};
     };
     const Attention a{operand(q), operand(k), operand(v), operand(out), static_cast<DType>(dtype),
                       sizes[0],   sizes[1],   sizes[2],   sizes[3],     sizes[4],
                       sizes[5],   scale};
-    run(sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4], [&] { attend(a, threads); });
+    run(sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4], [&] { attention(a, threads); });
   });
 }
 
@@ -251,4 +257,6 @@ PYBIND11_MODULE(STEPFUSE_MODULE, m) {
   bind_denoise_step(m);
   bind_group_norm_silu(m);
   bind_convolve(m);
+  bind_concatenate(m);
+  bind_attention(m);
 }

@@ -1,4 +1,5 @@
-// Convolutions and linear layers as products with packed filters: kernels/convolve.py.
+// Convolutions and linear layers as products with packed filters: kernels/convolve.py; what is
+// packed, and how: kernels/filters.py.
 #pragma once
 
 #include <cstdint>
@@ -49,19 +50,5 @@ struct Convolution {
   const GroupNorm* norm;  // what x goes through first, or null; channels-last, of the same images
 };
 void convolve(const Convolution&, int threads);
-
-// out = softmax(scale q k^T) v for every sample and head.
-struct Attention {
-  struct Operand {
-    const void* data;                // [samples, heads, positions, width], last stride 1
-    int64_t sample, head, position;  // strides, in elements
-  };
-  Operand q, k, v, out;
-  DType dtype;  // f32 or bf16
-  int64_t samples, heads, queries, keys;
-  int64_t width, values;  // of q and k; of v and out. Even in bfloat16
-  float scale;
-};
-void attend(const Attention&, int threads);
 
 }  // namespace stepfuse

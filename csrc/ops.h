@@ -93,7 +93,22 @@ struct GroupNormGradients {
 };
 void group_norm_silu_backward(const GroupNorm&, const GroupNormGradients&, int threads);
 
-// Images side by side in their channels: pixel after pixel, the bytes of each part.
+// softmax(scale q k^T) v for every sample and head; see kernels/reference/attention.py.
+struct Attention {
+  struct Operand {
+    const void* data;                // [samples, heads, positions, width], last stride 1
+    int64_t sample, head, position;  // strides, in elements
+  };
+  Operand q, k, v, out;
+  DType dtype;  // f32 or bf16
+  int64_t samples, heads, queries, keys;
+  int64_t width, values;  // of q and k; of v and out. Even in bfloat16
+  float scale;
+};
+void attention(const Attention&, int threads);
+
+// Images side by side in their channels: pixel after pixel, the bytes of each part; see
+// kernels/reference/concatenate.py.
 struct Concatenate {
   struct Part {
     const void* data;  // [pixels][bytes]

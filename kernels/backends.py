@@ -7,7 +7,9 @@ Every op has up to three implementations with one contract, each in its own fold
     kernels/triton/<op>.py      Triton, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
 
 ``resolve("auto", device)`` takes C++ for CPU tensors and Triton for CUDA tensors, and falls back to
-the reference where those are not installed; asking for a backend by name never falls back.
+the reference where those are not installed; asking for a backend by name never falls back. What
+compiled networks call on the CPU (convolve, attention, concatenate) has no choice of backend, and
+none with Triton.
 
 What a backend's ``run`` may rely on, and need not check: shapes agree and everything is on one
 device; int64 tensors and tables are contiguous; tensors with the spatial dimensions of x, results

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,13 @@ from stepfuse.kernels.checks import (
 from stepfuse.kernels.layout import as_images, buffer_for, cast, laid_out, layout_of, resolved
 from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.reference.group_norm_silu import formula
-from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
+from stepfuse.kernels.registration import (
+    OperatorCall,
+    define,
+    eager,
+    raise_versions,
+    records_gradient,
+)
 
 
 def group_norm_silu(
@@ -70,7 +77,7 @@ def group_norm_silu(
     tensors = (x, weight, bias, scale, shift, add)
     args = (x, weight, bias, groups, eps, scale, shift, add, act == "silu", backend)
     if out is None:
-        call = _functional if eager(*tensors) else _OP
+        call = _functional if eager(*tensors) else OP
         y: Tensor = call(*args)
         return y
     if records_gradient(tensors):
@@ -83,6 +90,22 @@ def group_norm_silu(
     else:
         _OP_OUT(*args, out=out)
     return out
+
+
+@dataclass(frozen=True)
+class GroupNormCall(OperatorCall):
+    """The arguments of the operator by name, as a graph's nodes or as tensors."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    groups: int
+    eps: float = 1e-5
+    scale: Any = None
+    shift: Any = None
+    add: Any = None
+    silu: bool = True
+    backend: str = "auto"
 
 
 def _check(
@@ -183,6 +206,13 @@ def _functional(x: Tensor, *args: Any) -> Tensor:
     out = torch.empty_like(x)
     _write(out, x, *args)
     return out
+
+
+def _direct(*args: Any) -> Tensor:
+    """The operator, which skips the dispatcher where nobody watches it."""
+    *shared, silu, backend = args
+    call: Callable[..., Tensor] = group_norm_silu
+    return call(*shared, "silu" if silu else "none", backend)
 
 
 def _write_out(*args: Any, out: Tensor) -> None:
@@ -328,12 +358,13 @@ _INPUTS = (
     "Tensor? scale, Tensor? shift, Tensor? add, bool silu, str backend"
 )
 
-_OP = define(
+OP = define(
     f"group_norm_silu(Tensor x, {_INPUTS}) -> Tensor",
     _functional,
     lambda x, *args: torch.empty_like(x),
     setup=_setup,
     backward=_backward,
+    direct=lambda: _direct,
 )
 _OP_OUT = define(
     f"group_norm_silu_out(Tensor x, {_INPUTS}, *, Tensor(a!) out) -> ()",

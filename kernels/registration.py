@@ -1,24 +1,47 @@
 """How an op becomes a PyTorch operator, and when a call may skip the dispatcher.
 
-Each op is registered in the ``stepfuse`` namespace: a schema, one implementation for CPU and CUDA
-tensors (which picks the backend by name), a fake, and a gradient. Compilers, exporters, recorders
-and autograd see that operator, one call an update. A plain eager call needs none of it, and the
-dispatcher's way there and back costs more than a small update, so `eager` says when an op may run
-its kernel at once.
+Each op is registered in the ``stepfuse`` namespace: a schema, one implementation for the tensors of
+its devices (which picks the backend by name), a fake, and a gradient. Compilers, exporters,
+recorders and autograd see that operator, one call an update. A plain eager call needs none of it,
+and the dispatcher's way there and back costs more than a small update, so `eager` says when an op
+may run its kernel at once, and `Operator` what a straight line of recorded calls may call instead.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "stepfuse"
-# owns the schemas as long as the process runs
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+NAMESPACE = "stepfuse"  # of what is computed in kernels/, each op in files of its name
+Device = Literal["CPU", "CUDA"]
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass (fake, functional, distributed) wants dispatch
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of an operator beside what PyTorch keeps of it.
+
+    Args:
+        module: where it is defined.
+        devices: whose tensors it takes.
+        direct: makes what may be called in its stead at one place of a straight line of calls,
+            where nobody watches: with the same arguments and the same result.
+        blank: a tensor without memory that is laid out like a result, where the direct call takes
+            ``out``: a tensor like it to put the result into.
+    """
+
+    module: str
+    devices: Sequence[Device]
+    direct: Callable[[], Callable[..., Any]] | None
+    blank: Callable[[Tensor], Tensor] | None
+
+
+OPERATORS: dict[Any, Operator] = {}  # by what `define` returned
 
 
 def define(
@@ -28,24 +51,61 @@ def define(
     *,
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    devices: Sequence[Device] = ("CPU", "CUDA"),
+    direct: Callable[[], Callable[..., Any]] | None = None,
+    blank: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Register ``schema`` ("op(Tensor x) -> Tensor") and return the operator to call.
 
-    ``run`` serves CPU and CUDA tensors, ``fake`` gives the shapes, ``setup`` and ``backward`` are
-    those of `torch.library.register_autograd`. A ``run`` that writes into its arguments raises
-    their versions itself, and each has its tensors `resolved`.
+    ``run`` serves the tensors of ``devices``, ``fake`` gives the shapes, ``setup`` and ``backward``
+    are those of `torch.library.register_autograd`, ``direct`` and ``blank`` those of `Operator`. A
+    ``run`` that writes into its arguments raises their versions itself, and each has its tensors
+    `resolved`. An operator that no file in kernels/ computes has a namespace of its own before its
+    name: "mine::op(Tensor x) -> Tensor".
     """
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    name = schema[: schema.index("(")]
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    namespace, _, signature = schema.rpartition("::")
+    namespace = namespace or NAMESPACE
+    library = _library(namespace)
+    library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    name = signature[: signature.index("(")]
+    for device in devices:
+        library.impl(name, run, device)
     for key in ("Negative", "ZeroTensor"):  # the op's own to resolve, dispatched or not
-        _LIBRARY.impl(name, torch.library.fallthrough_kernel, key)  # type: ignore[no-untyped-call]
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        library.impl(name, torch.library.fallthrough_kernel, key)
+    qualified = f"{namespace}::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
+    made = getattr(getattr(torch.ops, namespace), name).default
+    OPERATORS[made] = Operator(run.__module__, devices, direct, blank)
+    return made
+
+
+@functools.cache
+def _library(namespace: str) -> Any:
+    """Owns the schemas of a namespace as long as the process runs."""
+    return torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+
+
+C = TypeVar("C", bound="OperatorCall")
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """The arguments of one call of an operator, by name.
+
+    Subclasses have a field for each argument, in the order of the schema. Values are tensors, or
+    nodes of a graph that stand for them.
+    """
+
+    @classmethod
+    def of(cls: type[C], arguments: Sequence[Any]) -> C:
+        """From the arguments in their order."""
+        return cls(*arguments)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """All arguments in their order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def raise_versions(tensors: Sequence[Tensor]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
+
+from stepfuse.kernels import registration
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 400  # lines
@@ -28,8 +32,56 @@ def sources() -> list[Path]:
     ]
 
 
-def test_the_ops_are_known() -> None:
-    assert OPS == ["add_noise", "denoise_step", "group_norm_silu", "philox"]
+def modules(*patterns: str) -> Iterator[str]:
+    """The names under which the files are imported."""
+    for pattern in patterns:
+        for path in sorted(ROOT.glob(pattern)):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield f"stepfuse.{name.removesuffix('.__init__')}"
+
+
+def operators() -> dict[str, registration.Operator]:
+    """Our operators by name, once everything is imported that may define one of them.
+
+    What stands for something else than a computation of ours has a namespace of its own.
+    """
+    for module in modules("kernels/*.py", "engine/compile/**/*.py", "engine/replay/*.py"):
+        importlib.import_module(module)
+    names = {target.name().split("::")[1]: target for target in registration.OPERATORS
+             if target.namespace == registration.NAMESPACE}  # fmt: skip
+    return {name: registration.OPERATORS[target] for name, target in names.items()}
+
+
+def owner(operator: str) -> str:
+    """The op that an operator belongs to: of its name, or with _out, _backward and the like."""
+    return next((op for op in OPS if operator == op or operator.startswith(f"{op}_")), "")
+
+
+def strays(homes: Mapping[str, str]) -> dict[str, str]:
+    """Of operators and the modules that define them, those that no op's own file defines."""
+    return {
+        operator: module
+        for operator, module in homes.items()
+        if not owner(operator) or module != f"stepfuse.kernels.{owner(operator)}"
+    }
+
+
+def test_every_operator_is_defined_by_an_op() -> None:
+    """As many as PyTorch knows of in our namespace, and one at least for every op."""
+    found = {name: operator.module for name, operator in operators().items()}
+    assert strays(found) == {}
+    assert {owner(name) for name in found} == set(OPS)
+    registered = torch._C._dispatch_get_all_op_names()
+    prefix = f"{registration.NAMESPACE}::"
+    assert {name.removeprefix(prefix) for name in registered if name.startswith(prefix)} == {*found}
+
+
+def test_an_operator_of_a_pass_has_no_home() -> None:
+    passes, home = "stepfuse.engine.compile.passes.shuffle", "stepfuse.kernels.convolve"
+    assert strays({"shuffle": passes, "convolve": home, "convolve_out": home}) == {
+        "shuffle": passes
+    }
+    assert strays({"convolve_shuffled": passes}) == {"convolve_shuffled": passes}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -37,7 +89,6 @@ def test_the_ops_are_known() -> None:
     "home",
     [
         "kernels/{op}.py",
-        "kernels/triton/{op}.py",
         "kernels/cpp/{op}.py",
         "csrc/{op}*",
         "tests/kernels/test_{op}.py",
@@ -46,6 +97,13 @@ def test_the_ops_are_known() -> None:
 )
 def test_every_op_has_a_home_everywhere(op: str, home: str) -> None:
     assert list(ROOT.glob(home.format(op=op))), home.format(op=op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_takes_cuda_tensors_has_a_home_with_triton(op: str) -> None:
+    own = [known for name, known in operators().items() if owner(name) == op]
+    on_cuda = any("CUDA" in known.devices for known in own)
+    assert (ROOT / "kernels" / "triton" / f"{op}.py").exists() == on_cuda
 
 
 def test_no_file_is_too_long() -> None:

@@ -13,12 +13,9 @@ from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.passes.convolution_forms import possible_forms
 from stepfuse.engine.compile.passes.prepack_convolutions import convolution_arguments, mkldnn, packs
 from stepfuse.engine.compile.stopwatch import best_times, blank_filters, filler, trial
-from stepfuse.kernels.convolve import (
-    NO_NORM,
-    Form,
-    convolve_eagerly,
-    why_not,
-)
+from stepfuse.kernels.convolve import convolve
+from stepfuse.kernels.filters import Form
+from stepfuse.kernels.products import why_not
 
 _REPEATS = 7  # a layer left in float32 by mistake costs the casts and copies around it
 _MARGIN = 1.2  # float32 must win clearly: staying in one dtype saves the casts around it
@@ -59,8 +56,8 @@ def _seconds(
     x = torch.zeros(x_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     if form is not None:
         u = blank_filters(w_shape, (form,), dtype)[form]
-        rest = (None, None, form, sizes[0][0], *NO_NORM)
-        return best_times([lambda: convolve_eagerly(x, u, *rest)], _REPEATS)[0]
+        rest = (None, None, form, sizes[0][0])
+        return best_times([lambda: convolve(x, u, *rest)], _REPEATS)[0]
     stride, padding, dilation = (list(size) for size in sizes)
     weight = filler(math.prod(w_shape), dtype).view(w_shape)
     packed = mkldnn._reorder_convolution_weight(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from stepfuse.engine.compile.heap import trim
 from stepfuse.kernels.checks import FLOATS
-from stepfuse.kernels.convolve import Form, filters_shape
+from stepfuse.kernels.filters import Form, filters_shape
 
 T = TypeVar("T")
 _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one process may count on

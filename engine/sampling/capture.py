@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.replay.workspace import Call, Plan, Workspace, may_alias
+from stepfuse.kernels.direct import blank, directly
 
 # frames that are not the reader's
 _QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
@@ -118,7 +119,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = f"{', '.join(pattern)}, = {call}"
         elif writes:
             call = f"{writes[0]} = {call}"
-        like = _blank(func, result) if writes else None
+        like = blank(func, result) if writes else None
         self._lines.append((call, Call(writes, reads, like is None and may_alias(func), like)))
         return result
 
@@ -131,7 +132,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         parts = [self._expression(a) for a in args]
         parts += [f"{k}={self._expression(v)}" for k, v in kwargs.items()]
-        return f"{self._bind(_shortest(func))}({', '.join(parts)})"
+        return f"{self._bind(directly(func))}({', '.join(parts)})"
 
     def _expression(self, value: Any) -> str:
         if isinstance(value, (list, tuple)):
@@ -166,24 +167,6 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         exec(compile(source, "<recorded step>", "exec"), self._bound)
         replay: Callable[[], None] = self._bound["replay"]
         return replay
-
-
-def _shortest(func: Any) -> Callable[..., Any]:
-    """What to call in a replay, which nobody watches."""
-    if func.namespace != "stepfuse":
-        return func._op  # type: ignore[no-any-return]  # skips a Python frame
-    from stepfuse.kernels.direct import directly  # only networks of ours need it
-
-    return directly(func)
-
-
-def _blank(func: Any, result: Any) -> Tensor | None:
-    """Where a replay may be told where to put ``result``: a tensor like it."""
-    if func.namespace != "stepfuse":
-        return None
-    from stepfuse.kernels.direct import blank
-
-    return blank(func, result)
 
 
 class CudaGraph:

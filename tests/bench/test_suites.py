@@ -126,6 +126,8 @@ raise SystemExit(pytest.main(chosen, plugins=[Listed()]))
     assert found.returncode == 0, found.stdout + found.stderr
     for name in ("bench_add_noise.py::test_add_noise", "bench_denoise_step.py::test_denoise_step",
                  "bench_group_norm_silu.py::test_group_norm_silu", "bench_philox.py::test_philox",
+                 "bench_convolve.py::test_convolve", "bench_attention.py::test_attention",
+                 "bench_concatenate.py::test_concatenate",
                  "suite_unet.py::test_unet[digits-1-float32]",
                  "suite_unet.py::test_unet[ddpm_cifar10-8-bfloat16]",
                  "suite_sampler.py::test_sampler[digits-1-captured]"):  # fmt: skip

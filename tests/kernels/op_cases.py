@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepfuse.kernels import backends
+from stepfuse.kernels import backends, products
 
 Mode = Literal["reference", "cpp", "interpreter", "sm_80", "sm_90"]
 COMPILED: tuple[Mode, ...] = ("reference", "cpp")
@@ -25,6 +25,14 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 SMALLEST_HALF = 2.0**-25  # half the smallest float16: what rounding a subnormal costs at most
 # Box-Muller in float32 against the definition in float64 (DESIGN: normals agree to 1e-6).
 NORMAL = 1e-6
+
+needs_module = pytest.mark.skipif(
+    bool(backends.why_not("cpp")), reason="needs the C++ module (a C++ compiler)"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    bool(products.why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)"
+)
+PRODUCT_DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16))
 
 Layout = Literal["contiguous", "channels_last", "transposed"]
 
@@ -105,6 +113,27 @@ class Poisoned:
         assert not self.tensor.isnan().any(), "some elements were not written"
         assert all(edge.isnan().all() for edge in self._edges), "memory around was written"
         return self.tensor
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Relative L2, in float64."""
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-3))
+
+
+@contextlib.contextmanager
+def in_threads(threads: int) -> Iterator[None]:
+    """Inside, torch and our module use that many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def negated(x: Tensor) -> Tensor:
+    """The values of x, as a view whose memory holds -x, in the order of x."""
+    return torch._neg_view(-x)
 
 
 @contextlib.contextmanager

@@ -15,19 +15,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from denoise_cases import VARIANTS, arguments, check
-from op_cases import NORMAL, Poisoned, assert_within
+from op_cases import NORMAL, Poisoned, assert_within, distance
 from torch import Tensor
 
 pytest.importorskip("stepfuse.kernels.cpp.module", reason="needs the C++ module (a C++ compiler)")
 
 from stepfuse.kernels import philox
 from stepfuse.kernels.add_noise import add_noise
-from stepfuse.kernels.attend import attend
-from stepfuse.kernels.concatenate import join
-from stepfuse.kernels.convolve import FORMS, NO_NORM, convolve, filters, fits, why_not
-from stepfuse.kernels.cpp.module import native
+from stepfuse.kernels.attention import attention
+from stepfuse.kernels.concatenate import concatenate
+from stepfuse.kernels.convolve import convolve
 from stepfuse.kernels.denoise_step import denoise_step
+from stepfuse.kernels.filters import FORMS, filters, fits
 from stepfuse.kernels.group_norm_silu import group_norm_silu
+from stepfuse.kernels.products import vector_channels, why_not
+from stepfuse.kernels.reference import attention as attention_reference
+from stepfuse.kernels.reference import convolve as convolve_reference
 from stepfuse.kernels.reference import group_norm_silu as group_norm_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,10 +88,6 @@ def normals(draw: random.Random, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def words(count: int) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,))
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-3))
 
 
 @seeded
@@ -209,7 +208,7 @@ def test_group_norm_silu_backward(draw: random.Random) -> None:
 @seeded
 @torch.no_grad()
 def test_convolve(draw: random.Random) -> None:
-    dtype, wide = draw.choice(PRODUCTS), native.wide
+    dtype, wide = draw.choice(PRODUCTS), vector_channels()
     n, h, w = draw.choice((1, 2, 3)), draw.choice((1, 2, 3, 4, 7, 9)), draw.choice((1, 2, 5, 6, 12))
     channels, results = (wide * draw.choice((1, 2, 3)) for _ in range(2))
     shape = torch.Size((n, channels, h, w))
@@ -221,22 +220,21 @@ def test_convolve(draw: random.Random) -> None:
     bias = torch.randn(results) if draw.random() < 0.5 else None
     split = channels - wide
     apart = split > 0 and draw.random() < 0.5
-    norm: tuple[Any, ...] = NO_NORM
-    seen = x.double()
+    norm: tuple[Any, ...] = (0, 1e-2, None, None, None, None, None, False)
     if draw.random() < 0.5:
         groups = draw.choice([g for g in (1, 2, 4, 8) if channels % g == 0])
         scale, shift, add = (modulation(draw, (n, channels)) for _ in range(3))
         norm = (groups, 1e-2, torch.randn(channels), None, scale, shift, add, True)
-        parts = [norm[2], None, groups, 1e-2, scale, shift, add]
-        doubled = [v.double() if isinstance(v, Tensor) else v for v in parts]
-        seen = group_norm_reference.formula(seen, *doubled, True)
-    if form == "enlarged":
-        seen = F.interpolate(seen, scale_factor=2.0, mode="nearest")
-    exact = F.conv2d(
-        seen, weight.double(), None if bias is None else bias.double(), stride, kernel // 2
-    )
-    residual = laid(draw, torch.randn(exact.shape).to(dtype)) if draw.random() < 0.5 else None
-    exact = exact if residual is None else exact + residual.double()
+
+    def exactly(residual: Tensor | None) -> Tensor:
+        given = (x, weight, bias, residual, form, stride, *norm)
+        wide = (v.double() if isinstance(v, Tensor) else v for v in given)
+        return convolve_reference.formula(*wide)
+
+    exact, residual = exactly(None), None
+    if draw.random() < 0.5:
+        residual = laid(draw, torch.randn(exact.shape).to(dtype))
+        exact = exactly(residual)
     u = filters(weight, form, dtype, plain=draw.random() < 0.5)
     images = (x[:, :split], x[:, split:]) if apart else (x, None)
     found = convolve(images[0], u, bias, residual, form, stride, *norm, images[1])
@@ -246,19 +244,19 @@ def test_convolve(draw: random.Random) -> None:
 @seeded
 @torch.no_grad()
 def test_linear(draw: random.Random) -> None:
-    dtype, wide = draw.choice(PRODUCTS), native.wide
+    dtype, wide = draw.choice(PRODUCTS), vector_channels()
     n, length = draw.choice((1, 2, 3)), draw.choice((1, 3, 12, 13, 65))
     channels, results = (wide * draw.choice((1, 2, 5)) for _ in range(2))
     x = laid(draw, torch.randn(n, length, channels).to(dtype))
     weight = torch.randn(results, channels) / channels**0.5
     exact = F.linear(x.double(), weight.double())
-    found = convolve(x, filters(weight, "dense", dtype), None, None, "dense", 1, *NO_NORM)
+    found = convolve(x, filters(weight, "dense", dtype))
     assert distance(found, exact) < RELATIVE[dtype]
 
 
 @seeded
 @torch.no_grad()
-def test_attend(draw: random.Random) -> None:
+def test_attention(draw: random.Random) -> None:
     dtype = draw.choice(PRODUCTS)
     n, heads = draw.choice((1, 2, 3)), draw.choice((1, 2, 3))
     queries, keys = (draw.choice((1, 2, 11, 12, 13, 33, 70)) for _ in range(2))
@@ -267,8 +265,8 @@ def test_attend(draw: random.Random) -> None:
     k = laid(draw, torch.randn(n, heads, keys, width).to(dtype))
     v = laid(draw, torch.randn(n, heads, keys, values).to(dtype))
     scale = draw.choice((1.0, width**-0.5))
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=scale)
-    assert distance(attend(q, k, v, scale), exact) < RELATIVE[dtype]
+    exact = attention_reference.formula(q.double(), k.double(), v.double(), scale)
+    assert distance(attention(q, k, v, scale), exact) < RELATIVE[dtype]
 
 
 @seeded
@@ -281,7 +279,7 @@ def test_concatenate(draw: random.Random) -> None:
         for _ in range(draw.choice((1, 2, 3, 4)))
     ]
     images = [image.to(dtype) for image in images]
-    assert torch.equal(join(images), torch.cat(images, 1))
+    assert torch.equal(concatenate(images), torch.cat(images, 1))
 
 
 if "libasan" in os.environ.get("LD_PRELOAD", ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepfuse.kernels import philox, registration
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.denoise_step import denoise_step
-from stepfuse.kernels.group_norm_silu import group_norm_silu
+from stepfuse.kernels.group_norm_silu import OP, GroupNormCall, group_norm_silu
 
 OPERATORS = torch.ops.stepfuse
 ABAR = torch.linspace(0.999, 0.001, 50, dtype=torch.float64)
@@ -312,3 +313,33 @@ def test_autocast_leaves_dtypes_alone() -> None:
         z = group_norm_silu(x.float(), weight, weight, 2)
     assert torch.equal(y, expected)
     assert z.dtype == torch.float32
+
+
+def test_an_operator_of_something_else_has_a_namespace_of_its_own() -> None:
+    made = registration.define(
+        "stepfuse_tests::twice(Tensor x) -> Tensor", _twice, torch.empty_like, devices=("CPU",)
+    )
+    assert made is torch.ops.stepfuse_tests.twice.default
+    assert torch.equal(made(torch.ones(2)), torch.full((2,), 2.0))
+    known = registration.OPERATORS[made]
+    assert (known.module, known.devices) == (__name__, ("CPU",))
+    assert known.direct is None
+    assert known.blank is None
+    kernels = [
+        torch._C._dispatch_has_kernel_for_dispatch_key(made.name(), key) for key in ("CPU", "CUDA")
+    ]
+    assert kernels == [True, False]
+
+
+def _twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_a_call_names_the_arguments_of_the_schema() -> None:
+    names = [field.name for field in fields(GroupNormCall)]
+    assert [argument.name for argument in OP._schema.arguments] == names
+    x = torch.randn(SHAPE)
+    call = GroupNormCall(x, torch.ones(4), None, 2, shift=torch.ones(2, 4))
+    assert GroupNormCall.of(call.arguments()) == call
+    expected = group_norm_silu(x, torch.ones(4), None, 2, shift=torch.ones(2, 4))
+    assert torch.equal(OP(*call.arguments()), expected)

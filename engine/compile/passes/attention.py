@@ -1,6 +1,6 @@
 """Attention in the form that is fastest here.
 
-    sdpa(q, k, v) ──► attend(q, k, v)                       the C++ module's operator
+    sdpa(q, k, v) ──► attention(q, k, v)                    the C++ module's operator
                   ──► softmax(q k^T / sqrt(d)) v            two products, q, k, v [N, heads, L, d]
 
 PyTorch's fused attention for CPUs works in small tiles that bfloat16 instructions cannot fill: at
@@ -25,8 +25,9 @@ from torch.fx import GraphModule, Node
 from stepfuse.engine.compile.graph import PassReport, aten, call, calls, finish, replace, value
 from stepfuse.engine.compile.runs import runs
 from stepfuse.engine.compile.stopwatch import best_times, trial
-from stepfuse.kernels.attend import attend, attend_eagerly
-from stepfuse.kernels.convolve import why_not
+from stepfuse.kernels.attention import OP as ATTENTION
+from stepfuse.kernels.attention import attention as run_attention
+from stepfuse.kernels.products import why_not
 
 mkldnn = torch.ops.mkldnn
 SDPA = aten.scaled_dot_product_attention.default
@@ -53,8 +54,8 @@ def attention(gm: GraphModule) -> PassReport:
 
 
 def by_operator(apply: Callable[..., Any], q: Any, k: Any, v: Any, scale: float) -> Any:
-    """`attend`."""
-    return apply(attend, q, k, v, scale)
+    """The C++ module's operator."""
+    return apply(ATTENTION, q, k, v, scale)
 
 
 def batched(apply: Callable[..., Any], q: Any, k: Any, v: Any, scale: float) -> Any:
@@ -143,7 +144,7 @@ def _scale(node: Node) -> float:
 
 
 def _directly(target: Any, *args: Any) -> Any:
-    return attend_eagerly(*args) if target is attend else target(*args)
+    return run_attention(*args) if target is ATTENTION else target(*args)
 
 
 @trial

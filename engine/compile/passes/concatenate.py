@@ -13,8 +13,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import PassReport, aten, calls, finish, replace, stage, value
-from stepfuse.kernels.concatenate import join
-from stepfuse.kernels.convolve import native
+from stepfuse.kernels.backends import why_not
+from stepfuse.kernels.concatenate import OP as CONCATENATE
 
 
 def concatenate(gm: GraphModule) -> PassReport:
@@ -23,7 +23,7 @@ def concatenate(gm: GraphModule) -> PassReport:
     for node in calls(gm, aten.cat.default):
         if stage(node) == "main" and report.count(_problem(node)):
             with gm.graph.inserting_before(node):
-                made = gm.graph.call_function(join, (node.args[0],))
+                made = gm.graph.call_function(CONCATENATE, (node.args[0],))
             made.meta.update(val=node.meta["val"], stage="main")
             replace(node, made)
     finish(gm)
@@ -33,7 +33,7 @@ def concatenate(gm: GraphModule) -> PassReport:
 def _problem(node: Node) -> str:
     result, parts = value(node), node.all_input_nodes
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if native is None or result.device.type != "cpu":
+    if why_not("cpp", result.device):
         return "no C++ module for it"
     if result.dim() != 4 or dim not in (1, -3):
         return "not channels of images"

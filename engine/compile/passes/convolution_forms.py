@@ -49,16 +49,11 @@ from stepfuse.engine.compile.passes.prepack_convolutions import (
     packs_linear,
 )
 from stepfuse.engine.compile.stopwatch import best_times, blank_filters, exceed_cache, filler, trial
-from stepfuse.kernels.convolve import (
-    NO_NORM,
-    Form,
-    convolve,
-    convolve_eagerly,
-    filters,
-    fits,
-    why_not,
-)
-from stepfuse.kernels.group_norm_silu import group_norm_silu
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall, convolve
+from stepfuse.kernels.filters import Form, filters, fits
+from stepfuse.kernels.group_norm_silu import GroupNormCall, group_norm_silu
+from stepfuse.kernels.products import why_not
 
 _REPEATS = 5
 # how much faster oneDNN must be: its trial does not see that a norm is written, that images are
@@ -175,7 +170,8 @@ def _times(node: Node, asked: bool, cold: bool, plain: bool) -> Sequence[float]:
     asked = asked and _one_dnn_runs(node)
     return _seconds(
         tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], _candidates(node), x.dtype,
-        0 if norm is None else norm.args[3], asked, plain, cold, torch.get_num_threads(),
+        0 if norm is None else GroupNormCall.of(norm.args).groups,
+        asked, plain, cold, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -207,9 +203,8 @@ def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
     with gm.graph.inserting_before(node):
         packed = gm.graph.call_function(filters, (uncast(weight), form, dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")  # type: ignore[arg-type]
-        fused = gm.graph.call_function(
-            convolve, (x, packed, uncast(_bias(node)), None, form, found[1], *NO_NORM)
-        )
+        written = ConvolveCall(x, packed, uncast(_bias(node)), form=form, stride=found[1])
+        fused = gm.graph.call_function(CONVOLVE, written.arguments())
     fused.meta.update(val=node.meta["val"], stage="main")
     replace(node, fused)
 
@@ -253,10 +248,13 @@ def _seconds(
     if asked:
         one_dnn = _one_dnn(x, filter_shape, stride)
         runs.append(lambda: one_dnn(before(x)))
-    folded = (groups, 1e-5, *parameters, None, None, None, True) if groups else NO_NORM
+    weight, offset = parameters if groups else (None, None)
     for form, u in blank_filters(filter_shape, forms, dtype, plain).items():
-        rest = (None, None, form, stride, *folded)
-        runs.append(functools.partial(convolve_eagerly, x, u, *rest))
+        given = ConvolveCall(
+            x, u, form=form, stride=stride,
+            groups=groups, weight=weight, offset=offset, silu=groups > 0,
+        )  # fmt: skip
+        runs.append(functools.partial(convolve, *given.arguments()))
     times = best_times(runs, _REPEATS, warm=x if cold else None)
     return tuple(times) if asked else (float("inf"), *times)
 

@@ -10,6 +10,8 @@ rounding that is saved. In float32 nothing changes but the order of operations (
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -23,8 +25,10 @@ from stepfuse.engine.compile.graph import (
     only_user,
     value,
 )
-from stepfuse.engine.compile.passes.fuse_group_norm_silu import OP as GROUP_NORM
-from stepfuse.kernels.convolve import convolve
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall
+from stepfuse.kernels.group_norm_silu import OP as GROUP_NORM
+from stepfuse.kernels.group_norm_silu import GroupNormCall
 
 _BACKENDS = ("auto", "cpp")
 
@@ -32,7 +36,7 @@ _BACKENDS = ("auto", "cpp")
 def fold_group_norm(gm: GraphModule) -> PassReport:
     """Let every `convolve` take the GroupNorm before it along."""
     report = PassReport("fold_group_norm")
-    norms = {norm_before(node): node for node in calls(gm, convolve)}
+    norms = {norm_before(node): node for node in calls(gm, CONVOLVE)}
     for norm in calls(gm, GROUP_NORM):
         if report.count("" if norm in norms else _reason(norm)):
             _fold(gm, norm, norms[norm])
@@ -51,14 +55,15 @@ def norm_before(node: Node) -> Node | None:
         reader, norm = norm, norm.all_input_nodes[0]
     if not is_call(norm, GROUP_NORM) or only_user(norm) is not reader:
         return None
-    x = value(norm.args[0])  # type: ignore[arg-type]
+    found = GroupNormCall.of(norm.args)
+    x = value(found.x)
     side_by_side = (
         x.transpose(1, 2).is_contiguous()
         if tokens
         else x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
     same = x.dtype == value(norm).dtype and x.device.type == "cpu"
-    return norm if side_by_side and same and norm.args[9] in _BACKENDS else None
+    return norm if side_by_side and same and found.backend in _BACKENDS else None
 
 
 def _swaps_last(node: Node) -> bool:
@@ -75,12 +80,22 @@ def _reason(norm: Node) -> str:
 
 
 def _fold(gm: GraphModule, norm: Node, node: Node) -> None:
-    x, weight, bias, groups, eps, scale, shift, add, silu, _ = norm.args
-    source = x
-    if value(node).dim() == 3 and isinstance(x, Node) and _swaps_last(x):
-        source = x.args[0]  # turned twice
+    found = GroupNormCall.of(norm.args)
+    source = found.x
+    if value(node).dim() == 3 and _swaps_last(source):
+        source = source.args[0]  # turned twice
     elif value(node).dim() == 3:
         with gm.graph.inserting_before(node):
-            source = call(gm.graph, aten.transpose.int, x, 1, 2)
-    packed = node.args[1:6]
-    node.args = (source, *packed, groups, eps, weight, bias, scale, shift, add, silu)
+            source = call(gm.graph, aten.transpose.int, source, 1, 2)
+    node.args = replace(
+        ConvolveCall.of(node.args),
+        x=source,
+        groups=found.groups,
+        eps=found.eps,
+        weight=found.weight,
+        offset=found.bias,
+        scale=found.scale,
+        shift=found.shift,
+        add=found.add,
+        silu=found.silu,
+    ).arguments()

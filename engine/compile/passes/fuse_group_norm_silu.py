@@ -29,9 +29,8 @@ from stepfuse.engine.compile.graph import (
     replace,
     value,
 )
-from stepfuse.kernels.group_norm_silu import least_eps  # and registers the operator
+from stepfuse.kernels.group_norm_silu import OP, GroupNormCall, least_eps
 
-OP = torch.ops.stepfuse.group_norm_silu.default
 _ADDS = (aten.add.Tensor,)
 _MULS = (aten.mul.Tensor,)
 _SILUS = (aten.silu.default,)
@@ -185,9 +184,10 @@ def _rewrite(gm: GraphModule, match: _Match) -> None:
             None if v is None else call(gm.graph, aten.flatten.using_ints, v, 1)
             for v in (match.scale, match.shift, match.add)
         )
-        fused = call(
-            gm.graph, OP, match.x, weight, bias, groups, eps, scale, shift, add, match.silu, "auto"
+        written = GroupNormCall(
+            match.x, weight, bias, groups, eps, scale, shift, add, match.silu, "auto"
         )
+        fused = call(gm.graph, OP, *written.arguments())
     replace(match.last, fused)
 
 

@@ -13,6 +13,7 @@ before rounding to the activations' dtype, not after (bfloat16: one rounding les
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ from stepfuse.engine.compile.graph import (
 )
 from stepfuse.engine.compile.passes.prepack_convolutions import is_packed, mkldnn
 from stepfuse.engine.compile.runs import runs
-from stepfuse.kernels.convolve import convolve
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall
 
 _CONVOLUTION = mkldnn._convolution_pointwise.default
 _LINEAR = mkldnn._linear_pointwise.default
@@ -118,7 +120,7 @@ def _problem(s: _Sum) -> str:
 
 def _runs(s: _Sum) -> bool:
     """Whether the operator that adds is there, in either form; in float32 it always is."""
-    if s.product.target is convolve or value(s.product).dtype is torch.float32:
+    if s.product.target is CONVOLVE or value(s.product).dtype is torch.float32:
         return True
     for over in (False, True):
         target, arguments = _with_sum(s.product, s.product, over)
@@ -185,9 +187,9 @@ def _is_free(other: Node, total: Node) -> bool:
 
 def _with_sum(product: Node, other: Node, over: bool) -> tuple[Any, tuple[Any, ...]]:
     """The operator that adds ``other``, and its arguments."""
-    if product.target is convolve:
-        x, u, bias, _, *rest = product.args
-        return convolve, (x, u, bias, other, *rest)
+    if product.target is CONVOLVE:
+        added = dataclasses.replace(ConvolveCall.of(product.args), residual=other)
+        return CONVOLVE, added.arguments()
     if product.target is _LINEAR:
         x, weight, bias = product.args[:3]
         return mkldnn._linear_pointwise.binary, (x, other, weight, bias, "add")

@@ -36,8 +36,8 @@ from stepfuse.engine.compile.graph import (
     stage,
     value,
 )
-from stepfuse.engine.compile.passes.fuse_group_norm_silu import OP as GROUP_NORM
 from stepfuse.engine.compile.runs import has_instructions, outcome
+from stepfuse.kernels.group_norm_silu import OP as GROUP_NORM
 
 _CONVOLUTIONS = (
     aten.conv1d.default,

@@ -28,7 +28,8 @@ from stepfuse.engine.compile.graph import (
     value,
 )
 from stepfuse.engine.compile.runs import runs
-from stepfuse.kernels.convolve import convolve
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall
 
 mkldnn = torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -214,8 +215,8 @@ def is_packed(node: object) -> bool:
     """A convolution or linear layer with a packed weight and no residual yet."""
     if not is_tensor(node) or not isinstance(node, Node):
         return False
-    if node.target is convolve:
-        return node.args[3] is None
+    if node.target is CONVOLVE:
+        return ConvolveCall.of(node.args).residual is None
     return node.target in (
         mkldnn._convolution_pointwise.default,
         mkldnn._linear_pointwise.default,

@@ -1,7 +1,7 @@
 """Concatenate nothing where a convolution can read two images.
 
     a ──┐                             a ──► convolve(a, ..., beside=b)
-        ├─► join ──► convolve             ╱
+        ├─► cat ───► convolve             ╱
     b ──┘       └──► convolve         b ─┴► convolve(a, ..., beside=b)
 
 A U-Net's decoder concatenates what it has with what the encoder kept, for one block to read: its
@@ -16,21 +16,26 @@ whole vectors.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import PassReport, calls, finish, is_call, value
-from stepfuse.kernels.concatenate import join
-from stepfuse.kernels.convolve import convolve, native
+from stepfuse.kernels.concatenate import OP as CONCATENATE
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall
+from stepfuse.kernels.products import whole_vectors
 
 
 def read_side_by_side(gm: GraphModule) -> PassReport:
-    """Let every `convolve` that reads a `join` of two images read the two."""
+    """Let every `convolve` that reads two images side by side read the two."""
     report = PassReport("read_side_by_side")
-    for node in calls(gm, join):
+    for node in calls(gm, CONCATENATE):
         if report.count(_problem(node)):
             first, second = _images(node)
             for reader in list(node.users):
-                reader.args = (first, *reader.args[1:], second)
+                found = ConvolveCall.of(reader.args)
+                reader.args = replace(found, x=first, beside=second).arguments()
     finish(gm)
     return report
 
@@ -45,7 +50,7 @@ def _problem(node: Node) -> str:
     images = _images(node)
     if len(images) != 2:
         return "not two images"
-    if any(value(image).shape[1] % native.wide for image in images):
+    if not whole_vectors(*(value(image).shape[1] for image in images)):
         return "channels not in whole vectors"
     if not all(_reads_only_as_image(reader, node) for reader in node.users):
         return "not only read by convolutions of ours"
@@ -53,5 +58,8 @@ def _problem(node: Node) -> str:
 
 
 def _reads_only_as_image(reader: Node, node: Node) -> bool:
-    reads = sum(argument is node for argument in reader.args)
-    return is_call(reader, convolve) and reader.args[0] is node and reads == 1
+    if not is_call(reader, CONVOLVE):
+        return False
+    found = ConvolveCall.of(reader.args)
+    reads = sum(argument is node for argument in found.arguments())
+    return found.x is node and found.beside is None and reads == 1

@@ -10,7 +10,7 @@ their sums can be taken once, before anything runs. The figure, for one axis and
     pixel 2i + 1  (a + b) x[i] + c x[i+1]         every second pixel: a transposed convolution
 
 16 products for a 2x2 patch of the result instead of 36, and the enlarged image is never written. A
-pair of pixels shares (a + b + c) x[i], which leaves 9 of them: see `convolve`. Zeros beyond the
+pair of pixels shares (a + b + c) x[i], which leaves 9 of them: see `kernels/filters.py`. Zeros beyond the
 border stay zeros. Exact up to the order of summation (float32: relative 1e-6); sums of weights are
 taken in float64. All three are measured once per shape, the 16 products only where the 9 took more
 than 16/36 of the time of the 36; CPU tensors only.
@@ -48,14 +48,10 @@ from stepfuse.engine.compile.passes.prepack_convolutions import (
     packs_transposed,
 )
 from stepfuse.engine.compile.stopwatch import best_times, blank_filters, exceed_cache, filler, trial
-from stepfuse.kernels.convolve import (
-    NO_NORM,
-    convolve,
-    convolve_eagerly,
-    filters,
-    fits,
-    why_not,
-)
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall, convolve
+from stepfuse.kernels.filters import filters, fits
+from stepfuse.kernels.products import why_not
 
 _UPSAMPLE = aten.upsample_nearest2d.vec
 _ZEROS, _ONES, _TWOS = [0, 0], [1, 1], [2, 2]
@@ -186,8 +182,8 @@ def _enlarged(gm: GraphModule, upsample: Node, conv: Node, plain: bool) -> None:
         packed = gm.graph.call_function(filters, (uncast(weight), "enlarged", dtype, plain))
         packed.meta.update(val=value(weight), stage="weights")
         image = _image(gm, upsample, dtype)
-        arguments = (image, packed, uncast(bias), None, "enlarged", 1, *NO_NORM)
-        merged = gm.graph.call_function(convolve, arguments)
+        written = ConvolveCall(image, packed, uncast(bias), form="enlarged")
+        merged = gm.graph.call_function(CONVOLVE, written.arguments())
     merged.meta.update(val=conv.meta["val"], stage="main")
     replace(conv, merged)
 
@@ -208,7 +204,7 @@ def _seconds(
     runs = [_directly(x, weight_shape)]
     if _possible(x, channels_out, dtype):
         u = blank_filters(weight_shape, ("enlarged",), dtype, plain)["enlarged"]
-        runs.append(lambda: convolve_eagerly(x, u, None, None, "enlarged", 1, *NO_NORM))
+        runs.append(lambda: convolve(x, u, form="enlarged"))
     direct, own = (*best_times(runs, _REPEATS, warm), float("inf"))[:2]
     if own < direct * 16 / 36:
         return direct, float("inf"), own  # a transposed one multiplies 16/36 as much as the direct

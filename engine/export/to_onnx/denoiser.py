@@ -257,4 +257,4 @@ def _fake(values: list[Tensor], handle: int) -> Tensor:
     return values[0].new_empty(denoiser._output_shape(values), dtype=denoiser.output.dtype)
 
 
-_OP = define("onnx_denoiser(Tensor[] values, int handle) -> Tensor", _run, _fake)
+_OP = define("stepfuse_export::onnx_denoiser(Tensor[] values, int handle) -> Tensor", _run, _fake)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.network import Network, Source
-from stepfuse.kernels import group_norm_silu as _registers_the_op  # noqa: F401
+from stepfuse.kernels.group_norm_silu import OP as GROUP_NORM
 
 BATCH = "batch"
 BRANCHES = "branches"
@@ -121,7 +121,7 @@ class _Decomposed(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.stepfuse.group_norm_silu.default:
+        if func is GROUP_NORM:
             return _group_norm_silu(*args)
         return func(*args, **(kwargs or {}))
 

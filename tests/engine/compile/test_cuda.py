@@ -21,10 +21,10 @@ from stepfuse.bench.networks import cifar10
 from stepfuse.engine.compile.graph import calls, finish
 from stepfuse.engine.compile.network import Network, rewrite
 from stepfuse.engine.compile.optimize import Optimized, optimize
-from stepfuse.engine.compile.passes.fuse_group_norm_silu import OP
 from stepfuse.engine.compile.tracing.trace import trace
 from stepfuse.engine.sampling.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import _Watch, check_capturable
+from stepfuse.kernels.group_norm_silu import OP
 
 # the interpreter's sums against eager ones, float32: 1e-7 each over a few hundred terms
 INTERPRETED = 2e-6

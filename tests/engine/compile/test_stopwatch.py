@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.compile import stopwatch
-from stepfuse.engine.compile.stopwatch import best_times, filler, reading, trial
+from stepfuse.engine.compile.stopwatch import best_times, blank_filters, filler, reading, trial
+from stepfuse.kernels.filters import FORMS, Form, filters
+from stepfuse.kernels.products import vector_channels
 
 
 class Seen(TorchDispatchMode):
@@ -97,3 +99,13 @@ def test_what_is_hopeless_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     times = best_times([lambda: taking(0, 2.0), lambda: taking(1, 1.4), lambda: taking(2, 1.0)], 5)
     assert times == pytest.approx([2.0, 1.4, 1.0])
     assert runs == [3, 6, 6], "one to warm up, two measured, and the rest for those in reach"
+
+
+@pytest.mark.skipif(not vector_channels(), reason="needs the C++ module (a C++ compiler)")
+@pytest.mark.parametrize("form", FORMS)
+def test_blank_filters_have_the_shape_of_real_ones(form: Form) -> None:
+    weight = torch.randn(64, 32, *((1, 1) if form == "dense" else (3, 3)))
+    real = filters(weight, form, torch.float32)
+    blank = blank_filters(weight.shape, (form,), torch.float32)[form]
+    assert blank.shape == real.shape
+    assert blank.dtype == real.dtype

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from stepfuse.engine.compile.optimize import Optimized, optimize
 from stepfuse.engine.replay.workspace import Call, Plan, Planned, Workspace, may_alias
 from stepfuse.engine.sampling.capture import Recording
-from stepfuse.kernels.convolve import native
+from stepfuse.kernels.backends import why_not
 
 REORDERED = 3e-6  # float32 sums in another order, through a few layers
 aten = torch.ops.aten
-needs_module = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
+needs_module = pytest.mark.skipif(
+    bool(why_not("cpp")), reason="needs the C++ module (a C++ compiler)"
+)
 
 
 def spans(plan: Plan) -> dict[str, tuple[int, int]]:

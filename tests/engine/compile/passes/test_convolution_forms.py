@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from stepfuse.engine.compile.optimize import Optimized, optimize
 from stepfuse.engine.compile.passes.convolution_forms import _seconds
 from stepfuse.engine.compile.weights.watched import Holding
-from stepfuse.kernels.convolve import native, why_not
+from stepfuse.kernels.products import vector_channels, why_not
 
 # sums of a few hundred terms in another order; bfloat16: four layers of three roundings, 2^-9 each
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
 FORMS = "stepfuse.engine.compile.passes.convolution_forms"
 SECONDS = f"{FORMS}._seconds"
 
-pytestmark = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
+pytestmark = pytest.mark.skipif(
+    not vector_channels(), reason="needs the C++ module (a C++ compiler)"
+)
 needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]

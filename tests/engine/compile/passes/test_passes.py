@@ -21,12 +21,13 @@ from stepfuse.engine.compile.passes.attention import (
     by_operator,
     one_by_one,
 )
-from stepfuse.engine.compile.passes.fuse_group_norm_silu import OP, fuse_group_norm_silu
+from stepfuse.engine.compile.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.compile.passes.lower_precision import lower_precision
 from stepfuse.engine.compile.passes.prepack_convolutions import mkldnn
 from stepfuse.engine.compile.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.compile.stages import assign
 from stepfuse.engine.compile.tracing.trace import CannotTrace, trace
+from stepfuse.kernels.group_norm_silu import OP
 
 # float32 sums in another order: 1e-7 each, over a few hundred terms
 REORDERED = 2e-6

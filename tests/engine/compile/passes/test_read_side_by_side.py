@@ -11,11 +11,13 @@ from tests.engine.compile.networks import distance
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import Optimized, optimize
-from stepfuse.kernels.convolve import native, why_not
+from stepfuse.kernels.products import vector_channels, why_not
 
 TOLERANCE = {None: 3e-6, torch.bfloat16: 2e-2}  # four layers, each rounds to 8 bits in bfloat16
 
-pytestmark = pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
+pytestmark = pytest.mark.skipif(
+    not vector_channels(), reason="needs the C++ module (a C++ compiler)"
+)
 needs_bfloat16 = pytest.mark.skipif(bool(why_not(torch.bfloat16)), reason="needs AVX512-BF16 (CPU)")
 dtypes = pytest.mark.parametrize(
     "dtype", [None, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
@@ -113,7 +115,7 @@ def test_a_decoder_concatenates_nothing(widths: tuple[int, int], dtype: torch.dt
 @pytest.mark.parametrize(
     ("model", "widths", "why"),
     [
-        (Decoder, (40, 24), "" if native and native.wide == 8 else "channels not in whole vectors"),
+        (Decoder, (40, 24), "" if vector_channels() == 8 else "channels not in whole vectors"),
         (Elsewhere, (32, 64), "not only read by convolutions of ours"),
         (Residual, (32, 64), "not only read by convolutions of ours"),
         (Three, (32, 64), "not two images"),

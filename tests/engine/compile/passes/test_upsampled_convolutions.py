@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.passes.upsampled_convolutions import _seconds, summed
-from stepfuse.kernels.convolve import native, why_not
+from stepfuse.kernels.products import vector_channels, why_not
 
 # sums of up to four weights, then of a few hundred products, in another order
 REORDERED = 2e-6
@@ -86,7 +86,7 @@ def test_the_shapes_are_measured() -> None:
     *found, own = _seconds((1, 5, 3, 5), 7, torch.float32, False, True, threads)
     assert all(0 < s < 1 for s in found)
     assert own == float("inf"), "channels not in whole vectors"
-    if native is not None:
+    if vector_channels():
         direct, transposed, own = _seconds((1, 32, 3, 5), 64, torch.float32, True, False, threads)
         assert all(0 < s < 1 for s in (direct, own))
         tried = own >= direct * 16 / 36
@@ -105,7 +105,7 @@ class Wide(nn.Module):
         return out
 
 
-@pytest.mark.skipif(native is None, reason="needs the C++ module (a C++ compiler)")
+@pytest.mark.skipif(not vector_channels(), reason="needs the C++ module (a C++ compiler)")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
 def test_nine_products_where_they_are_faster(
