@@ -10,10 +10,10 @@ their sums can be taken once, before anything runs. The figure, for one axis and
     pixel 2i + 1  (a + b) x[i] + c x[i+1]         every second pixel: a transposed convolution
 
 16 products for a 2x2 patch of the result instead of 36, and the enlarged image is never written. A
-pair of pixels shares (a + b + c) x[i], which leaves 9 of them: see `kernels/filters.py`. Zeros beyond the
-border stay zeros. Exact up to the order of summation (float32: relative 1e-6); sums of weights are
-taken in float64. All three are measured once per shape, the 16 products only where the 9 took more
-than 16/36 of the time of the 36; CPU tensors only.
+pair of pixels shares (a + b + c) x[i], which leaves 9 of them: see `kernels/filters.py`. Zeros
+beyond the border stay zeros. Exact up to the order of summation (float32: relative 1e-6); sums of
+weights are taken in float64. All three are measured once per shape, the 16 products only where the
+9 took more than 16/36 of the time of the 36; CPU tensors only.
 """
 
 from __future__ import annotations
