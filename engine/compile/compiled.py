@@ -26,8 +26,8 @@ from stepfuse.engine.compile.tracing.trace import CannotTrace
 from stepfuse.engine.compile.weights.released import WeightsReleased
 from stepfuse.engine.compile.weights.watched import Holding
 from stepfuse.engine.compile.without_graph import WithoutGraph
-from stepfuse.engine.replay.emit import maker
 from stepfuse.engine.replay.workspace import Workspace
+from stepfuse.engine.replay.writer import maker
 
 Compiled = Network | WithoutGraph
 

@@ -240,6 +240,6 @@ def test_nothing_but_constants_stays_of_the_build() -> None:
     fast = optimize(model, (x,), torch.bfloat16, weights="released")
     (network,) = fast._networks.values()
     constants = [network._bound[fold.name] for fold in network._folds]
-    constants += [piece.memory for piece in fast._workspace._free]  # of the run that tried it
+    constants += [piece.memory for piece in fast._workspace.free]  # of the run that tried it
     extra = set(large()) - set(before) - set(map(id, constants))
     assert not extra, [tuple(large()[key].shape) for key in extra]
