@@ -8,7 +8,9 @@ from stepfuse._version import __version__
 if TYPE_CHECKING:
     from stepfuse.engine import export
     from stepfuse.engine.adapters import accelerate, restore
+    from stepfuse.engine.compile.graph import PassContext, PassReport
     from stepfuse.engine.compile.optimize import Optimized, WeightsChanged, optimize
+    from stepfuse.engine.compile.pass_order import PASSES
     from stepfuse.engine.compile.weights.released import WeightsReleased
     from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
     from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CFG",
+    "PASSES",
     "BackendUnavailable",
     "Checkpoint",
     "ClassifierGuidance",
     "OnnxDenoiser",
     "Optimized",
+    "PassContext",
+    "PassReport",
     "Sampler",
     "Schedule",
     "Step",
@@ -53,7 +58,9 @@ _HOMES = {
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
     "engine.sampling.guidance": ("CFG", "ClassifierGuidance"),
     "engine.sampling.latents": ("interpolate", "slerp"),
+    "engine.compile.graph": ("PassContext", "PassReport"),
     "engine.compile.optimize": ("Optimized", "WeightsChanged", "optimize"),
+    "engine.compile.pass_order": ("PASSES",),
     "engine.compile.weights.released": ("WeightsReleased",),
     "engine.sampling.sampler": ("Sampler",),
     "engine.sampling.schedule": ("Schedule",),

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -29,7 +30,7 @@ from stepfuse.kernels.convolve import convolve
 _BACKENDS = ("auto", "cpp")
 
 
-def fold_group_norm(gm: GraphModule) -> PassReport:
+def fold_group_norm(gm: GraphModule, context: PassContext) -> PassReport:
     """Let every `convolve` take the GroupNorm before it along."""
     report = PassReport("fold_group_norm")
     norms = {norm_before(node): node for node in calls(gm, convolve)}

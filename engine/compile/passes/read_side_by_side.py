@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from stepfuse.engine.compile.graph import PassReport, calls, finish, is_call, value
+from stepfuse.engine.compile.graph import PassContext, PassReport, calls, finish, is_call, value
 from stepfuse.kernels.concatenate import join
 from stepfuse.kernels.convolve import convolve, native
 
 
-def read_side_by_side(gm: GraphModule) -> PassReport:
+def read_side_by_side(gm: GraphModule, context: PassContext) -> PassReport:
     """Let every `convolve` that reads a `join` of two images read the two."""
     report = PassReport("read_side_by_side")
     for node in calls(gm, join):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.compile import stopwatch
-from stepfuse.engine.compile.stopwatch import best_times, filler, reading, trial
+from stepfuse.engine.compile.stopwatch import best_times, reading, scratch_operand, trial
 
 
 class Seen(TorchDispatchMode):
@@ -74,14 +74,16 @@ def test_a_trial_runs_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert trimmed == [True, True], "after every trial, when its tensors are gone"
 
 
-def test_a_filler_is_memory_of_a_weight_where_one_is_large_enough() -> None:
+def test_a_scratch_operand_is_memory_of_a_weight_where_one_is_large_enough() -> None:
     weights = [torch.ones(30), torch.ones(7, 100), torch.ones(1000).view(10, 100).t()]
     with reading(weights):
-        lent = filler(1400, torch.bfloat16)
+        lent = scratch_operand(1400, torch.bfloat16)
         assert lent.data_ptr() == weights[1].data_ptr()
         assert (lent.shape, lent.dtype) == ((1400,), torch.bfloat16)
-        assert torch.equal(filler(1401, torch.bfloat16), torch.zeros(1401, dtype=torch.bfloat16))
-    assert torch.equal(filler(3, torch.float32), torch.zeros(3))
+        assert torch.equal(
+            scratch_operand(1401, torch.bfloat16), torch.zeros(1401, dtype=torch.bfloat16)
+        )
+    assert torch.equal(scratch_operand(3, torch.float32), torch.zeros(3))
 
 
 def test_what_is_hopeless_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,9 @@ def decoder() -> tuple[nn.Module, Optimized, Tensor]:
 
 
 def planned(fast: Optimized) -> MemoryPlan:
-    (network,) = fast._networks.values()
-    assert isinstance(network._main, Planned)
-    return network._main.plan
+    (network,) = fast.networks
+    assert isinstance(network.main, Planned)
+    return network.main.plan
 
 
 @needs_module
@@ -183,13 +183,13 @@ def test_results_do_not_change_with_the_next_evaluation() -> None:
     fast(torch.randn_like(x))
     assert all(torch.equal(y, before) for y, before in zip(first, copies, strict=True))
     # what was there before does not matter
-    (piece,) = fast._workspace.free
+    (piece,) = fast.networks[0].workspace.free
     piece.memory.view(torch.float32).fill_(torch.nan)
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
     other = torch.randn(1, 32, 12, 10)
     for y, exact in zip(fast(other), model(other), strict=True):
         assert distance(y, exact) < REORDERED
-    assert len(fast._workspace.free) == 1, "networks of all shapes share one"
+    assert len(fast.networks[0].workspace.free) == 1, "networks of all shapes share one"
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
 
 
@@ -199,7 +199,7 @@ def test_what_inference_mode_made_may_be_written_to_outside() -> None:
     with torch.inference_mode():
         model, fast, x = decoder()
         fast(x)
-    (piece,) = fast._workspace.free
+    (piece,) = fast.networks[0].workspace.free
     assert not piece.memory.is_inference()
     with torch.no_grad():
         given = torch.randn(2, 32, 6, 4)
