@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx import GraphModule
 
+from stepfuse.engine.compile.graph import PassContext, PassReport
+from stepfuse.engine.compile.pass_order import PASSES
 from stepfuse.kernels import registration
 
 ROOT = Path(__file__).parent.parent
@@ -153,3 +158,36 @@ def test_the_repository_path_is_the_import_path(op: str) -> None:
     module = importlib.import_module(f"stepfuse.kernels.{op}")
     assert module.__file__ is not None
     assert Path(module.__file__).resolve() == ROOT / "kernels" / f"{op}.py"
+
+
+PASS_FILES = sorted(path.stem for path in (ROOT / "engine/compile/passes").glob("[!_]*.py"))
+
+
+def test_the_list_has_every_pass_once_and_nothing_else() -> None:
+    assert sorted(pass_.__name__ for pass_ in PASSES) == PASS_FILES
+
+
+@pytest.mark.parametrize("name", PASS_FILES)
+def test_a_file_of_passes_has_the_pass_of_its_name(name: str) -> None:
+    module = importlib.import_module(f"stepfuse.engine.compile.passes.{name}")
+    assert getattr(module, name) in PASSES
+    found = inspect.signature(getattr(module, name), eval_str=True)
+    parameters = [(p.name, p.annotation) for p in found.parameters.values()]
+    assert parameters == [("gm", GraphModule), ("context", PassContext)]
+    assert found.return_annotation is PassReport
+
+
+def test_passes_are_imported_by_their_list_alone_and_know_nothing_of_networks() -> None:
+    """But for what one of them says of its own work to another."""
+    passes, compiling = "stepfuse.engine.compile.passes", "stepfuse.engine.compile"
+    above = {f"{compiling}.{name}" for name in ("pass_order", "rewrite", "network", "compiled")}
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix != ".py" or name.startswith("tests/"):
+            continue
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        read = {node.module or "" for node in tree if isinstance(node, ast.ImportFrom)}
+        if name.startswith("engine/compile/passes/"):
+            assert not read & above, name
+        elif name != "engine/compile/pass_order.py":
+            assert not [module for module in read if module.startswith(passes)], name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,12 @@ def fakeness(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     """The mode of fake tensors among ``leaves``: what is made for them must be fake too."""
     fakes = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
     return next(fakes, contextlib.nullcontext())
+
+
+def have_values(leaves: Sequence[Any]) -> bool:
+    """Whether every tensor among them has data."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
 
 
 def described(parts: Iterable[Any]) -> str:

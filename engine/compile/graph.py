@@ -1,4 +1,4 @@
-"""What the passes share: reports, matching and building nodes."""
+"""What the passes share: what they are told, reports, matching and building nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,18 +14,44 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
-Pass = Callable[[GraphModule], "PassReport"]
+SDPA = aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may go by beside the graph.
+
+    Attributes:
+        time: the placeholder of the timestep; None where there is none.
+        dtype: of convolutions, linear layers and attention; None for the model's own.
+        plain: whether constants must take no more memory than the weights they are made of.
+        pays: whether a convolution is worth computing in ``dtype`` on this machine.
+    """
+
+    time: Node | None = None
+    dtype: torch.dtype | None = None
+    plain: bool = False
+    pays: Callable[[Node, torch.dtype], bool] = field(default_factory=lambda: lambda *_: True)
 
 
 @dataclass
 class PassReport:
-    """What a pass did: ``matched`` of ``candidates``, and how many were left for which reason."""
+    """What a pass did, a line of `Optimized.explain`.
+
+    Attributes:
+        name: that of the pass.
+        matched, candidates: how many places were rewritten, of how many that came into question.
+        left: how many were not, by reason.
+        note: what else there is to say.
+        applies: False where the pass is not for such a network: nothing is said of it then.
+    """
 
     name: str
     matched: int = 0
     candidates: int = 0
     left: Counter[str] = field(default_factory=Counter)
     note: str = ""
+    applies: bool = True
 
     def count(self, problem: str = "") -> bool:
         """Count one candidate, left where there is a ``problem``; True where there is none."""
@@ -37,10 +63,18 @@ class PassReport:
         return not problem
 
     def __str__(self) -> str:
-        line = f"{self.name:<23}{self.matched} of {self.candidates}"
+        line = f"{self.name:<22} {self.matched} of {self.candidates}"
         if self.note:
             line += f"; {self.note}"
         return line + "".join(f"; {n} left: {why}" for why, n in sorted(self.left.items()))
+
+
+class Pass(Protocol):
+    """Rewrites a graph in place, and says what it did; known by the name of the function."""
+
+    __name__: str
+
+    def __call__(self, gm: GraphModule, context: PassContext, /) -> PassReport: ...
 
 
 def is_call(node: object, *targets: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.compiled import Compiled
-from stepfuse.engine.compile.network import Network
+from stepfuse.engine.compile.network import CompiledNetwork
 from stepfuse.engine.compile.numbered import Numbered
 from stepfuse.engine.compile.weights.parked import Files
 from stepfuse.engine.compile.weights.released import Released
@@ -22,7 +22,7 @@ def held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
     text += f", {filed / _MB:.1f} MB in a file" if filed else ""
     text += f", {freed / _MB:.1f} MB released" if freed else ""
     inner = network.network if isinstance(network, Numbered) else network
-    note = inner.weights.note if isinstance(inner, Network) else ""
+    note = inner.weights.note if isinstance(inner, CompiledNetwork) else ""
     return f"{text} ({note})" if note else text
 
 

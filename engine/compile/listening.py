@@ -14,16 +14,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @dataclass(frozen=True)
 class Ran:
-    """A network of an `Optimized` that ran, and what the arguments of the call were like."""
+    """A network of an `Optimized` that ran, out of its cache, and what the call was like."""
 
     optimized: Any
+    cache: Any
     call: Any
     network: Any
 
     def holds(self) -> bool:
         """Whether such a call would run it again, and to the same result."""
-        with self.optimized._lock:
-            known = self.optimized._known(self.call)
+        with self.cache.lock:
+            known = self.cache.known(self.call)
             return bool(known is self.network and known.changed() is None)
 
 

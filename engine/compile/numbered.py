@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stepfuse.engine.compile.compiled import (
-    Compiled,
-    Settings,
-    compiled,
-    have_values,
-    without_graph,
-)
-from stepfuse.engine.compile.without_graph import WithoutGraph
+from stepfuse.engine.compile.calls import have_values
+from stepfuse.engine.compile.compiled import Compiled, compiled
+from stepfuse.engine.compile.graph import PassReport
+from stepfuse.engine.compile.network import Settings
+from stepfuse.engine.compile.stages import Stage
+from stepfuse.engine.compile.without_graph import WithoutGraph, without_graph
 from stepfuse.engine.replay.workspace import Workspace
 
 # relative L2 of sums in another order, in float32 and in 16 bits
@@ -32,14 +30,14 @@ _SAME = 1e-3
 
 
 class Numbered:
-    """``network``, made for a tensor where the model was given a number; see `Network`."""
+    """``network``, made for a tensor where the model was given a number; see `CompiledNetwork`."""
 
     def __init__(self, network: Compiled, per_sample: bool) -> None:
         self.network, self._per_sample = network, per_sample
         self.written = network.written
 
     @property
-    def reports(self) -> list[Any]:
+    def reports(self) -> list[PassReport]:
         """Those of the network."""
         return self.network.reports
 
@@ -52,24 +50,28 @@ class Numbered:
         return self.network(leaves)
 
     def prepare(self, timesteps: Iterable[int]) -> None:
-        """As `Network.prepare`."""
+        """As `CompiledNetwork.prepare`."""
         self.network.prepare(timesteps)
 
     def refresh(self) -> None:
-        """As `Network.refresh`."""
+        """As `CompiledNetwork.refresh`."""
         self.network.refresh()
 
     @property
     def alone(self) -> bool:
-        """As `Network.alone`."""
+        """As `CompiledNetwork.alone`."""
         return self.network.alone
 
+    def listed(self, stage: Stage) -> str:
+        """As `CompiledNetwork.listed`."""
+        return self.network.listed(stage)
+
     def nbytes(self) -> int:
-        """As `Network.nbytes`."""
+        """As `CompiledNetwork.nbytes`."""
         return self.network.nbytes()
 
     def changed(self) -> str | None:
-        """As `Network.changed`."""
+        """As `CompiledNetwork.changed`."""
         return self.network.changed()
 
 
@@ -89,7 +91,7 @@ def numbered(
     """
     x, number, *rest = args
     leaves = pytree.tree_leaves((args, kwargs))
-    plain = without_graph(model, args, kwargs, settings, leaves, "the timestep is a number")
+    plain = without_graph(model, args, kwargs, settings.dtype, leaves, "the timestep is a number")
     if plain.alone or not have_values(leaves):
         return plain
 

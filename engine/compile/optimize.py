@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -11,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.compile import calls
-from stepfuse.engine.compile.compiled import Compiled, Settings, compiled, without_graph
-from stepfuse.engine.compile.held_memory import held_memory, released_weights
-from stepfuse.engine.compile.listening import Ran, tell, unseen
-from stepfuse.engine.compile.network import PASSES
-from stepfuse.engine.compile.numbered import Numbered, numbered
-from stepfuse.engine.compile.state.python_state import PythonState
-from stepfuse.engine.compile.state.random_sources import undrawn
-from stepfuse.engine.compile.tracing.trace import one_at_a_time
-from stepfuse.engine.compile.weights.released import WeightsReleased
-from stepfuse.engine.compile.weights.watched import Holding, WeightGone
-from stepfuse.engine.compile.without_graph import WithoutGraph
-from stepfuse.engine.replay.workspace import Workspace
+from stepfuse.engine.compile.compiled import Compiled
+from stepfuse.engine.compile.graph import Pass, PassReport
+from stepfuse.engine.compile.held_memory import held_memory
+from stepfuse.engine.compile.listening import Ran, tell
+from stepfuse.engine.compile.network import Settings
+from stepfuse.engine.compile.network_cache import RESTLESS, NetworkCache
+from stepfuse.engine.compile.numbered import Numbered
+from stepfuse.engine.compile.pass_order import PASSES, PickledPasses, as_passes
+from stepfuse.engine.compile.stages import STAGES, Stage
+from stepfuse.engine.compile.weights.watched import Holding
 from stepfuse.kernels.arguments import (
     as_call,
     as_integers,
@@ -31,10 +27,9 @@ from stepfuse.kernels.arguments import (
     check_precision,
     check_words,
 )
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, received
 
-_RESTLESS = 8  # changes of one attribute after which nothing more is compiled for its next value
-_ANY = -1  # the number of a state in which the model runs itself
+_NOTHING = "nothing compiled yet"
 
 
 class WeightsChanged(RuntimeError):
@@ -46,6 +41,7 @@ def optimize(
     example_inputs: Sequence[Any],
     dtype: torch.dtype | None = None,
     *,
+    passes: Sequence[Pass] = PASSES,
     without: Collection[str] = (),
     timesteps: Iterable[int] = (),
     max_networks: int = 8,
@@ -67,7 +63,9 @@ def optimize(
         dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
             outputs keep the model's own dtype. What does not run in it on this machine is left in
             float32, as `Optimized.explain` tells. None computes in the model's dtype.
-        without: names of passes to leave out, of `PASSES`.
+        passes: what rewrites the graph, in this order; ``PASSES + (mine,)`` adds one of your own, a
+            function ``mine(gm, context) -> PassReport`` (docs/extending.md).
+        without: names of passes to leave out.
         timesteps: to be announced at once, see `Optimized.prepare`.
         max_networks: how many shapes stay compiled, the least recently used one going first.
         weights: what becomes of a weight of ``model`` once it is packed, so that it is not held
@@ -96,14 +94,14 @@ def optimize(
     """
     check_kind("model", model, nn.Module, "an nn.Module")
     check_precision("dtype", dtype)
-    without = check_words("without", without, PASSES)
+    passes = as_passes(passes)
+    without = check_words("without", without, [pass_.__name__ for pass_ in passes])
     check_literal("weights", weights, Holding)
     max_networks = as_integer("max_networks", max_networks)
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
-    fast = Optimized(
-        model, None if dtype is torch.float32 else dtype, without, max_networks, weights
-    )
+    lower = None if dtype is torch.float32 else dtype
+    fast = Optimized(model, lower, without, max_networks, weights, passes=passes)
     args, kwargs = as_call("example_inputs", example_inputs)
     fast.prepare(timesteps)
     fast.compile(*args, **kwargs)
@@ -125,26 +123,32 @@ class Optimized(nn.Module):
         max_networks: int,
         weights: Holding = "parked",
         ignored: Collection[str] = (),
+        passes: Sequence[Pass] = PASSES,
     ) -> None:
         super().__init__()
         self.original = model
-        self.weights = weights
+        self.weights, self.passes = weights, tuple(passes)
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
         self._never_counts = frozenset(ignored)  # paths of `PythonState`
-        self._workspace = Workspace()
         self._forget()
 
     def _forget(self) -> None:
         """Nothing is compiled, and nothing is known of the model."""
-        self._networks: OrderedDict[Any, Compiled | Numbered] = OrderedDict()
-        # number, dtype and device of the weights, the rest; the latest that held comes first
-        self._states: list[tuple[int, Any, PythonState]] = []
-        self._count = 0
-        self._changes: Counter[str] = Counter()
-        # of each kind of call, those of other settings that came
-        self._settings: dict[Any, set[Any]] = {}
-        self._lock = threading.RLock()
+        settings = Settings(self.dtype, self.passes, self.without, self.weights)
+        self._cache = NetworkCache(
+            self.original, settings, self.max_networks, self.timesteps, self._never_counts
+        )
+
+    @property
+    def networks(self) -> list[Compiled | Numbered]:
+        """What is compiled so far, the last in the order of use at the end."""
+        return self._cache.networks
+
+    @property
+    def reports(self) -> list[PassReport]:
+        """What the passes did, for one network after the other."""
+        return [report for network in self.networks for report in network.reports]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model(x, t, **condition)``; t may be a tensor or a number.
@@ -162,15 +166,15 @@ class Optimized(nn.Module):
         ):
             return self.original(*args, **kwargs)
         with torch.no_grad():
-            call, network, leaves = self._network(args, kwargs)
-            tell(Ran(self, call, network))
+            call, network, leaves = self._cache.find(args, kwargs)
+            tell(Ran(self, self._cache, call, network))
             self._check(network)
             return network(leaves)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for the shapes of these arguments, if that has not been done."""
         with torch.no_grad():
-            self._network(args, kwargs)
+            self._cache.find(args, kwargs)
 
     def prepare(self, timesteps: Iterable[int]) -> None:
         """Announce timesteps: what depends on them alone becomes a row of a table.
@@ -185,10 +189,10 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
-        with one_at_a_time, self._lock, unseen():
-            for network in self._networks.values():
+        with self._cache.changing():
+            for network in self.networks:
                 network.prepare(wanted)
-            self.timesteps = list(dict.fromkeys([*self.timesteps, *wanted]))
+            self.timesteps[:] = dict.fromkeys([*self.timesteps, *wanted])
 
     def refresh(self) -> None:
         """Read the weights again after they were changed (EMA, LoRA) or replaced.
@@ -197,50 +201,58 @@ class Optimized(nn.Module):
         another state of the model are compiled again when it comes back to that. Raises
         `WeightsReleased` where there is nothing to read any more.
         """
-        self._refuse_if_released("refresh() reads the weights again")
-        with one_at_a_time, self._lock, unseen():
-            state = self._state()
-            for key in [k for k in self._networks if k[0] != state]:
-                del self._networks[key]
-            for key, network in list(self._networks.items()):
-                try:
-                    network.refresh()
-                except WeightGone:
-                    del self._networks[key]
+        self._cache.refresh()
 
     def check_weights(self) -> None:
         """Raise `WeightsChanged` where a weight is not what the compiled networks hold."""
-        with self._lock:
-            state = self._state()
-            for key, network in self._networks.items():
-                if key[0] == state:
-                    self._check(network)
+        with self._cache.lock:
+            for network in self._cache.current():
+                self._check(network)
 
     def watched_instead(self) -> tuple[Any, ...]:
         """Whose Python state decides what this computes."""
         return (self.original,)
 
-    def explain(self) -> str:
-        """Per compiled shape, what every pass matched, and why not the rest."""
+    def explain(self, graph: bool | Stage = False) -> str:
+        """Per compiled shape, what every pass matched, and why not the rest.
+
+        Args:
+            graph: the calls of one stage instead, a line each: the result, its shape and dtype, the
+                operator with its arguments, and the pass that wrote it. "main" (or True) is what
+                runs in every evaluation, "time" what depends on the timestep alone, "weights" what
+                runs when a network is built and at `refresh`.
+
+        Raises TypeError or ValueError for another ``graph``.
+        """
+        if graph is not False:
+            return self._graph("main" if graph is True else graph)
         parts = []
-        for key, network in self._networks.items():
-            lines = [
-                f"inputs                 {calls.described(key[2])}",
-                *(str(r) for r in network.reports),
-            ]
+        for inputs, network in self._cache.described():
+            lines = [f"inputs                 {inputs}", *(str(r) for r in network.reports)]
             lines.append(f"memory                 {held_memory(self.original, network)}")
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
-        restless = [path for path, count in self._changes.items() if count >= _RESTLESS]
+        restless = self._cache.restless()
         if restless:
             parts.append(
-                f"as it is               {', '.join(restless)} changed {_RESTLESS} times: for "
+                f"as it is               {', '.join(restless)} changed {RESTLESS} times: for "
                 "other values the model itself runs"
             )
         if self.without:
             parts.append(f"left out               {', '.join(self.without)}")
-        return "\n\n".join(parts) or "nothing compiled yet"
+        return "\n\n".join(parts) or _NOTHING
+
+    def _graph(self, stage: Stage) -> str:
+        known = isinstance(stage, str)
+        if not known or stage not in STAGES:
+            accepted, wrong = ", ".join(map(repr, STAGES)), ValueError if known else TypeError
+            raise wrong(f"graph must be True, False or one of {accepted}; got {received(stage)}")
+        parts = [
+            f"inputs                 {inputs}\n{network.listed(stage)}"
+            for inputs, network in self._cache.described()
+        ]
+        return "\n\n".join(parts) or _NOTHING
 
     def _check(self, network: Compiled | Numbered) -> None:
         name = network.changed()
@@ -249,134 +261,14 @@ class Optimized(nn.Module):
                 f"weight {name!r} was changed after the network was compiled; call refresh()"
             )
 
-    def _network(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Compiled | Numbered, list[Any]]:
-        """What these arguments are like, what runs for them, compiled where nothing does, and the
-        leaves to give it.
-        """
-        args, kwargs = calls.as_declared(self.original, args, kwargs)
-        leaves, spec = calls.flatten(args, kwargs)
-        number = args[1] if len(args) > 1 and calls.is_number(args[1]) else None
-        described = tuple(calls.key(leaf) for leaf in leaves)
-        if number is not None:
-            described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
-        with self._lock:
-            call = self._counted(spec, described)
-            network = self._known(call)
-        if network is None:
-            with one_at_a_time, self._lock:
-                network = self._known(call) or self._made(call, args, kwargs, leaves)
-        if number is not None and isinstance(network, Numbered):
-            leaves[1] = network.tensor(number, leaves[0])
-        return call, network, leaves
-
-    def _known(self, call: Any) -> Compiled | Numbered | None:
-        """The network that serves such a call now, the last in the order of use."""
-        # where the model runs itself, what it changes of itself does not matter
-        itself = [k for k, n in self._networks.items() if k[1:] == call and n.alone]
-        key = itself[0] if itself else (self._state(), *call)
-        if key in self._networks:
-            self._networks.move_to_end(key)
-        return self._networks.get(key)
-
-    def _counted(self, spec: Any, described: tuple[Any, ...]) -> Any:
-        """The call as it is counted: without the values of its settings, where too many came."""
-        call = (spec, described)
-        loose = tuple(calls.of_any_value(part) for part in described)
-        if loose == described:
-            return call
-        came = self._settings.setdefault((spec, loose), set())
-        if len(came) < _RESTLESS:
-            came.add(described)
-            return call
-        return call if any(key[1:] == call for key in self._networks) else (spec, loose)
-
-    def _made(
-        self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]
-    ) -> Compiled | Numbered:
-        """A network for such a call, in the state that the model is in when it is made."""
-        self._refuse_if_released(f"inputs of {calls.described(call[1])} need the weights again")
-        # nothing of this belongs into a step that is being recorded
-        state = self._state()
-        undone = undrawn(self._states[0][2])
-        with unseen(), undone, calls.fakeness(leaves):
-            network = self._build(state, call[1], args, kwargs)
-        key = (self._state(new=True), *call)
-        self._networks[key] = network
-        while len(self._networks) > self.max_networks:
-            self._networks.popitem(last=False)
-        return network
-
-    def _state(self, new: bool = False) -> int:
-        """The number of the state that the model is in, a new one where it was in none of them.
-
-        Where weights are released, no other than those that were compiled for can run: that is
-        raised, unless the ``new`` one is what compiling has left.
-        """
-        first = next(self.original.parameters(), None)
-        kind = None if first is None else (first.dtype, first.device)
-        for i, (number, known, state) in enumerate(self._states):
-            if known == kind and state.holds():
-                if i:
-                    self._states.insert(0, self._states.pop(i))
-                return number
-        changes = list(self._states[0][2].changes()) if self._states else []
-        if self._states and not new:
-            what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
-            self._refuse_if_released(
-                f"{what} changed since the network was compiled, which for another value is not to "
-                "be had without the weights; put it back"
-            )
-        for path in changes:
-            self._changes[path] += 1
-            if self._changes[path] > _RESTLESS:
-                return _ANY
-        self._count += 1
-        self._states.insert(0, (self._count, kind, self._look()))
-        for number, *_ in self._states[self.max_networks :]:
-            for key in [k for k in self._networks if k[0] == number]:
-                del self._networks[key]
-        del self._states[self.max_networks :]
-        return self._count
-
-    def _look(self) -> PythonState:
-        roots = {"model": self.original}
-        return PythonState(roots, training=False, weights=False, ignored=self._never_counts)
-
-    def _build(
-        self, state: int, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Compiled | Numbered:
-        kwargs = dict(sorted(kwargs.items()))
-        settings = Settings(self.dtype, self.without, self.weights)
-        network: Compiled | Numbered
-        if state == _ANY:
-            reason = "an attribute changes again and again"
-            network = WithoutGraph(self.original, args, kwargs, self.dtype, reason, alone=True)
-        elif any(map(calls.is_of_any_value, described)):
-            reason, leaves = "an argument changes again and again", calls.flatten(args, kwargs)[0]
-            network = without_graph(self.original, args, kwargs, settings, leaves, reason)
-        elif len(args) > 1 and calls.is_number(args[1]):
-            network = numbered(self.original, args, kwargs, settings, self._workspace)
-        else:
-            network = compiled(self.original, args, kwargs, settings, self._workspace)
-        network.prepare(self.timesteps)
-        return network
-
-    def _refuse_if_released(self, what: str) -> None:
-        if released_weights(self.original):
-            runs = " or ".join(calls.described(key[2]) for key in self._networks) or "nothing"
-            raise WeightsReleased(
-                f"{what}, which weights='released' has freed; compiled for {runs}"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_if_released("a copy or pickle compiles from the weights again")
-        compiled_here = ("_networks", "_states", "_changes", "_settings", "_lock", "_count")
-        return {name: v for name, v in self.__dict__.items() if name not in compiled_here}
+        self._cache.refuse_if_released("a copy or pickle compiles from the weights again")
+        state = {name: v for name, v in self.__dict__.items() if name != "_cache"}
+        return {**state, "passes": PickledPasses(self.passes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        own = {"passes": state["passes"].passes, "timesteps": list(state["timesteps"])}
+        super().__setstate__({**state, **own})  # type: ignore[no-untyped-call]
         self._forget()
 
 

@@ -10,9 +10,8 @@ from torch.fx import Node
 
 from stepfuse.engine.compile.graph import aten, value
 from stepfuse.engine.compile.heap import trim
-from stepfuse.engine.compile.passes.convolution_forms import possible_forms
-from stepfuse.engine.compile.passes.prepack_convolutions import convolution_arguments, mkldnn, packs
-from stepfuse.engine.compile.stopwatch import best_times, blank_filters, filler, trial
+from stepfuse.engine.compile.layers import convolution_arguments, mkldnn, packs, possible_forms
+from stepfuse.engine.compile.stopwatch import best_times, blank_filters, scratch_operand, trial
 from stepfuse.kernels.convolve import convolve
 from stepfuse.kernels.filters import Form
 from stepfuse.kernels.products import why_not
@@ -59,7 +58,7 @@ def _seconds(
         rest = (None, None, form, sizes[0][0])
         return best_times([lambda: convolve(x, u, *rest)], _REPEATS)[0]
     stride, padding, dilation = (list(size) for size in sizes)
-    weight = filler(math.prod(w_shape), dtype).view(w_shape)
+    weight = scratch_operand(math.prod(w_shape), dtype).view(w_shape)
     packed = mkldnn._reorder_convolution_weight(
         weight, padding, stride, dilation, groups, list(x_shape)
     )

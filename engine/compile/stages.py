@@ -11,12 +11,15 @@ marks them. Everything else is "main".
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import stage
 
-_RANK = {"weights": 0, "time": 1, "main": 2}
+Stage = Literal["weights", "time", "main"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def assign(gm: GraphModule) -> None:
@@ -31,10 +34,24 @@ def assign(gm: GraphModule) -> None:
             node.meta["stage"] = _stage_of(node)
 
 
+def time_frontier(gm: GraphModule) -> list[Node]:
+    """The "time" nodes that "main" nodes read: the columns of the table.
+
+    Views of one result are not separated from it here: every reader gets its own column.
+    """
+    return [
+        node
+        for node in gm.graph.nodes
+        if node.op == "call_function"
+        and stage(node) == "time"
+        and any(stage(user) == "main" or user.op == "output" for user in node.users)
+    ]
+
+
 def _stage_of(node: Node) -> str:
     if _once_is_not_enough(node):
         return "main"
-    latest = max((stage(n) for n in node.all_input_nodes), key=_RANK.__getitem__, default="weights")
+    latest = max((stage(n) for n in node.all_input_nodes), key=STAGES.index, default="weights")
     return latest
 
 

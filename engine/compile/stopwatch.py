@@ -53,7 +53,7 @@ def reading(weights: Iterable[Tensor]) -> Iterator[None]:
         _between.reset(token)
 
 
-def filler(count: int, dtype: torch.dtype) -> Tensor:
+def scratch_operand(count: int, dtype: torch.dtype) -> Tensor:
     """``count`` numbers of no meaning to multiply with: memory of a weight of `reading`, which is
     out of the cache like all of them, or zeros where none is large enough.
     """
@@ -68,9 +68,9 @@ def filler(count: int, dtype: torch.dtype) -> Tensor:
 def blank_filters(
     shape: Sequence[int], forms: Sequence[Form], dtype: torch.dtype, plain: bool = False
 ) -> dict[Form, Tensor]:
-    """Numbers in place of `filters` of a weight of this shape, in one memory: see `filler`."""
+    """Numbers in place of `filters` of a weight of this shape: one `scratch_operand` for all."""
     shapes = {form: filters_shape(shape, form, dtype, plain) for form in forms}
-    memory = filler(max(map(math.prod, shapes.values())), dtype)
+    memory = scratch_operand(max(map(math.prod, shapes.values())), dtype)
     return {form: memory[: math.prod(size)].view(size) for form, size in shapes.items()}
 
 

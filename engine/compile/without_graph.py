@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.compile.calls import have_values
 from stepfuse.engine.compile.graph import PassReport
 from stepfuse.engine.compile.runs import has_instructions
+from stepfuse.engine.compile.stages import Stage
 from stepfuse.engine.compile.state.python_state import PythonState
+from stepfuse.engine.compile.state.random_sources import RandomSources
 from stepfuse.engine.compile.tracing.mirror import CannotMirror, Mirror
 from stepfuse.engine.compile.tracing.trace import evaluating
 from stepfuse.engine.compile.tracing.undone import undone
@@ -43,7 +46,7 @@ class FusedGroupNorm(nn.Module):
 
 
 class WithoutGraph:
-    """``model`` for the shapes of (args, kwargs), with the interface of a `Network`.
+    """``model`` for the shapes of (args, kwargs), with the interface of a `CompiledNetwork`.
 
     Parameters and buffers that were replaced in the original are taken over at the next call.
 
@@ -129,6 +132,10 @@ class WithoutGraph:
         if not self.alone:
             self._mirror()
 
+    def listed(self, stage: Stage) -> str:
+        """There are no stages."""
+        return self.reports[0].note
+
     def nbytes(self) -> int:
         """Nothing is held beside the parameters of the original."""
         return 0
@@ -191,6 +198,38 @@ class WithoutGraph:
         self.written |= frozenset(twin.state.changes())
         self.run_alone(f"forward changes {min(self.written, default='the module')!r}")
         return False
+
+
+def without_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype | None,
+    leaves: Sequence[Any],
+    reason: str,
+) -> WithoutGraph:
+    """The modules with fused norms, or the model itself where they fail.
+
+    Tried out where the arguments have values, without a trace on them or the model. Raises the
+    model's own error where it has one.
+    """
+    iterators = RandomSources(PythonState({"model": model}, training=False)).iterators
+    if iterators:
+        reason += f"; forward may read {', '.join(iterators)}, which nobody can set back"
+        return WithoutGraph(model, args, kwargs, dtype, reason, alone=True)
+    network = WithoutGraph(model, args, kwargs, dtype, reason)
+    if not have_values(leaves):
+        return network
+    try:
+        network.try_out(leaves)
+    except Exception as error:
+        try:
+            with network.undone(leaves):
+                model(*args, **kwargs)
+        except Exception as own:
+            raise own from None  # the model's own error, without what was tried
+        network.run_alone(f"{type(error).__name__}: {error}")
+    return network
 
 
 class _Mirror(Mirror):

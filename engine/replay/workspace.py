@@ -49,7 +49,7 @@ def may_alias(target: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name(), "CompositeImplicitAutograd")
 
 
-class Plan:
+class MemoryPlan:
     """Which results of a line lie where; ``kept`` are the names that leave it."""
 
     def __init__(self, calls: Sequence[Call], kept: Collection[str] = ()) -> None:
@@ -102,16 +102,16 @@ def _places(spans: dict[str, tuple[int, int, int]]) -> dict[str, int]:
     return places
 
 
-class _Piece:
+class Piece:
     """Memory, and the results that the plan which used it last has there."""
 
     def __init__(self, size: int) -> None:
         with torch.inference_mode(False):  # to be written to outside of it too
             self.memory = torch.empty(size, dtype=torch.uint8)
-        self._plan: Plan | None = None
+        self._plan: MemoryPlan | None = None
         self.places: list[Tensor] = []
 
-    def lend(self, plan: Plan) -> None:
+    def lend(self, plan: MemoryPlan) -> None:
         """Let ``places`` be those of ``plan``."""
         if self._plan is not plan:
             with torch.inference_mode(False):
@@ -119,38 +119,38 @@ class _Piece:
 
 
 class Workspace:
-    """Memory for evaluations: a piece for each that is under way, kept for the next."""
+    """Memory for evaluations: a piece for each that is under way, kept in ``free`` for the next."""
 
     def __init__(self) -> None:
-        self._free: list[_Piece] = []
+        self.free: list[Piece] = []
 
-    def take(self, plan: Plan) -> _Piece:
+    def take(self, plan: MemoryPlan) -> Piece:
         """One that is large enough; one that is not is dropped."""
-        piece = self._free.pop() if self._free else None
+        piece = self.free.pop() if self.free else None
         if piece is None or len(piece.memory) < plan.bytes:
-            piece = _Piece(plan.bytes)
+            piece = Piece(plan.bytes)
         piece.lend(plan)
         return piece
 
-    def give(self, piece: _Piece) -> None:
+    def give(self, piece: Piece) -> None:
         """Let the next evaluation have it."""
-        self._free.append(piece)
+        self.free.append(piece)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_free": []}
+        return {"free": []}
 
 
 class Planned:
     """``run(*arguments, places)`` as a function of its arguments, its results in a workspace."""
 
-    def __init__(self, run: Callable[..., Any], plan: Plan, workspace: Workspace) -> None:
-        self._run, self._plan, self._workspace = run, plan, workspace
+    def __init__(self, run: Callable[..., Any], plan: MemoryPlan, workspace: Workspace) -> None:
+        self._run, self.plan, self._workspace = run, plan, workspace
         self._nowhere = [None] * len(plan.index)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():
             return self._run(*arguments, self._nowhere)  # whoever records wants results to be new
-        piece = self._workspace.take(self._plan)
+        piece = self._workspace.take(self.plan)
         try:
             return self._run(*arguments, piece.places)
         finally:

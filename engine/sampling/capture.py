@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stepfuse.engine.compile.weights.parked import home
-from stepfuse.engine.replay.workspace import Call, Plan, Workspace, may_alias
-from stepfuse.kernels.direct import blank, directly
+from stepfuse.engine.replay.writer import Writer
 
 # frames that are not the reader's
 _QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
@@ -44,7 +43,7 @@ class Captured(Protocol):
         """Whether the tensors that it reads still lie where they lay."""
 
 
-class _Read:
+class TensorsRead:
     """Tensors that a step was given, and where each of them lies.
 
     A captured step goes on reading there: the views and the addresses that it keeps do not follow a
@@ -60,6 +59,11 @@ class _Read:
         if plain and id(tensor) not in self._found:
             self._found[id(tensor)] = tensor, home(tensor)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """They."""
+        return [tensor for tensor, _ in self._found.values()]
+
     def holds(self) -> bool:
         """Whether all are where they were; one that was parked counts as where it was before."""
         return all(home(tensor) == address for tensor, address in self._found.values())
@@ -71,7 +75,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
     to them takes effect; views of those are taken once. Values made on the way are local variables,
     dropped after their last use; results of operators that can be told where to put them lie in one
-    memory, which the recording keeps (`Plan`). Recording runs the step once.
+    memory, which the recording keeps (`MemoryPlan`). Recording runs the step once.
 
     Raises `CaptureRefused` for an operation whose result Python could branch on.
     """
@@ -80,18 +84,17 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
         self._alive: list[Tensor] = []  # so that no such id is used twice
-        self._bound: dict[str, Any] = {}  # what the compiled function reads by name
-        self._lines: list[tuple[str, Call]] = []
-        self._read = _Read()
+        self._writer = Writer({}, lambda value: self._names.get(id(value)))
+        self.read = TensorsRead()
         with self:
             step()
-        self.replay = self._compile()
-        self.operations = len(self._lines)
-        del self._names, self._alive, self._lines
+        self.replay: Step = self._writer.function("replay", "<recorded step>", memory="own")
+        self.operations = len(self._writer.lines)
+        del self._names, self._alive, self._writer
 
     def holds(self) -> bool:
         """Whether the tensors that it reads still lie where they lay."""
-        return self._read.holds()
+        return self.read.holds()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -104,8 +107,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(leaf) in self._names:
                 reads.append(self._names[id(leaf)])
             else:
-                self._read.add(leaf)
-        call = self._written(func, args, kwargs)
+                self.read.add(leaf)
         result = func(*args, **kwargs)
         if read and not reads and func.is_view:
             return result  # a view of a buffer or a weight stays what it is
@@ -113,14 +115,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [
             out for out in tree_leaves(result) if isinstance(out, Tensor) and id(out) not in before
         ]
-        writes = [self._name(out) for out in made]
-        if writes and isinstance(result, (tuple, list)):
-            pattern = [self._names.get(id(out), "_") for out in result]
-            call = f"{', '.join(pattern)}, = {call}"
-        elif writes:
-            call = f"{writes[0]} = {call}"
-        like = blank(func, result) if writes else None
-        self._lines.append((call, Call(writes, reads, like is None and may_alias(func), like)))
+        makes = [self._name(out) for out in made]
+        target = makes[0] if makes else ""
+        if makes and isinstance(result, (tuple, list)):
+            target = ", ".join(self._names.get(id(out), "_") for out in result) + ","
+        self._writer.call(
+            func, args, kwargs, reads=reads, makes=makes, target=target, result=result
+        )
         return result
 
     def _name(self, out: Tensor) -> str:
@@ -128,45 +129,6 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names[id(out)] = name
         self._alive.append(out)
         return name
-
-    def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-        parts = [self._expression(a) for a in args]
-        parts += [f"{k}={self._expression(v)}" for k, v in kwargs.items()]
-        return f"{self._bind(directly(func))}({', '.join(parts)})"
-
-    def _expression(self, value: Any) -> str:
-        if isinstance(value, (list, tuple)):
-            inner = "".join(f"{self._expression(v)}, " for v in value)
-            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
-        if id(value) in self._names:
-            return self._names[id(value)]
-        if value is None or isinstance(value, (bool, int, str)):
-            return repr(value)
-        return self._bind(value)
-
-    def _bind(self, value: Any) -> str:
-        name = f"k{len(self._bound)}"
-        self._bound[name] = value
-        return name
-
-    def _compile(self) -> Callable[[], None]:
-        plan = Plan([call for _, call in self._lines])
-        places = Workspace().take(plan).places  # kept by the function, which nobody shares
-        last_use = {name: i for i, (_, call) in enumerate(self._lines) for name in call.reads}
-        body = []
-        for i, (text, call) in enumerate(self._lines):
-            if call.like is not None:
-                place = places[plan.index[call.makes[0]]]
-                text = f"{text.removesuffix(')')}, out={self._bind(place)})"
-            body.append(text)
-            dead = {n for n in call.reads if last_use[n] == i}
-            dead |= {n for n in call.makes if n not in last_use}
-            if dead:
-                body.append(f"del {', '.join(sorted(dead))}")
-        source = "def replay():\n" + "".join(f"    {line}\n" for line in body or ["pass"])
-        exec(compile(source, "<recorded step>", "exec"), self._bound)
-        replay: Callable[[], None] = self._bound["replay"]
-        return replay
 
 
 class CudaGraph:
@@ -205,7 +167,7 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.read = _Read()
+        self.read = TensorsRead()
         self._made = WeakIdKeyDictionary()
 
     def __torch_dispatch__(

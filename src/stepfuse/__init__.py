@@ -8,7 +8,9 @@ from stepfuse._version import __version__
 if TYPE_CHECKING:
     from stepfuse.engine import export
     from stepfuse.engine.adapters import accelerate, restore
+    from stepfuse.engine.compile.graph import PassContext, PassReport
     from stepfuse.engine.compile.optimize import Optimized, WeightsChanged, optimize
+    from stepfuse.engine.compile.pass_order import PASSES
     from stepfuse.engine.compile.weights.released import WeightsReleased
     from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
     from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CFG",
+    "PASSES",
     "BackendUnavailable",
     "Checkpoint",
     "ClassifierGuidance",
@@ -34,6 +37,8 @@ __all__ = [
     "OnnxDenoiser",
     "Optimized",
     "Outputs",
+    "PassContext",
+    "PassReport",
     "Sampler",
     "Schedule",
     "Step",
@@ -62,7 +67,9 @@ _HOMES = {
     "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),
     "engine.sampling.methods": ("Method",),
     "engine.sampling.latents": ("interpolate", "slerp"),
+    "engine.compile.graph": ("PassContext", "PassReport"),
     "engine.compile.optimize": ("Optimized", "WeightsChanged", "optimize"),
+    "engine.compile.pass_order": ("PASSES",),
     "engine.compile.weights.released": ("WeightsReleased",),
     "engine.sampling.sampler": ("Sampler",),
     "engine.sampling.schedule": ("Schedule",),

@@ -42,11 +42,17 @@ def optimizing() -> Call:
         sf.optimize,
         {"model": world.net(), "example_inputs": INPUTS, "weights": "kept"},
         {
+            "passes": {"an empty list"},
             "without": {"an empty list"},
             "timesteps": {"an empty list", "as an iterator", "a set"},
             "max_networks": {"2 ** 70"},
         },
-        instead={"without": ("channels_last",), "timesteps": [3, 4], "max_networks": 8},
+        instead={
+            "passes": sf.PASSES,
+            "without": ("channels_last",),
+            "timesteps": [3, 4],
+            "max_networks": 8,
+        },
         # what follows x are the model's own arguments
         undefined={
             "example_inputs": {
@@ -87,7 +93,7 @@ CALLS = {
         {"timesteps": {"an empty list", "a set", "as an iterator"}},
     ),
     "Optimized.check_weights": lambda: Call(fast().check_weights, {}),
-    "Optimized.explain": lambda: Call(fast().explain, {}),
+    "Optimized.explain": lambda: Call(fast().explain, {"graph": "main"}),
     "Optimized.refresh": lambda: Call(fast().refresh, {}),
     "accelerate": lambda: looking(sf.accelerate, lucidrains_case.bump()),
     "restore": lambda: looking(sf.restore, lucidrains_case.bump()),

@@ -16,6 +16,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 _RECORD = "made by this library for its callers to read"
+_PASS = "filled in by a pass, and read by `explain`"
 _LOOP = "called by the sampler in its loop, with tensors of its own, and recorded there"
 _MODEL = "its arguments are those of the user's model, whose errors are its own"
 
@@ -45,6 +46,9 @@ LEFT_OUT = {
     "ClassifierGuidance.is_active": _LOOP,
     "ClassifierGuidance.scale_at": _LOOP,
     "OnnxDenoiser.run": "called by its operator, with tensors that forward has checked",
+    "PassContext": _RECORD,
+    "PassReport": _PASS,
+    "PassReport.count": _PASS,
     "Optimized": "made by optimize, which checks the same arguments",
     "Optimized.compile": _MODEL,
     "Optimized.watched_instead": "it has no arguments",

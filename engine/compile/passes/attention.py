@@ -22,22 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from stepfuse.engine.compile.graph import PassReport, aten, call, calls, finish, replace, value
+from stepfuse.engine.compile.graph import (
+    SDPA,
+    PassContext,
+    PassReport,
+    aten,
+    call,
+    calls,
+    finish,
+    replace,
+    value,
+)
+from stepfuse.engine.compile.layers import mkldnn
 from stepfuse.engine.compile.runs import runs
 from stepfuse.engine.compile.stopwatch import best_times, trial
 from stepfuse.kernels.attention import OP as ATTENTION
 from stepfuse.kernels.attention import attention as run_attention
 from stepfuse.kernels.products import why_not
 
-mkldnn = torch.ops.mkldnn
-SDPA = aten.scaled_dot_product_attention.default
 MOST_WEIGHTS = 1 << 22  # entries of N * heads * L * L: 16 MB in float32
 MOST_SAMPLES = 32
 _REPEATS = 3
 Build = Callable[[Callable[..., Any], Any, Any, Any, float], Any]
 
 
-def attention(gm: GraphModule) -> PassReport:
+def attention(gm: GraphModule, context: PassContext) -> PassReport:
     """Write out every unmasked attention on the CPU that is faster so, by measurement."""
     report = PassReport("attention")
     for node in calls(gm, SDPA):

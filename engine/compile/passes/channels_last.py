@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -34,7 +35,7 @@ _FORMATS = {
 }
 
 
-def channels_last(gm: GraphModule) -> PassReport:
+def channels_last(gm: GraphModule, context: PassContext) -> PassReport:
     """Convert the inputs of convolutions where they are not channels-last already."""
     report = PassReport("channels_last")
     for view in calls(gm, aten.view.default, aten._unsafe_view.default):

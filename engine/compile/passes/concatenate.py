@@ -12,12 +12,21 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from stepfuse.engine.compile.graph import PassReport, aten, calls, finish, replace, stage, value
+from stepfuse.engine.compile.graph import (
+    PassContext,
+    PassReport,
+    aten,
+    calls,
+    finish,
+    replace,
+    stage,
+    value,
+)
 from stepfuse.kernels.backends import why_not
 from stepfuse.kernels.concatenate import OP as CONCATENATE
 
 
-def concatenate(gm: GraphModule) -> PassReport:
+def concatenate(gm: GraphModule, context: PassContext) -> PassReport:
     """Replace every `cat` of channels-last images."""
     report = PassReport("concatenate")
     for node in calls(gm, aten.cat.default):

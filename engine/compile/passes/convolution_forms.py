@@ -31,27 +31,37 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     calls,
     finish,
-    is_call,
     replace,
     stage,
     value,
 )
 from stepfuse.engine.compile.heap import trim
-from stepfuse.engine.compile.passes.fold_group_norm import norm_before
-from stepfuse.engine.compile.passes.prepack_convolutions import (
+from stepfuse.engine.compile.layers import (
     convolution_arguments,
+    geometry,
     mkldnn,
+    operands,
     packs,
     packs_linear,
+    possible_forms,
+    uncast,
 )
-from stepfuse.engine.compile.stopwatch import best_times, blank_filters, exceed_cache, filler, trial
+from stepfuse.engine.compile.passes.fold_group_norm import norm_before
+from stepfuse.engine.compile.stopwatch import (
+    best_times,
+    blank_filters,
+    exceed_cache,
+    scratch_operand,
+    trial,
+)
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall, convolve
-from stepfuse.kernels.filters import Form, filters, fits
+from stepfuse.kernels.filters import Form, filters
 from stepfuse.kernels.group_norm_silu import GroupNormCall, group_norm_silu
 from stepfuse.kernels.products import why_not
 
@@ -60,19 +70,12 @@ _REPEATS = 5
 # concatenated and residuals added for it
 _MARGIN = 1.25
 _SQUARES_IN_BFLOAT16 = 16  # pixels a side
-_GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, padding)
-    (1, 1, 0): ("dense",),
-    (3, 1, 1): ("direct", "lines", "squares"),
-    (3, 2, 1): ("direct",),
-}
 
 
-def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
-    """Rewrite every convolution and linear layer on images that oneDNN is not clearly faster at;
-    ``plain`` as in `filters`.
-    """
+def convolution_forms(gm: GraphModule, context: PassContext) -> PassReport:
+    """Rewrite every convolution and linear layer on images that oneDNN is not clearly faster at."""
     report = PassReport("convolution_forms")
-    cold = exceed_cache(gm)
+    cold, plain = exceed_cache(gm), context.plain
     taken: Counter[Form] = Counter()
     layers = [
         node
@@ -80,9 +83,9 @@ def convolution_forms(gm: GraphModule, plain: bool = False) -> PassReport:
         if node.target is not aten.linear.default or value(node).dim() > 2  # not on vectors
     ]
     problems = {node: _problem(node) for node in layers}
-    asked = _where_one_dnn_may_win([n for n in layers if not problems[n]], cold, plain)
+    onednn_may_win = _where_onednn_may_win([n for n in layers if not problems[n]], cold, plain)
     for node in layers:
-        form = None if problems[node] else _fastest(node, node in asked, cold, plain)
+        form = None if problems[node] else _fastest(node, node in onednn_may_win, cold, plain)
         if report.count(problems[node] or ("" if form else "oneDNN is faster")):
             assert form is not None
             taken[form] += 1
@@ -111,72 +114,52 @@ def _bias(node: Node) -> Any:
     return convolution_arguments(node)[2]
 
 
-def geometry(node: Node) -> tuple[int, ...] | None:
-    """(kernel, stride, padding) of a convolution or linear layer where some form is for it."""
-    if node.target is aten.linear.default:
-        return (1, 1, 0) if value(node).dim() == 3 else None
-    _, weight, _, stride, padding, dilation, groups = convolution_arguments(node)
-    sizes = {*zip(value(weight).shape[2:], stride, padding, dilation, strict=True)}
-    if groups != 1 or len(sizes) != 1:
-        return None
-    *found, dilation = sizes.pop()
-    return tuple(found) if dilation == 1 and tuple(found) in _GEOMETRIES else None
-
-
-def possible_forms(node: Node) -> tuple[Form, ...]:
-    """The forms that would do; the first is the one that rounds least."""
-    x, weight = _operands(node)
-    shape = x.shape if x.dim() == 4 else x.transpose(1, 2).unsqueeze(-1).shape
-    forms = _GEOMETRIES.get(geometry(node) or (), ())
-    return tuple(form for form in forms if fits(shape, weight.shape[0], form))
-
-
-def _where_one_dnn_may_win(layers: list[Node], cold: bool, plain: bool) -> set[Node]:
+def _where_onednn_may_win(layers: list[Node], cold: bool, plain: bool) -> set[Node]:
     """Layers of the kinds of which oneDNN wins one of two: that with most products, that with most
     weights and of those the smallest image.
     """
     kinds: dict[Any, list[Node]] = {}
     for node in layers:
         kinds.setdefault((geometry(node), value(node).dim(), value(node).dtype), []).append(node)
-    asked: set[Node] = set()
+    found: set[Node] = set()
     for nodes in kinds.values():
         largest = max(nodes, key=_products), max(nodes, key=lambda n: (_weights(n), -_products(n)))
         times = [_times(node, True, cold, plain) for node in largest]
         if any(one_dnn < min(own) for one_dnn, *own in times):
-            asked.update(nodes)
-    return asked
+            found.update(nodes)
+    return found
 
 
 def _weights(node: Node) -> int:
-    return _operands(node)[1].numel()
+    return operands(node)[1].numel()
 
 
 def _products(node: Node) -> int:
-    return value(node).numel() * _operands(node)[1][0].numel()
+    return value(node).numel() * operands(node)[1][0].numel()
 
 
-def _fastest(node: Node, asked: bool, cold: bool, plain: bool) -> Form | None:
-    """None for oneDNN, which takes part if ``asked``."""
+def _fastest(node: Node, onednn_may_win: bool, cold: bool, plain: bool) -> Form | None:
+    """None for oneDNN, which takes part if ``onednn_may_win``."""
     forms = _candidates(node)
-    if len(forms) == 1 and not asked:
+    if len(forms) == 1 and not onednn_may_win:
         return forms[0]
-    one_dnn, *own = _times(node, asked, cold, plain)
+    one_dnn, *own = _times(node, onednn_may_win, cold, plain)
     return forms[own.index(min(own))] if min(own) < _MARGIN * one_dnn else None
 
 
-def _times(node: Node, asked: bool, cold: bool, plain: bool) -> Sequence[float]:
-    x, weight = _operands(node)
+def _times(node: Node, onednn_may_win: bool, cold: bool, plain: bool) -> Sequence[float]:
+    x, weight = operands(node)
     norm = norm_before(node)
-    asked = asked and _one_dnn_runs(node)
+    onednn_may_win = onednn_may_win and _one_dnn_runs(node)
     return _seconds(
         tuple(x.shape), tuple(weight.shape), (geometry(node) or ())[1], _candidates(node), x.dtype,
-        0 if norm is None else GroupNormCall.of(norm.args).groups,
-        asked, plain, cold, torch.get_num_threads(),
+        0 if norm is None else GroupNormCall.of(norm.args).groups, onednn_may_win, plain, cold,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _one_dnn_runs(node: Node) -> bool:
-    x, weight = _operands(node)
+    x, weight = operands(node)
     if node.target is aten.linear.default:
         return packs_linear(x, weight)
     return packs(x, weight, *convolution_arguments(node)[3:])
@@ -184,15 +167,10 @@ def _one_dnn_runs(node: Node) -> bool:
 
 def _candidates(node: Node) -> tuple[Form, ...]:
     """The forms that round no more than they may."""
-    x, _ = _operands(node)
+    x, _ = operands(node)
     rounds = x.dtype is torch.bfloat16 and max(x.shape[2:]) > _SQUARES_IN_BFLOAT16
     spoiled = rounds and norm_before(node) is None
     return tuple(form for form in possible_forms(node) if not (spoiled and form == "squares"))
-
-
-def _operands(node: Node) -> list[Tensor]:
-    """What stands for x and the weight."""
-    return [value(n) for n in node.args[:2] if isinstance(n, Node)]
 
 
 def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
@@ -209,11 +187,6 @@ def _rewrite(gm: GraphModule, node: Node, form: Form, plain: bool) -> None:
     replace(node, fused)
 
 
-def uncast(weight: Any) -> Any:
-    """The weight as the model has it: filters are rounded after their transform, biases never."""
-    return weight.args[0] if is_call(weight, aten.to.dtype) else weight
-
-
 @trial
 def _seconds(
     shape: tuple[int, ...],
@@ -222,12 +195,12 @@ def _seconds(
     forms: tuple[Form, ...],
     dtype: torch.dtype,
     groups: int,
-    asked: bool,
+    onednn_may_win: bool,
     plain: bool,
     cold: bool,
     threads: int,
 ) -> tuple[float, ...]:
-    """Of oneDNN, forever unless it is asked, and of each of ``forms``, after a norm of so many
+    """Of oneDNN, forever unless it may win, and of each of ``forms``, after a norm of so many
     groups if there is one.
 
     ``threads`` only tells results apart.
@@ -245,7 +218,7 @@ def _seconds(
         return normed if x.dim() == 4 else normed.transpose(1, 2)
 
     runs: list[Callable[[], Tensor]] = []
-    if asked:
+    if onednn_may_win:
         one_dnn = _one_dnn(x, filter_shape, stride)
         runs.append(lambda: one_dnn(before(x)))
     weight, offset = parameters if groups else (None, None)
@@ -256,12 +229,12 @@ def _seconds(
         )  # fmt: skip
         runs.append(functools.partial(convolve, *given.arguments()))
     times = best_times(runs, _REPEATS, warm=x if cold else None)
-    return tuple(times) if asked else (float("inf"), *times)
+    return tuple(times) if onednn_may_win else (float("inf"), *times)
 
 
 def _one_dnn(x: Tensor, shape: tuple[int, ...], stride: int) -> Callable[[Tensor], Tensor]:
     """oneDNN's layer with some weight of this shape."""
-    weight = filler(math.prod(shape), x.dtype).view(shape)
+    weight = scratch_operand(math.prod(shape), x.dtype).view(shape)
     if x.dim() == 3:
         packed = mkldnn._reorder_linear_weight(weight, x.shape[:-1].numel())
         return lambda x: mkldnn._linear_pointwise(x, packed, None, "none", [], "")

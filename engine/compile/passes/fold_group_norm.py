@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -33,7 +34,7 @@ from stepfuse.kernels.group_norm_silu import GroupNormCall
 _BACKENDS = ("auto", "cpp")
 
 
-def fold_group_norm(gm: GraphModule) -> PassReport:
+def fold_group_norm(gm: GraphModule, context: PassContext) -> PassReport:
     """Let every `convolve` take the GroupNorm before it along."""
     report = PassReport("fold_group_norm")
     norms = {norm_before(node): node for node in calls(gm, CONVOLVE)}

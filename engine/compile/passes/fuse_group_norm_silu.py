@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -54,7 +55,7 @@ class _Match:
     silu: bool = False
 
 
-def fuse_group_norm_silu(gm: GraphModule) -> PassReport:
+def fuse_group_norm_silu(gm: GraphModule, context: PassContext) -> PassReport:
     """Replace every GroupNorm and what belongs to it by one operator."""
     report = PassReport("fuse_group_norm_silu")
     counts = {"SiLU": 0, "scale-shift": 0, "add": 0}

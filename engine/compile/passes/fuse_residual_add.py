@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -35,7 +36,8 @@ from stepfuse.engine.compile.graph import (
     stage,
     value,
 )
-from stepfuse.engine.compile.passes.prepack_convolutions import is_packed, mkldnn
+from stepfuse.engine.compile.layers import mkldnn
+from stepfuse.engine.compile.passes.prepack_convolutions import is_packed
 from stepfuse.engine.compile.runs import runs
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall
@@ -67,7 +69,7 @@ class _Sum:
         return self.views[-1] if self.views else self.product
 
 
-def fuse_residual_add(gm: GraphModule) -> PassReport:
+def fuse_residual_add(gm: GraphModule, context: PassContext) -> PassReport:
     """Give every packed product the sum that follows it, where nothing else reads it."""
     report = PassReport("fuse_residual_add")
     in_place = 0

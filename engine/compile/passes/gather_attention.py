@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    SDPA,
+    PassContext,
     PassReport,
     aten,
     call,
@@ -29,7 +31,6 @@ from stepfuse.engine.compile.graph import (
     value,
 )
 
-SDPA = aten.scaled_dot_product_attention.default
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 _MATMULS = (aten.matmul.default, aten.bmm.default)
 
@@ -58,7 +59,7 @@ class _Match:
     last: Node
 
 
-def gather_attention(gm: GraphModule) -> PassReport:
+def gather_attention(gm: GraphModule, context: PassContext) -> PassReport:
     """Replace products around a softmax by one operator."""
     report = PassReport("gather_attention")
     for softmax in calls(gm, aten.softmax.int):

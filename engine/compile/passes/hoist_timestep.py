@@ -11,15 +11,15 @@ one row of it (`timetable.TimeTable`). Exact for a row computed with the same ba
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from stepfuse.engine.compile.graph import PassReport, is_tensor, stage, value
-from stepfuse.engine.compile.stages import assign
+from stepfuse.engine.compile.graph import PassContext, PassReport, is_tensor, stage, value
+from stepfuse.engine.compile.stages import assign, time_frontier
 
 
-def hoist_timestep(gm: GraphModule, time: Node | None) -> PassReport:
-    """Mark the nodes that depend on ``time`` and on weights, but on no other input."""
-    report = PassReport("hoist_timestep")
+def hoist_timestep(gm: GraphModule, context: PassContext) -> PassReport:
+    """Mark the nodes that depend on the timestep and on weights, but on no other input."""
+    report, time = PassReport("hoist_timestep"), context.time
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
     if time is None or value(time).dim() != 1:
         report.note = "no timestep [N] as the second argument"
@@ -43,17 +43,3 @@ def hoist_timestep(gm: GraphModule, time: Node | None) -> PassReport:
     width = sum(value(n)[0].numel() for n in frontier)
     report.note = f"of {len(nodes)} nodes in all; {len(frontier)} results, {width} numbers a row"
     return report
-
-
-def time_frontier(gm: GraphModule) -> list[Node]:
-    """The "time" nodes that "main" nodes read: the columns of the table.
-
-    Views of one result are not separated from it here: every reader gets its own column.
-    """
-    return [
-        node
-        for node in gm.graph.nodes
-        if node.op == "call_function"
-        and stage(node) == "time"
-        and any(stage(user) == "main" or user.op == "output" for user in node.users)
-    ]

@@ -18,7 +18,7 @@ the dtypes they always had. On a CPU without instructions for the dtype everythi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -69,12 +70,14 @@ _MIXED = (  # made for float32 parameters beside images of lower precision
 )
 _NAMESPACES = ("aten", "prims", "stepfuse")
 _NAMED = 3  # layers of a kind that a report names
-Pays = Callable[[Node, torch.dtype], bool]
 
 
-def lower_precision(gm: GraphModule, dtype: torch.dtype, pays: Pays) -> PassReport:
-    """Cast what heavy operators read; ``pays(convolution, dtype)`` may keep one in float32."""
-    report = PassReport("lower_precision")
+def lower_precision(gm: GraphModule, context: PassContext) -> PassReport:
+    """Cast what heavy operators read; ``context.pays`` may keep a convolution in float32."""
+    report, dtype = PassReport("lower_precision"), context.dtype
+    if dtype is None:
+        report.applies = False
+        return report
     inputs = _Inputs(gm)
     refused: dict[str, list[str]] = {}
     lowered = 0
@@ -94,7 +97,7 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype, pays: Pays) -> PassRepo
         elif not _takes(inputs, node, low, dtype):
             refused.setdefault(_name(node), []).append(_layer(node))
             problem = "refused"
-        elif node.target in _CONVOLUTIONS and not pays(node, dtype):
+        elif node.target in _CONVOLUTIONS and not context.pays(node, dtype):
             problem = "float32 is as fast for their shape"
         else:
             problem = ""

@@ -13,6 +13,7 @@ import itertools
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -24,7 +25,7 @@ from stepfuse.engine.compile.graph import (
 )
 
 
-def merge_linears(gm: GraphModule) -> PassReport:
+def merge_linears(gm: GraphModule, context: PassContext) -> PassReport:
     """Merge linear layers on images or tokens that read the same; vectors [N, C] stay."""
     report = PassReport("merge_linears")
     together: dict[object, list[Node]] = {}

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -27,15 +27,22 @@ from stepfuse.engine.compile.graph import (
     stage,
     value,
 )
-from stepfuse.engine.compile.runs import runs
+from stepfuse.engine.compile.layers import (
+    ALONE,
+    convolution_arguments,
+    mkldnn,
+    packs,
+    packs_linear,
+    packs_transposed,
+    pair,
+)
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall
 
-mkldnn = torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def prepack_convolutions(gm: GraphModule) -> PassReport:
+def prepack_convolutions(gm: GraphModule, context: PassContext) -> PassReport:
     """Pack the weights of every 2-dimensional convolution and of every linear layer on images."""
     report = PassReport("prepack_convolutions")
     for node in calls(gm, aten.conv2d.default):
@@ -70,46 +77,6 @@ def _problem(node: Node) -> str:
     return "" if asked(node) else f"oneDNN has none in {value(x).dtype} here"
 
 
-def packs(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> bool:
-    """Whether oneDNN runs this convolution here with a packed weight; float32 it always does."""
-    if x.dtype is torch.float32:
-        return True
-    geometry = (padding, stride, dilation, groups)
-    return runs(mkldnn._reorder_convolution_weight, weight, *geometry, list(x.shape)) and runs(
-        mkldnn._convolution_pointwise.default, x, weight, None, *geometry, *_ALONE
-    )
-
-
-def packs_transposed(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
-    """`packs` for a transposed one: padding, padding of the output, stride, dilation, groups."""
-    if x.dtype is torch.float32:
-        return True
-    packing = mkldnn._reorder_convolution_transpose_weight
-    return runs(packing, weight, *geometry, list(x.shape)) and runs(
-        mkldnn._convolution_transpose_pointwise, x, weight, None, *geometry, *_ALONE
-    )
-
-
-def packs_linear(x: Tensor, weight: Tensor) -> bool:
-    """`packs` for a linear layer."""
-    if x.dtype is torch.float32:
-        return True
-    rows = x.shape[:-1].numel()
-    return runs(mkldnn._reorder_linear_weight, weight, rows) and runs(
-        mkldnn._linear_pointwise.default, x, weight, None, *_ALONE
-    )
-
-
-_ALONE: tuple[Any, ...] = ("none", [], "")  # with nothing before or after
-
-
 def _convolution_packs(node: Node) -> bool:
     x, weight, _, *geometry = convolution_arguments(node)
     return packs(value(x), value(weight), *geometry)
@@ -134,23 +101,6 @@ _ASKED: dict[Any, Callable[[Node], bool]] = {
 }
 
 
-def convolution_arguments(node: Node) -> tuple[Any, ...]:
-    """(x, weight, bias, stride, padding, dilation, groups) of a conv2d, with two entries each."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
-    given.update(node.kwargs)
-    pairs = (_pair(given.get(name, default)) for name, default in _DEFAULTS)
-    return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
-
-
-_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
-
-
-def _pair(v: int | list[int]) -> list[int]:
-    both = [v, v] if isinstance(v, int) else list(v)
-    return both * 2 if len(both) == 1 else both
-
-
 def _pack_convolution(gm: GraphModule, node: Node) -> None:
     x, weight, bias, stride, padding, dilation, groups = convolution_arguments(node)
     with gm.graph.inserting_before(node):
@@ -162,7 +112,7 @@ def _pack_convolution(gm: GraphModule, node: Node) -> None:
         fused = call(
             gm.graph,
             mkldnn._convolution_pointwise.default,
-            *(x, packed, bias, padding, stride, dilation, groups, *_ALONE),
+            *(x, packed, bias, padding, stride, dilation, groups, *ALONE),
         )
     replace(node, fused)
 
@@ -177,7 +127,7 @@ def _pack_transposed(gm: GraphModule, node: Node) -> None:
         packed.meta["val"] = weight.meta["val"]
         fused = gm.graph.call_function(
             mkldnn._convolution_transpose_pointwise.default,
-            (x, packed, bias, *geometry, *_ALONE),
+            (x, packed, bias, *geometry, *ALONE),
         )
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
@@ -187,7 +137,7 @@ def _transposed_arguments(node: Node) -> tuple[Any, ...]:
     """(x, weight, bias, padding, output_padding, stride, dilation, groups), two entries each."""
     given: dict[str, Any] = dict(zip(_TRANSPOSED, node.args, strict=False))
     given.update(node.kwargs)
-    pairs = (_pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS)
+    pairs = (pair(given.get(name, default)) for name, default in _TRANSPOSED_DEFAULTS)
     return (given["input"], given["weight"], given.get("bias"), *pairs, given.get("groups", 1))
 
 
@@ -206,7 +156,7 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
     with gm.graph.inserting_before(node):
         packed = gm.graph.call_function(mkldnn._reorder_linear_weight.default, (weight, rows))
         packed.meta["val"] = weight.meta["val"]
-        fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *_ALONE))
+        fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *ALONE))
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
 

@@ -20,14 +20,14 @@ from dataclasses import replace
 
 from torch.fx import GraphModule, Node
 
-from stepfuse.engine.compile.graph import PassReport, calls, finish, is_call, value
+from stepfuse.engine.compile.graph import PassContext, PassReport, calls, finish, is_call, value
 from stepfuse.kernels.concatenate import OP as CONCATENATE
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall
 from stepfuse.kernels.products import whole_vectors
 
 
-def read_side_by_side(gm: GraphModule) -> PassReport:
+def read_side_by_side(gm: GraphModule, context: PassContext) -> PassReport:
     """Let every `convolve` that reads two images side by side read the two."""
     report = PassReport("read_side_by_side")
     for node in calls(gm, CONCATENATE):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     calls,
@@ -28,7 +29,7 @@ _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar)
 
 
-def remove_no_ops(gm: GraphModule) -> PassReport:
+def remove_no_ops(gm: GraphModule, context: PassContext) -> PassReport:
     """Bypass every node whose result is its first argument; drop assertions."""
     report = PassReport("remove_no_ops")
     for node in calls(gm, *_DROPOUTS, *_SCALINGS, *_SUMS, *_CASTS, *_SAME):

@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
+    PassContext,
     PassReport,
     aten,
     call,
@@ -40,14 +40,21 @@ from stepfuse.engine.compile.graph import (
     value,
 )
 from stepfuse.engine.compile.heap import trim
-from stepfuse.engine.compile.passes.convolution_forms import uncast
-from stepfuse.engine.compile.passes.prepack_convolutions import (
+from stepfuse.engine.compile.layers import (
+    ALONE,
     convolution_arguments,
     mkldnn,
     packs,
     packs_transposed,
+    uncast,
 )
-from stepfuse.engine.compile.stopwatch import best_times, blank_filters, exceed_cache, filler, trial
+from stepfuse.engine.compile.stopwatch import (
+    best_times,
+    blank_filters,
+    exceed_cache,
+    scratch_operand,
+    trial,
+)
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall, convolve
 from stepfuse.kernels.filters import filters, fits
@@ -61,12 +68,10 @@ _REPEATS = 5
 _SUMS = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
 
 
-def upsampled_convolutions(gm: GraphModule, plain: bool = False) -> PassReport:
-    """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster;
-    ``plain`` as in `filters`.
-    """
+def upsampled_convolutions(gm: GraphModule, context: PassContext) -> PassReport:
+    """Rewrite every 3x3 convolution of an image that was enlarged twice, where it is faster."""
     report = PassReport("upsampled_convolutions")
-    cold = exceed_cache(gm)
+    cold, plain = exceed_cache(gm), context.plain
     taken: Counter[str] = Counter()
     for upsample in calls(gm, _UPSAMPLE):
         conv = _reader(upsample)
@@ -213,12 +218,9 @@ def _seconds(
     return direct, transposed, own
 
 
-_ALONE: tuple[Any, ...] = ("none", [], "")  # with nothing before or after
-
-
 def _directly(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     """oneDNN's convolution of the enlarged image with some weight of this shape."""
-    weight = filler(math.prod(shape), x.dtype).view(shape)
+    weight = scratch_operand(math.prod(shape), x.dtype).view(shape)
     twice = [*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]]
     packed = mkldnn._reorder_convolution_weight(weight, _ONES, _ONES, _ONES, 1, twice)
     trim()
@@ -226,7 +228,7 @@ def _directly(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         large = _UPSAMPLE(x, None, [2.0, 2.0])
-        y: Tensor = convolution(large, packed, None, _ONES, _ONES, _ONES, 1, *_ALONE)
+        y: Tensor = convolution(large, packed, None, _ONES, _ONES, _ONES, 1, *ALONE)
         return y
 
     return run
@@ -234,8 +236,8 @@ def _directly(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
 
 def _at_once(x: Tensor, shape: tuple[int, ...]) -> Callable[[], Tensor]:
     """oneDNN's transposed convolution with some weight of this shape."""
-    weight = filler(math.prod(shape), x.dtype).view(shape)
+    weight = scratch_operand(math.prod(shape), x.dtype).view(shape)
     packed = mkldnn._reorder_convolution_transpose_weight(weight, *_AT_ONCE, list(x.shape))
     trim()
     convolution = mkldnn._convolution_transpose_pointwise
-    return lambda: convolution(x, packed, None, *_AT_ONCE, *_ALONE)
+    return lambda: convolution(x, packed, None, *_AT_ONCE, *ALONE)

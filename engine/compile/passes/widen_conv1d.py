@@ -13,13 +13,21 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from stepfuse.engine.compile.graph import PassReport, aten, call, calls, finish, replace
+from stepfuse.engine.compile.graph import (
+    PassContext,
+    PassReport,
+    aten,
+    call,
+    calls,
+    finish,
+    replace,
+)
 
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _ALONG_HEIGHT = {"stride": 1, "padding": 0, "dilation": 1}
 
 
-def widen_conv1d(gm: GraphModule) -> PassReport:
+def widen_conv1d(gm: GraphModule, context: PassContext) -> PassReport:
     """Rewrite every conv1d."""
     report = PassReport("widen_conv1d")
     for node in calls(gm, aten.conv1d.default):

@@ -34,7 +34,7 @@ class PythonState:
     """The Python state that code reached from ``roots``, objects by name, may read.
 
     Attributes of modules and objects count where such code names them; all of them where it makes
-    up names while it runs (getattr).
+    up names while it runs (getattr). ``reach`` is what was come to.
 
     Args:
         training: whether the flag ``training`` of modules counts.
@@ -58,7 +58,7 @@ class PythonState:
         reach = Reach(roots, ignored)
         if not reach.is_dynamic:
             reach = Reach(roots, ignored, frozenset(reach.named) | {"training"})
-        self._reach = reach
+        self.reach = reach
         self._places: list[tuple[str, Any, tuple[Any, ...]]] = []  # path, mapping, its names
         self._takes: list[tuple[Callable[[Any], Any], Any]] = []
         self._values: list[Any] = []  # what stands there
@@ -138,7 +138,7 @@ class PythonState:
         for path, held, name, value in self._same:
             if _entry(held, name) is not value:
                 yield f"{path}.{name}"
-        for (path, obj, _), kind in zip(self._reach.attributes, self._kinds, strict=True):
+        for (path, obj, _), kind in zip(self.reach.attributes, self._kinds, strict=True):
             if type(obj) is not kind:
                 yield f"{path}.__class__"
         yield from self._new_attributes()
@@ -167,9 +167,9 @@ class PythonState:
 
     def has_fakes(self) -> bool:
         """Whether tensors without data are among what can be reached."""
-        weights = [t for _, m in self._reach.modules for t in (*m._parameters.values(),)]
+        weights = [t for _, m in self.reach.modules for t in (*m._parameters.values(),)]
         return any(
-            isinstance(t, FakeTensor) for t in (*weights, *dict(self._reach.tensors).values())
+            isinstance(t, FakeTensor) for t in (*weights, *dict(self.reach.tensors).values())
         )
 
     def forget_fakes(self) -> None:
@@ -201,12 +201,12 @@ class PythonState:
         for _, obj, name, value in self._slots:
             if holds_fake(getattr(obj, name, None)):
                 object.__setattr__(obj, name, value)
-        for cached, size in zip(self._reach.caches, self._cached, strict=True):
+        for cached, size in zip(self.reach.caches, self._cached, strict=True):
             if cached.cache_info().currsize > size:
                 cached.cache_clear()
 
     def _take_module(self, path: str, module: nn.Module, training: bool, weights: bool) -> None:
-        reach, held = self._reach, object.__getattribute__(module, "__dict__")
+        reach, held = self.reach, object.__getattribute__(module, "__dict__")
         for name in ("_modules", *HOOKS):
             if name in held and f"{path}.{name}" not in reach.ignored:
                 if held[name]:
@@ -266,15 +266,15 @@ class PythonState:
 
     def _new_attributes(self) -> Iterator[str]:
         """Attributes that came, as far as they count; one may hide that of a class."""
-        for (path, _, held), known in zip(self._reach.attributes, self._known, strict=True):
+        for (path, _, held), known in zip(self.reach.attributes, self._known, strict=True):
             for name in held.keys() - known:
-                if self._reach.follows(path, name):
+                if self.reach.follows(path, name):
                     yield f"{path}.{name}"
 
     def _hiding(self) -> Iterator[str]:
         """Names that code looks up and that came to a class or a file since."""
         for (where, _, space), known in zip(self._spaces, self._there, strict=True):
-            yield from (f"{where}.{n}" for n in self._reach.named if n in space and n not in known)
+            yield from (f"{where}.{n}" for n in self.reach.named if n in space and n not in known)
 
 
 def _all(root: nn.Module) -> list[nn.Module]:

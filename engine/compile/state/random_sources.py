@@ -80,11 +80,11 @@ def undrawn(state: PythonState) -> Iterator[None]:
 
 def _met(state: PythonState) -> Iterator[Any]:
     """Objects that were visited, and those whose built-in methods are attributes."""
-    reach = state._reach
+    reach = state.reach
     methods = (value for _, _, held in reach.attributes for value in list(held.values()))
     owners = (getattr(m, "__self__", None) for m in methods if callable(m))
     known: set[int] = set()
-    for obj in (*reach._seen.values(), *owners):
+    for obj in (*reach.objects, *owners):
         if id(obj) not in known and isinstance(obj, _KINDS):
             known.add(id(obj))
             yield obj
@@ -95,7 +95,7 @@ def _own(state: PythonState) -> Iterator[Any]:
 
     Other files have iterators for purposes of their own.
     """
-    reach = state._reach
+    reach = state.reach
     files = {type(module).__module__ for _, module in reach.modules}
     roots = {path.partition(".")[0] for path, _ in reach.modules[:1]}
     for path, _, held in reach.attributes:

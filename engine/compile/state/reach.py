@@ -96,6 +96,11 @@ class Reach:
                 break
 
     @property
+    def objects(self) -> list[Any]:
+        """All that was visited."""
+        return list(self._seen.values())
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether some code may read attributes by names that are made up at run time."""
         return self._functions >= _MOST or bool(self.named & _DYNAMIC)

@@ -74,7 +74,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         if sources.iterators:
             kinds = ", ".join(sources.iterators)
             raise CannotTrace(f"forward may read {kinds}, which nobody can set back", alone=True)
-        shared = [tensor for _, tensor in reachable._reach.tensors]  # by mirrors
+        shared = [tensor for _, tensor in reachable.reach.tensors]  # by mirrors
         try:
             with kept(shared):
                 return _traced(model, args, kwargs)

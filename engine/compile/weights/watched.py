@@ -86,7 +86,7 @@ class Weights:
                 parking.close(tensors)
                 self.note = parking.note
 
-    def leave_again(self, names: Iterable[str]) -> None:
+    def evict(self, names: Iterable[str]) -> None:
         """Forget what was read back of those of ``names`` that are parked."""
         files = parked.Files()
         for tensor in (_held(*self._owners[name]) for name in names):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepfuse.engine.compile.network import PASSES
+from stepfuse.engine.compile.pass_order import PASSES
 from stepfuse.engine.compile.stages import assign
 from stepfuse.engine.compile.tracing.trace import Traced, trace
 from stepfuse.engine.networks.unet import UNet, UNetConfig
@@ -144,7 +144,7 @@ def traced(function: Any, *inputs: Tensor) -> Traced:
 
 def only(*names: str) -> list[str]:
     """What to leave out so that only these passes run."""
-    return [name for name in PASSES if name not in names]
+    return [pass_.__name__ for pass_ in PASSES if pass_.__name__ not in names]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -18,9 +18,12 @@ from torch import nn
 
 from stepfuse import CFG, Sampler, Schedule
 from stepfuse.bench.networks import cifar10
-from stepfuse.engine.compile.graph import calls, finish
-from stepfuse.engine.compile.network import Network, rewrite
-from stepfuse.engine.compile.optimize import Optimized, optimize
+from stepfuse.engine.compile.graph import PassContext, calls, finish
+from stepfuse.engine.compile.network import CompiledNetwork, Settings
+from stepfuse.engine.compile.network_cache import NetworkCache
+from stepfuse.engine.compile.optimize import optimize
+from stepfuse.engine.compile.pass_order import PASSES
+from stepfuse.engine.compile.rewrite import rewrite
 from stepfuse.engine.compile.tracing.trace import trace
 from stepfuse.engine.sampling.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import _Watch, check_capturable
@@ -61,7 +64,7 @@ def test_full_networks_run_without_a_host_sync(
         inputs = [torch.empty(shape, device=DEVICE), torch.zeros(shape[0], device=DEVICE).long()]
         condition = {"encoder_hidden_states": torch.empty(text, device=DEVICE)} if text else {}
         model = module_on_cuda(make)
-        network = Network(model, tuple(inputs), condition, dtype, ())
+        network = CompiledNetwork(model, tuple(inputs), condition, Settings(dtype))
         leaves = [*inputs, *condition.values()]
         result = network(leaves).sample
         assert (result.shape, result.dtype, result.device) == (shape, torch.float32, DEVICE)
@@ -81,7 +84,7 @@ def test_full_networks_run_without_a_host_sync(
     assert not {"aten::sin", "aten::cos", "aten::exp"} & set(seen.names)
     # images are channels-last from the first convolution on, and the filters were turned once
     assert int(done["channels_last"].note.split()[0]) <= 5
-    filters = [v for v in (network._bound[f.name] for f in network._folds) if v.dim() == 4]
+    filters = [v for v in network.constants.values() if v.dim() == 4]
     wide = [v for v in filters if v.shape[2] == 3]
     assert len(wide) == sum(isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3 for m in modules)
     assert all(v.is_contiguous(memory_format=torch.channels_last) for v in wide)
@@ -93,9 +96,9 @@ def test_a_sampler_over_it_can_be_captured(
     announced: bool, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    build = Optimized._build
+    build = NetworkCache.build
     monkeypatch.setattr(
-        Optimized, "_build", lambda self, *a: built.append(build(self, *a)) or built[-1]
+        NetworkCache, "build", lambda self, *a: built.append(build(self, *a)) or built[-1]
     )
     unet, inputs = own(num_classes=3)
     fast = optimize(unet, inputs, timesteps=range(0, 1000, 200) if announced else ())
@@ -103,7 +106,7 @@ def test_a_sampler_over_it_can_be_captured(
     sampler = Sampler(fast, Schedule.linear(), steps=5, guidance=guidance)
     check_capturable(sampler, (2, 3, 10, 6), {"labels": torch.tensor([0, 1])})
     for network in built:
-        assert isinstance(network, Network), "the lint has seen another network"
+        assert isinstance(network, CompiledNetwork), "the lint has seen another network"
     assert len(built) == (3 if guided else 2)
     assert fast.explain().count("inputs ") == 1, "what the lint compiled is not kept"
 
@@ -132,7 +135,8 @@ def test_the_graph_with_the_triton_op_computes_the_network(
 ) -> None:
     model, inputs = small(scale_shift)
     found = trace(model, inputs, {})
-    rewrite(found, dtype, ONLY_CPU)
+    passes = [pass_ for pass_ in PASSES if pass_.__name__ not in ONLY_CPU]
+    rewrite(found.gm, passes, PassContext(found.time, dtype))
     norms = calls(found.gm, OP)
     for node in norms:
         node.args = (*node.args[:-1], "triton")

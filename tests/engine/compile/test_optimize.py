@@ -92,7 +92,7 @@ def test_announced_timesteps_come_from_the_table_and_others_still_work() -> None
     model, (x, _) = small()
     fast = optimize(model, (x, torch.zeros(3, dtype=torch.int64)), timesteps=[10, 4])
     fast.prepare([999, 10])
-    (network,) = fast._networks.values()
+    (network,) = fast.networks
     assert set(network.table.filled) == {10, 4, 999}
     for t in ([10, 10, 10], [4, 999, 10], [4, 5, 6], [0, 0, 0]):
         assert distance(fast(x, torch.tensor(t)), model(x, torch.tensor(t))) < REORDERED

@@ -11,6 +11,7 @@ from tests.engine.compile.networks import distance, small
 from tests.engine.compile.odd_modules import conv
 from torch import Tensor, nn
 
+from stepfuse.engine.compile.network_cache import NetworkCache
 from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.weights.released import WeightsReleased
 
@@ -41,7 +42,7 @@ def test_a_float_of_any_kind_keeps_its_fraction(kind: Any) -> None:
     assert "no graph" not in fast.explain()
     for t in (0.5, 0.25, 3.75, 7.0):
         assert distance(fast(x, kind(t)), model(x, kind(t))) < REORDERED
-    assert len(fast._networks) == 1
+    assert len(fast.networks) == 1
 
 
 @torch.no_grad()
@@ -145,8 +146,8 @@ def test_a_setting_that_changes_at_every_call_is_not_compiled_for(
     model, x, t = Gained().eval(), torch.randn(2, 4, 6, 8), torch.tensor([5, 7])
     fast = optimize(model, (x, t), max_networks=4)
     made: list[Any] = []
-    build = type(fast)._build
-    monkeypatch.setattr(type(fast), "_build", lambda *a: made.append(a) or build(*a))
+    build = NetworkCache.build
+    monkeypatch.setattr(NetworkCache, "build", lambda *a: made.append(a) or build(*a))
     for i in range(40):
         g = np.full(3, i / 10) if array else i / 10
         assert distance(fast(x, t, g=g), model(x, t, g=g)) < REORDERED or i == 0

@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.compile import stopwatch
-from stepfuse.engine.compile.stopwatch import best_times, blank_filters, filler, reading, trial
+from stepfuse.engine.compile.stopwatch import (
+    best_times,
+    blank_filters,
+    reading,
+    scratch_operand,
+    trial,
+)
 from stepfuse.kernels.filters import FORMS, Form, filters
 from stepfuse.kernels.products import vector_channels
 
@@ -76,14 +82,16 @@ def test_a_trial_runs_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert trimmed == [True, True], "after every trial, when its tensors are gone"
 
 
-def test_a_filler_is_memory_of_a_weight_where_one_is_large_enough() -> None:
+def test_a_scratch_operand_is_memory_of_a_weight_where_one_is_large_enough() -> None:
     weights = [torch.ones(30), torch.ones(7, 100), torch.ones(1000).view(10, 100).t()]
     with reading(weights):
-        lent = filler(1400, torch.bfloat16)
+        lent = scratch_operand(1400, torch.bfloat16)
         assert lent.data_ptr() == weights[1].data_ptr()
         assert (lent.shape, lent.dtype) == ((1400,), torch.bfloat16)
-        assert torch.equal(filler(1401, torch.bfloat16), torch.zeros(1401, dtype=torch.bfloat16))
-    assert torch.equal(filler(3, torch.float32), torch.zeros(3))
+        assert torch.equal(
+            scratch_operand(1401, torch.bfloat16), torch.zeros(1401, dtype=torch.bfloat16)
+        )
+    assert torch.equal(scratch_operand(3, torch.float32), torch.zeros(3))
 
 
 def test_what_is_hopeless_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tests.engine.compile.networks import distance
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import Optimized, optimize
-from stepfuse.engine.replay.workspace import Call, Plan, Planned, Workspace, may_alias
+from stepfuse.engine.replay.workspace import Call, MemoryPlan, Planned, Workspace, may_alias
 from stepfuse.engine.sampling.capture import Recording
 from stepfuse.kernels.backends import why_not
 
@@ -25,7 +25,7 @@ needs_module = pytest.mark.skipif(
 )
 
 
-def spans(plan: Plan) -> dict[str, tuple[int, int]]:
+def spans(plan: MemoryPlan) -> dict[str, tuple[int, int]]:
     """The bytes each result takes."""
     memory = torch.empty(plan.bytes, dtype=torch.uint8)
     found = {}
@@ -51,7 +51,7 @@ def test_random_lines_never_overwrite_what_is_still_read() -> None:
             views = not planned and rng.random() < 0.5
             calls.append(Call([f"v{i}"], reads, views, like if planned else None))
         kept = [f"v{len(calls) - 1}"]
-        plan = Plan(calls, kept)
+        plan = MemoryPlan(calls, kept)
         places = spans(plan)
         alive: dict[str, set[str]] = {}  # what a name may be a view of
         written: dict[str, str] = {}  # the result whose value a place has
@@ -73,19 +73,19 @@ def test_random_lines_never_overwrite_what_is_still_read() -> None:
 def test_a_chain_needs_two_places_and_a_view_keeps_its_own() -> None:
     like = torch.empty(1000)
     chain = [Call([f"v{i}"], [f"v{i - 1}"] if i else [], False, like) for i in range(9)]
-    assert Plan(chain).bytes == 2 * 4032
-    assert list(Plan(chain, ["v8"]).index) == [f"v{i}" for i in range(8)]
+    assert MemoryPlan(chain).bytes == 2 * 4032
+    assert list(MemoryPlan(chain, ["v8"]).index) == [f"v{i}" for i in range(8)]
     viewed = [*chain[:2], Call(["w"], ["v0"], True), *chain[2:4], Call(["y"], ["w"], False)]
-    places = spans(Plan(viewed))
+    places = spans(MemoryPlan(viewed))
     assert all(disjoint(places["v0"], places[f"v{i}"]) for i in (1, 2, 3))
-    assert Plan([]).bytes == 0
-    assert Plan([]).tensors(torch.empty(0, dtype=torch.uint8)) == []
+    assert MemoryPlan([]).bytes == 0
+    assert MemoryPlan([]).tensors(torch.empty(0, dtype=torch.uint8)) == []
 
 
 def test_layouts_are_those_of_the_operators() -> None:
     image = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     turned = torch.empty(2, 7, 3, 5, dtype=torch.bfloat16).transpose(1, 2)
-    plan = Plan([Call(["a"], [], False, image), Call(["b"], ["a"], False, turned)])
+    plan = MemoryPlan([Call(["a"], [], False, image), Call(["b"], ["a"], False, turned)])
     for found, like in zip(
         plan.tensors(torch.empty(plan.bytes, dtype=torch.uint8)), (image, turned), strict=False
     ):
@@ -108,7 +108,7 @@ def test_who_may_return_an_argument() -> None:
 
 def test_a_workspace_serves_evaluations_of_any_size_and_outlives_errors() -> None:
     workspace = Workspace()
-    plan = Plan([Call(["a"], [], False, torch.empty(10)), Call(["b"], ["a"], False, None)])
+    plan = MemoryPlan([Call(["a"], [], False, torch.empty(10)), Call(["b"], ["a"], False, None)])
 
     def run(value: float, places: list[Tensor]) -> Tensor:
         if value < 0:
@@ -117,17 +117,17 @@ def test_a_workspace_serves_evaluations_of_any_size_and_outlives_errors() -> Non
 
     planned = Planned(run, plan, workspace)
     assert planned(2.0) == 20
-    (piece,) = workspace._free
+    (piece,) = workspace.free
     with pytest.raises(ArithmeticError):
         planned(-1.0)
-    assert workspace._free == [piece], "given back"
-    large = workspace.take(Plan([Call(["a"], [], False, torch.empty(250))]))
+    assert workspace.free == [piece], "given back"
+    large = workspace.take(MemoryPlan([Call(["a"], [], False, torch.empty(250))]))
     assert len(large.memory) == 1024
-    assert workspace._free == [], "the smaller one is dropped"
+    assert workspace.free == [], "the smaller one is dropped"
     workspace.give(large)
     assert planned(3.0) == 30, "in the larger memory"
-    assert workspace._free == [large]
-    assert copy.deepcopy(workspace)._free == []
+    assert workspace.free == [large]
+    assert copy.deepcopy(workspace).free == []
 
 
 class Decoder(nn.Module):
@@ -166,10 +166,10 @@ def decoder() -> tuple[nn.Module, Optimized, Tensor]:
     return model, optimize(model, (x,)), x
 
 
-def planned(fast: Optimized) -> Plan:
-    (network,) = fast._networks.values()
-    assert isinstance(network._main, Planned)
-    return network._main._plan
+def planned(fast: Optimized) -> MemoryPlan:
+    (network,) = fast.networks
+    assert isinstance(network.main, Planned)
+    return network.main.plan
 
 
 @needs_module
@@ -185,13 +185,13 @@ def test_results_do_not_change_with_the_next_evaluation() -> None:
     fast(torch.randn_like(x))
     assert all(torch.equal(y, before) for y, before in zip(first, copies, strict=True))
     # what was there before does not matter
-    (piece,) = fast._workspace._free
+    (piece,) = fast.networks[0].workspace.free
     piece.memory.view(torch.float32).fill_(torch.nan)
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
     other = torch.randn(1, 32, 12, 10)
     for y, exact in zip(fast(other), model(other), strict=True):
         assert distance(y, exact) < REORDERED
-    assert len(fast._workspace._free) == 1, "networks of all shapes share one"
+    assert len(fast.networks[0].workspace.free) == 1, "networks of all shapes share one"
     assert all(torch.equal(y, before) for y, before in zip(fast(x), copies, strict=True))
 
 
@@ -201,7 +201,7 @@ def test_what_inference_mode_made_may_be_written_to_outside() -> None:
     with torch.inference_mode():
         model, fast, x = decoder()
         fast(x)
-    (piece,) = fast._workspace._free
+    (piece,) = fast.networks[0].workspace.free
     assert not piece.memory.is_inference()
     with torch.no_grad():
         given = torch.randn(2, 32, 6, 4)

@@ -69,8 +69,7 @@ def prefer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(fast: Optimized, name: str) -> Any:
-    (network,) = fast._networks.values()
-    return next(r for r in network.reports if r.name == name)
+    return next(r for r in fast.reports if r.name == name)
 
 
 @dtypes
@@ -185,7 +184,7 @@ def test_constants_are_no_larger_than_weights_that_left(
     whole = sum(p.nbytes for p in model.parameters())
     fast = optimize(model, inputs, dtype, weights=weights)
     assert report(fast, "convolution_forms").note == "3 dense, 1 direct, 2 squares"
-    (network,) = fast._networks.values()
+    (network,) = fast.networks
     assert network.nbytes() <= whole * (1 if dtype is torch.float32 else 0.9)
     assert distance(fast(*inputs), exact) < TOLERANCE[dtype]
 

@@ -9,8 +9,8 @@ import torch
 from tests.engine.compile.networks import distance, traced
 from torch import Tensor
 
-from stepfuse.engine.compile.graph import aten, calls
-from stepfuse.engine.compile.passes.gather_attention import SDPA, gather_attention
+from stepfuse.engine.compile.graph import SDPA, PassContext, aten, calls
+from stepfuse.engine.compile.passes.gather_attention import gather_attention
 from stepfuse.engine.compile.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.compile.passes.widen_conv1d import widen_conv1d
 
@@ -63,8 +63,8 @@ CASES += [(f, HEADS) for f in (by_matmul, spaced, crossed)]
 @torch.no_grad()
 def test_attention_is_found(function: Any, inputs: list[Tensor]) -> None:
     found = traced(function, *inputs)
-    remove_no_ops(found.gm)  # casts to the same dtype, and assertions that read them
-    done = gather_attention(found.gm)
+    remove_no_ops(found.gm, PassContext())  # casts to the same dtype, and assertions that read them
+    done = gather_attention(found.gm, PassContext())
     assert (done.matched, done.candidates) == (1, 1)
     assert not calls(found.gm, aten.einsum.default, aten.softmax.int, aten.matmul.default)
     assert len(calls(found.gm, SDPA)) == 1
@@ -93,7 +93,7 @@ def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.no_grad()
 def test_what_looks_alike_keeps_its_meaning(function: Any) -> None:
     found = traced(function, *HEADS)
-    done = gather_attention(found.gm)
+    done = gather_attention(found.gm, PassContext())
     assert done.matched == 0
     assert set(done.left) == {"softmax of something else"}
     assert distance(found.gm(*HEADS)[0], function(*HEADS)) < REORDERED
@@ -107,7 +107,7 @@ def test_what_looks_alike_keeps_its_meaning(function: Any) -> None:
 def test_a_conv1d_is_a_flat_conv2d(size: int, options: dict[str, Any]) -> None:
     model, x = torch.nn.Conv1d(4, 6, size, **options), torch.randn(3, 4, 11)
     found = traced(lambda x: model(x), x)
-    done = widen_conv1d(found.gm)
+    done = widen_conv1d(found.gm, PassContext())
     assert (done.matched, done.candidates) == (1, 1)
     assert not calls(found.gm, aten.conv1d.default)
     held = list(found.constants.values())

@@ -17,7 +17,7 @@ from tests.engine.compile.passes.precision_cases import NAMES, case
 from torch import Tensor, nn
 
 from stepfuse.engine.compile import network, precision_trial, runs
-from stepfuse.engine.compile.graph import PassReport, aten, calls, value
+from stepfuse.engine.compile.graph import PassContext, PassReport, aten, calls, value
 from stepfuse.engine.compile.optimize import Optimized, optimize
 from stepfuse.engine.compile.passes import (
     attention,
@@ -74,8 +74,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def report(fast: Optimized, name: str = "lower_precision") -> PassReport:
-    (found,) = fast._networks.values()
-    return next(r for r in found.reports if r.name == name)
+    return next(r for r in fast.reports if r.name == name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,7 +169,7 @@ def test_many_layers_of_a_kind_are_counted_and_some_named(monkeypatch: pytest.Mo
 def lowered(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """The graph of a function, its products in bfloat16."""
     found = traced(function, *inputs)
-    lower_precision.lower_precision(found.gm, torch.bfloat16, lambda *_: True)
+    lower_precision.lower_precision(found.gm, PassContext(dtype=torch.bfloat16))
     return found.gm
 
 

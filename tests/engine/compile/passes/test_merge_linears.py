@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.engine.compile.networks import distance, traced
 from torch import Tensor, nn
 
-from stepfuse.engine.compile.graph import aten, calls
+from stepfuse.engine.compile.graph import PassContext, aten, calls
 from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.passes.merge_linears import merge_linears
 from stepfuse.engine.compile.stages import assign
@@ -63,13 +63,13 @@ def test_the_graph_has_one_product_for_them() -> None:
 
     x = torch.randn(2, 3, 6)
     found = traced(function, x, *weights)
-    report = merge_linears(found.gm)
+    report = merge_linears(found.gm, PassContext())
     assert report.left == {"the weight is computed from the inputs": 2}
     for node in found.gm.graph.nodes:
         if node.op == "placeholder" and node is not next(iter(found.gm.graph.nodes)):
             node.meta["weight"] = node.name
     assign(found.gm)
-    report = merge_linears(found.gm)
+    report = merge_linears(found.gm, PassContext())
     assert (report.matched, report.candidates) == (2, 2)
     assert len(calls(found.gm, aten.linear.default)) == 1
     for got, exact in zip(found.gm(x, *weights), function(x, *weights), strict=True):

@@ -11,11 +11,11 @@ from tests.engine.compile.networks import ONEDNN_DTYPES, distance, only, own, sm
 from torch import Tensor, nn
 from torch.fx import Node
 
-from stepfuse.engine.compile.graph import aten, calls
-from stepfuse.engine.compile.network import PASSES, rewrite
+from stepfuse.engine.compile.graph import SDPA, PassContext, aten, calls
+from stepfuse.engine.compile.layers import mkldnn
 from stepfuse.engine.compile.optimize import Optimized, optimize
+from stepfuse.engine.compile.pass_order import PASSES
 from stepfuse.engine.compile.passes.attention import (
-    SDPA,
     attention,
     batched,
     by_operator,
@@ -23,8 +23,8 @@ from stepfuse.engine.compile.passes.attention import (
 )
 from stepfuse.engine.compile.passes.fuse_group_norm_silu import fuse_group_norm_silu
 from stepfuse.engine.compile.passes.lower_precision import lower_precision
-from stepfuse.engine.compile.passes.prepack_convolutions import mkldnn
 from stepfuse.engine.compile.passes.remove_no_ops import remove_no_ops
+from stepfuse.engine.compile.rewrite import rewrite
 from stepfuse.engine.compile.stages import assign
 from stepfuse.engine.compile.tracing.trace import CannotTrace, trace
 from stepfuse.kernels.group_norm_silu import OP
@@ -37,12 +37,11 @@ NOT_ALONE = ("lower_precision", "upsampled_convolutions", "attention", "convolut
 # in whole vectors, and only `channels_last` lets its cat be of such images
 NOT_ALONE += ("widen_conv1d", "gather_attention", "merge_linears", "fold_group_norm", "concatenate")
 NOT_ALONE += ("read_side_by_side",)
-ALONE = [name for name in PASSES if name not in NOT_ALONE]
+ALONE = [pass_.__name__ for pass_ in PASSES if pass_.__name__ not in NOT_ALONE]
 
 
 def report(fast: Optimized, name: str) -> Any:
-    (network,) = fast._networks.values()
-    return next(r for r in network.reports if r.name == name)
+    return next(r for r in fast.reports if r.name == name)
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])
@@ -62,7 +61,7 @@ def test_a_pass_alone_keeps_the_function(name: str, scale_shift: bool) -> None:
 @torch.no_grad()
 def test_no_pass_at_all_is_the_exported_network() -> None:
     model, inputs = small()
-    fast = optimize(model, inputs, without=PASSES)
+    fast = optimize(model, inputs, without=only())
     assert torch.equal(fast(*inputs), model(*inputs))
 
 
@@ -72,13 +71,13 @@ def test_no_ops_are_bypassed_and_real_work_stays() -> None:
         return (x + 0).detach() / 2
 
     gm = traced(function, torch.randn(3, 5)).gm
-    remove_no_ops(gm)
+    remove_no_ops(gm, PassContext())
     assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [aten.div.Tensor]
 
 
 def test_training_dropout_is_reported() -> None:
     gm = traced(lambda x: F.dropout(x, 0.5, training=True), torch.randn(3, 5)).gm
-    assert remove_no_ops(gm).left == {"dropout in training mode": 1}
+    assert remove_no_ops(gm, PassContext()).left == {"dropout in training mode": 1}
 
 
 NORM = [torch.randn(2, 6, 5, 3), torch.randn(2, 6, 1, 1), torch.randn(2, 6, 1, 1)]
@@ -98,7 +97,7 @@ NORM = [torch.randn(2, 6, 5, 3), torch.randn(2, 6, 1, 1), torch.randn(2, 6, 1, 1
 @torch.no_grad()
 def test_what_belongs_to_a_group_norm_is_fused(function: Any, note: str) -> None:
     found = traced(function, *NORM)
-    done = fuse_group_norm_silu(found.gm)
+    done = fuse_group_norm_silu(found.gm, PassContext())
     assert (done.matched, done.candidates) == (1, 1)
     assert done.note.startswith(note)
     targets = [n.target for n in calls(found.gm, OP, aten.silu.default, aten.mul.Tensor)]
@@ -121,7 +120,7 @@ def test_what_belongs_to_a_group_norm_is_fused(function: Any, note: str) -> None
 @torch.no_grad()
 def test_what_looks_alike_keeps_its_meaning(function: Any) -> None:
     found = traced(function, *NORM)
-    fuse_group_norm_silu(found.gm)
+    fuse_group_norm_silu(found.gm, PassContext())
     assert distance(found.gm(*NORM)[0], function(*NORM)) < REORDERED
 
 
@@ -236,7 +235,7 @@ def test_attention_is_written_out_where_that_is_faster(monkeypatch: pytest.Monke
             "stepfuse.engine.compile.passes.attention._seconds", lambda *_, t=times: t
         )
         found = traced(function, *inputs)
-        done = attention(found.gm)
+        done = attention(found.gm, PassContext())
         assert done.matched == matched
         assert done.left["masked, causal or with dropout"] == 1
         assert len(calls(found.gm, SDPA)) == 2 - matched
@@ -249,7 +248,7 @@ def test_time_alone_is_hoisted_and_the_class_is_not() -> None:
     without_class = optimize(model, inputs)
     with_class = optimize(model, (*inputs, {"labels": labels}))
     (free,), (bound,) = (
-        [r for n in f._networks.values() for r in n.reports if r.name == "hoist_timestep"]
+        [r for n in f.networks for r in n.reports if r.name == "hoist_timestep"]
         for f in (without_class, with_class)
     )
     assert "8 results" in free.note, free.note
@@ -303,9 +302,11 @@ def test_bfloat16_where_it_pays_and_float32_for_the_rest(monkeypatch: pytest.Mon
     model, inputs = small()
     found = trace(model, inputs, {})
     assign(found.gm)
-    done = lower_precision(
-        found.gm, torch.bfloat16, lambda node, dtype: _weight(node) != "last.weight"
-    )
+
+    def pays(node: Node, dtype: torch.dtype) -> bool:
+        return _weight(node) != "last.weight"
+
+    done = lower_precision(found.gm, PassContext(dtype=torch.bfloat16, pays=pays))
     assert done.left["float32 is as fast for their shape"] == 1
     assert done.left["vectors [N, C]"] == 4
     dtypes = {_weight(n): n.meta["val"].dtype for n in calls(found.gm, aten.conv2d.default)}
@@ -331,7 +332,7 @@ def test_bfloat16_is_no_worse_than_eager_bfloat16(scale_shift: bool) -> None:
 def test_weights_are_packed_once() -> None:
     model, inputs = small()
     found = trace(model, inputs, {})
-    rewrite(found, None, [])
+    rewrite(found.gm, PASSES, PassContext(found.time))
     packs = calls(found.gm, mkldnn._reorder_convolution_weight.default)
     assert len(packs) == 8
     assert {n.meta["stage"] for n in packs} == {"weights"}
@@ -364,7 +365,8 @@ def test_a_module_with_control_flow_on_values_has_no_graph() -> None:
 def test_on_another_device_the_same_passes_apply_without_oneDNN() -> None:
     model, (x, t) = own(scale_shift=True, head_channels=16)
     found = trace(model.to("meta"), (x.to("meta"), t.to("meta")), {})
-    done = {r.name: r for r in rewrite(found, torch.bfloat16, [])}
+    context = PassContext(found.time, torch.bfloat16)
+    done = {r.name: r for r in rewrite(found.gm, PASSES, context)}
     for name in ("hoist_timestep", "lower_precision", "channels_last"):
         assert done[name].matched > 0, str(done[name])
     for name in ("attention", "prepack_convolutions"):
@@ -385,4 +387,4 @@ def test_attention_of_another_sign_is_left(monkeypatch: pytest.MonkeyPatch) -> N
         return F.scaled_dot_product_attention(q, q, q, scale=-0.5)
 
     found = traced(function, torch.randn(1, 2, 6, 10))
-    assert attention(found.gm).left == {"a scale that is not positive": 1}
+    assert attention(found.gm, PassContext()).left == {"a scale that is not positive": 1}

@@ -56,7 +56,7 @@ def test_the_pass_merges_what_is_faster(
     model, x = Body().eval(), torch.randn(2, 6, 3, 5)
     # that may take what is not enlarged, where vectors are short
     fast = optimize(model, (x,), dtype, without=["convolution_forms"])
-    (network,) = fast._networks.values()
+    (network,) = fast.networks
     done = next(r for r in network.reports if r.name == "upsampled_convolutions")
     assert (done.matched, done.candidates) == (2, 5)
     assert dict(done.left) == {

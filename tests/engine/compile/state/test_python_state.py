@@ -205,7 +205,7 @@ def test_a_state_that_comes_back_is_not_compiled_again() -> None:
     for scale in (0.5, 1.0, 0.5, 1.0):
         model.inner.processor.scale = scale
         assert torch.allclose(fast(*given), model(*given), atol=1e-5)
-    assert len(fast._networks) == 2
+    assert len(fast.networks) == 2
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def test_a_number_that_never_rests_is_not_compiled_for_ever() -> None:
         model.inner.processor.scale = float(i + 2)
         assert torch.allclose(fast(*given), model(*given), rtol=1e-4, atol=1e-5)
     assert "model.inner.processor.scale changed" in fast.explain()
-    assert len(fast._networks) <= fast.max_networks
+    assert len(fast.networks) <= fast.max_networks
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_what_the_forward_does_not_read_by_name_compiles_once() -> None:
         model.inner.last_loss = 0.1 * i
     model.eval()
     fast(*given)
-    assert len(fast._networks) == 1
+    assert len(fast.networks) == 1
 
 
 class Caching(nn.Module):

@@ -11,6 +11,7 @@ from tests.engine.compile.networks import distance, own, small
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.compile.graph import PassContext
 from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.passes.remove_no_ops import remove_no_ops
 from stepfuse.engine.compile.tracing import trace as tracing
@@ -51,7 +52,7 @@ MODELS: list[Callable[[], Model]] = [
 
 def described(found: Traced, model: nn.Module) -> list[Any]:
     """Operators with their arguments, shapes, dtypes and strides; no names."""
-    remove_no_ops(found.gm)
+    remove_no_ops(found.gm, PassContext())
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     names: dict[Any, Any] = {node: f"input {i}" for i, node in enumerate(found.inputs)}
     lines = []

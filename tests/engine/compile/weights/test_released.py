@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepfuse import Sampler, Schedule
-from stepfuse.engine.compile.network import Network
-from stepfuse.engine.compile.optimize import Optimized, WeightsReleased, optimize
+from stepfuse.engine.compile.network import CompiledNetwork
+from stepfuse.engine.compile.optimize import Optimized, optimize
+from stepfuse.engine.compile.weights.released import WeightsReleased
 
 # float32 sums in another order, through some twenty layers
 REORDERED = 1e-5
@@ -160,8 +161,8 @@ def test_what_cannot_be_exported_keeps_its_weights() -> None:
 def test_constants_are_made_one_by_one() -> None:
     model, inputs = small()
     fast = optimize(model, inputs, torch.bfloat16)
-    (network,) = fast._networks.values()
-    reads = [len(fold.reads) for fold in network._folds]
+    (network,) = fast.networks
+    reads = [len(fold.reads) for fold in network.folds]
     assert max(reads) == 1, "each needs one weight, and no other's cast"
     assert sum(reads) >= 8
 
@@ -209,14 +210,14 @@ def test_weights_and_constants_together_never_grow_by_more_than_a_layer(
     weights = [p for p in model.parameters() if p.dim() == 4]
     layer, total = weights[0].nbytes, sum(p.nbytes for p in model.parameters())
     live: list[Live] = []
-    bind = Network._bind_weights
+    bind = CompiledNetwork._bind_weights
 
-    def watched(self: Network) -> None:
+    def watched(self: CompiledNetwork) -> None:
         live.append(Live(list(model.parameters())))
         with live[0]:
             bind(self)
 
-    monkeypatch.setattr(Network, "_bind_weights", watched)
+    monkeypatch.setattr(CompiledNetwork, "_bind_weights", watched)
     alone = only("lower_precision", "channels_last", "prepack_convolutions")
     expected = model(x)
     fast = optimize(model, (x,), dtype, without=alone, weights="released")
@@ -238,8 +239,8 @@ def test_nothing_but_constants_stays_of_the_build() -> None:
 
     before = large()
     fast = optimize(model, (x,), torch.bfloat16, weights="released")
-    (network,) = fast._networks.values()
-    constants = [network._bound[fold.name] for fold in network._folds]
-    constants += [piece.memory for piece in fast._workspace._free]  # of the run that tried it
+    (network,) = fast.networks
+    constants = list(network.constants.values())
+    constants += [piece.memory for piece in network.workspace.free]  # of the run that tried it
     extra = set(large()) - set(before) - set(map(id, constants))
     assert not extra, [tuple(large()[key].shape) for key in extra]
