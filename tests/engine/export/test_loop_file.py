@@ -176,9 +176,7 @@ def test_bad_input(tmp_path: Path, options: dict[str, Any], words: str) -> None:
         export(tmp_path / "bad.onnx", **options)
     with pytest.raises(TypeError, match="dynamic_size"):
         export(tmp_path / "bad.onnx", dynamic_size=True)
-    with pytest.raises(
-        TypeError, match="guidance must be a CFG without rescale, or None; got float"
-    ):
+    with pytest.raises(TypeError, match=r"guidance must be a CFG, .* or None; got float"):
         export(tmp_path / "bad.onnx", guidance=3.0)
     assert not list(tmp_path.iterdir())
 
