@@ -178,7 +178,7 @@ def test_a_file_of_passes_has_the_pass_of_its_name(name: str) -> None:
 
 
 def test_passes_are_imported_by_their_list_alone_and_know_nothing_of_networks() -> None:
-    """But for what one of them says of its own work to another."""
+    """Nor of each other: what two of them need is in `layers` or `graph`."""
     passes, compiling = "stepfuse.engine.compile.passes", "stepfuse.engine.compile"
     above = {f"{compiling}.{name}" for name in ("pass_order", "rewrite", "network", "compiled")}
     for path in sources():
@@ -189,5 +189,5 @@ def test_passes_are_imported_by_their_list_alone_and_know_nothing_of_networks() 
         read = {node.module or "" for node in tree if isinstance(node, ast.ImportFrom)}
         if name.startswith("engine/compile/passes/"):
             assert not read & above, name
-        elif name != "engine/compile/pass_order.py":
+        if name != "engine/compile/pass_order.py":
             assert not [module for module in read if module.startswith(passes)], name

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from stepfuse.engine.compile.graph import aten, is_call, value
+from stepfuse.engine.compile.graph import aten, is_call, is_tensor, only_user, value
 from stepfuse.engine.compile.runs import runs
+from stepfuse.kernels.convolve import OP as CONVOLVE
+from stepfuse.kernels.convolve import ConvolveCall
 from stepfuse.kernels.filters import Form, fits
+from stepfuse.kernels.group_norm_silu import OP as GROUP_NORM
+from stepfuse.kernels.group_norm_silu import GroupNormCall
 
 mkldnn = torch.ops.mkldnn
+_BACKENDS = ("auto", "cpp")  # of a norm that a convolution may take along
 ALONE: tuple[Any, ...] = ("none", [], "")  # of oneDNN's operators: with nothing before or after
 _DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
 _GEOMETRIES: dict[tuple[int, ...], tuple[Form, ...]] = {  # (kernel, stride, padding)
@@ -102,3 +107,44 @@ def packs_linear(x: Tensor, weight: Tensor) -> bool:
     return runs(mkldnn._reorder_linear_weight, weight, rows) and runs(
         mkldnn._linear_pointwise.default, x, weight, None, *ALONE
     )
+
+
+def is_packed(node: object) -> bool:
+    """A convolution or linear layer with a packed weight and no residual yet."""
+    if not is_tensor(node) or not isinstance(node, Node):
+        return False
+    if node.target is CONVOLVE:
+        return ConvolveCall.of(node.args).residual is None
+    return node.target in (
+        mkldnn._convolution_pointwise.default,
+        mkldnn._linear_pointwise.default,
+    )
+
+
+def norm_before(node: Node) -> Node | None:
+    """The GroupNorm that ``node`` alone reads, as an image or as tokens [N, H W, C]; else None."""
+    norm, reader = node.args[0], node
+    assert isinstance(norm, Node)
+    tokens = value(norm).dim() == 3
+    if tokens:
+        if not swaps_last(norm) or only_user(norm) is not node:
+            return None
+        reader, norm = norm, norm.all_input_nodes[0]
+    if not is_call(norm, GROUP_NORM) or only_user(norm) is not reader:
+        return None
+    found = GroupNormCall.of(norm.args)
+    x = value(found.x)
+    side_by_side = (
+        x.transpose(1, 2).is_contiguous()
+        if tokens
+        else x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    same = x.dtype == value(norm).dtype and x.device.type == "cpu"
+    return norm if side_by_side and same and found.backend in _BACKENDS else None
+
+
+def swaps_last(node: Node) -> bool:
+    """Whether it turns [N, C, L] to [N, L, C]."""
+    if is_call(node, aten.transpose.int):
+        return {int(d) % 3 for d in node.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+    return is_call(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1]  # type: ignore[arg-type]

@@ -45,13 +45,13 @@ from stepfuse.engine.compile.layers import (
     convolution_arguments,
     geometry,
     mkldnn,
+    norm_before,
     operands,
     packs,
     packs_linear,
     possible_forms,
     uncast,
 )
-from stepfuse.engine.compile.passes.fold_group_norm import norm_before
 from stepfuse.engine.compile.stopwatch import (
     best_times,
     blank_filters,

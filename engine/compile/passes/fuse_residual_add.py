@@ -36,8 +36,7 @@ from stepfuse.engine.compile.graph import (
     stage,
     value,
 )
-from stepfuse.engine.compile.layers import mkldnn
-from stepfuse.engine.compile.passes.prepack_convolutions import is_packed
+from stepfuse.engine.compile.layers import is_packed, mkldnn
 from stepfuse.engine.compile.runs import runs
 from stepfuse.kernels.convolve import OP as CONVOLVE
 from stepfuse.kernels.convolve import ConvolveCall

@@ -22,7 +22,6 @@ from stepfuse.engine.compile.graph import (
     call,
     calls,
     finish,
-    is_tensor,
     replace,
     stage,
     value,
@@ -36,8 +35,6 @@ from stepfuse.engine.compile.layers import (
     packs_transposed,
     pair,
 )
-from stepfuse.kernels.convolve import OP as CONVOLVE
-from stepfuse.kernels.convolve import ConvolveCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -159,15 +156,3 @@ def _pack_linear(gm: GraphModule, node: Node) -> None:
         fused = gm.graph.call_function(mkldnn._linear_pointwise.default, (x, packed, bias, *ALONE))
         fused.meta["val"] = node.meta["val"]
     replace(node, fused)
-
-
-def is_packed(node: object) -> bool:
-    """A convolution or linear layer with a packed weight and no residual yet."""
-    if not is_tensor(node) or not isinstance(node, Node):
-        return False
-    if node.target is CONVOLVE:
-        return ConvolveCall.of(node.args).residual is None
-    return node.target in (
-        mkldnn._convolution_pointwise.default,
-        mkldnn._linear_pointwise.default,
-    )
