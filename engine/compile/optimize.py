@@ -95,6 +95,8 @@ def optimize(
     check_kind("model", model, nn.Module, "an nn.Module")
     check_precision("dtype", dtype)
     passes = as_passes(passes)
+    if without and not passes:
+        raise ValueError(f"without must be empty where passes is; got {without!r}")
     without = check_words("without", without, [pass_.__name__ for pass_ in passes])
     check_literal("weights", weights, Holding)
     max_networks = as_integer("max_networks", max_networks)

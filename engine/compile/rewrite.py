@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,12 +57,13 @@ def rewrite(
             if not isinstance(report, PassReport):
                 raise TypeError(f"a pass must return a PassReport; got {received(report)}")
             _complete(gm, known, name)
+            if (now := _results(gm)) != expected:
+                raise ValueError(f"results are {now}, not {expected}")
             assign(gm)
         except Exception as error:
             raise PassFailed(name, error) from error
         if report.applies:
-            report.name = name
-            reports.append(report)
+            reports.append(replace(report, name=name))
         if watched and (failure := check(gm, name, expected)) is not None:
             raise failure
     gm.graph.lint()

@@ -7,14 +7,18 @@ decided in Python, so that a mistake in a captured step shows on a machine witho
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -86,7 +90,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []  # so that no such id is used twice
         self._writer = Writer({}, lambda value: self._names.get(id(value)))
         self.read = TensorsRead()
-        with self:
+        with _NoCopies(), self:
             step()
         self.replay: Step = self._writer.function("replay", "<recorded step>", memory="own")
         self.operations = len(self._writer.lines)
@@ -109,7 +113,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self.read.add(leaf)
         result = func(*args, **kwargs)
-        if read and not reads and func.is_view:
+        if read and not reads and func.is_view and _is_view_of(result, read):
             return result  # a view of a buffer or a weight stays what it is
         before = {id(leaf) for leaf in read}
         made = [
@@ -129,6 +133,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names[id(out)] = name
         self._alive.append(out)
         return name
+
+
+def _is_view_of(result: Any, read: Sequence[Tensor]) -> bool:
+    """Whether all of a result lies in what was read: under inference mode, operators that may copy
+    (`to`, `reshape`, `contiguous`) come here as views whichever they do.
+    """
+    alias: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    made = [out for out in tree_leaves(result) if isinstance(out, Tensor)]
+    return all(any(alias(out, source) for source in read) for out in made)
 
 
 class CudaGraph:
@@ -160,6 +173,32 @@ class CudaGraph:
     def replay(self) -> None:
         """Launch the graph on the current stream."""
         self.graph.replay()
+
+
+class _NoCopies(TorchFunctionMode):
+    """Refuses what copies a tensor to Python without an operator: a replay would keep the copy."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _COPIES and not _compiling():
+            name = getattr(func, "__name__", func)
+            raise CaptureRefused(f"{name}() copies a tensor to the host, {calling_line()}")
+        return func(*args, **(kwargs or {}))
+
+
+_COPIES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_COMPILER = str(Path(__file__).resolve().parent.parent / "compile")
+
+
+def _compiling() -> bool:
+    """Whether an optimised model is being compiled, which looks at weights and not at the step."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if os.path.realpath(frame.f_code.co_filename).startswith(_COMPILER):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -165,9 +165,11 @@ class Staged:
     @property
     def unconditional(self) -> dict[str, Any]:
         """The condition with its replacements, likewise."""
+        if self._replacement is None:
+            return self.condition
         leaves = pytree.tree_leaves(self._condition)
         replaced: dict[str, Any] = pytree.tree_map(
-            lambda v: leaves[v.index] if isinstance(v, Kept) else v, self._replacement or {}
+            lambda v: leaves[v.index] if isinstance(v, Kept) else v, self._replacement
         )
         return replaced
 

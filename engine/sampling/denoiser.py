@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepfuse.engine.sampling.condition import Kept
 from stepfuse.kernels.arguments import check_callable
 
 Model = nn.Module | Callable[..., Any]
@@ -57,5 +58,6 @@ class Denoiser:
         """
         model: Any = getattr(self.model, "original", self.model)  # of an optimised one
         name = getattr(model, "label_input", None)
-        if name is not None and condition.get(name) is not None:
-            model.check_labels(condition[name])
+        given = None if name is None else condition.get(name)
+        if given is not None and not isinstance(given, Kept):
+            model.check_labels(given)

@@ -46,7 +46,7 @@ def plain_loop(
     """
     condition = dict(condition or {})
     for leg in legs(schedule, timesteps, final_alpha_one, variance_at_zero):
-        t = torch.full((len(x),), leg.t)
+        t = torch.full((len(x),), leg.t, device=x.device)
         out = model(x, t, **condition)
         if scale != 1:
             other = model(x, t, **{**condition, **(unconditional or {})})

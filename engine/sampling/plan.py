@@ -39,9 +39,12 @@ class Plan:
         if steering is None:
             return cls(table, timesteps, [False] * len(timesteps))
         table = table.clone()
-        scales = [steering.scale_at(t) for t in timesteps]
-        table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype)
         guided = [steering.is_active(t) for t in timesteps]
+        scales = [
+            steering.scale_at(t) if active else 1.0
+            for t, active in zip(timesteps, guided, strict=True)
+        ]
+        table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype, device=table.device)
         steering.check_table(table, guided, mean_guidance)
         return cls(table, timesteps, guided)
 
@@ -53,12 +56,22 @@ def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> 
     coefficient is infinite in float32, and for a method whose rows are no such table.
     """
     table = update.solver.rows(schedule, timesteps, update)
+    rows = f"the rows of method {str(update.method)!r}"
     there = isinstance(table, Tensor) and table.dtype == torch.float64 and table.dim() == 2
-    if not there or table.shape[1] != COLUMNS or not len(table):
-        raise ValueError(
-            f"the rows of method {str(update.method)!r} must be float64 [S, {COLUMNS}]; "
-            f"got {received(table)}"
-        )
+    if not there or table.shape[1] != COLUMNS or not len(table) or table.device.type != "cpu":
+        given = received(table)
+        if isinstance(table, Tensor):
+            given = f"{table.dtype} {list(table.shape)} on {table.device.type}"
+        raise ValueError(f"{rows} must be float64 [S, {COLUMNS}] on the CPU; got {given}")
+    table, total = table.detach().clone(), schedule.num_train_timesteps
+    if len(table) > total:
+        raise ValueError(f"{rows} must be {total} at most, as many as timesteps; got {len(table)}")
+    for row in table.tolist():
+        t, clip = row[Column.TIMESTEP], row[Column.CLIP]
+        if t not in range(total):
+            raise ValueError(f"{rows} must have a TIMESTEP in 0 .. {total - 1}; got {t:g}")
+        if not clip > 0:
+            raise ValueError(f"{rows} must have a positive CLIP, inf for none; got {clip:g}")
     return check_finite(table, schedule, update.prediction_type)
 
 

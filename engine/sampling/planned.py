@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
+
 from stepfuse.engine.sampling.copies import Copyable
 from stepfuse.engine.sampling.fixed import Fixed
 from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
@@ -35,6 +37,7 @@ class Planned(Copyable, Fixed):
     timesteps: list[int]
     plan: Plan
     _guidance: Guidance | None
+    _asked: list[int]  # timesteps, which the rows of a method may repeat or leave out
 
     def set_timesteps(
         self,
@@ -64,11 +67,12 @@ class Planned(Copyable, Fixed):
     @guidance.setter
     def guidance(self, guidance: Guidance | None) -> None:
         check_guidance(guidance)
-        self._plan(self.update, self.timesteps, guidance)
+        self._plan(self.update, self._asked, guidance)
 
     @property
     def num_function_evaluations(self) -> int:
         """Model evaluations per sample; a guided step of classifier-free guidance has two."""
+        self._look_at_guidance()
         steering = Steering.of(self.guidance)
         guided = 1 if steering is None else steering.evaluations
         return sum(guided if active else 1 for active in self.plan.guided)
@@ -90,6 +94,14 @@ class Planned(Copyable, Fixed):
         """All that follows from these three, at once, or nothing where they do not fit together."""
         table = step_table(self.schedule, timesteps, update)
         self._follow(Plan.of(table, guidance, update.shifts_mean), update, guidance)
+        vars(self)["_asked"] = timesteps
+
+    def _look_at_guidance(self) -> None:
+        """Write its scales into the plan again where it has others now."""
+        if self._guidance is not None:
+            plan = Plan.of(self.plan.table, self._guidance, self.mean_guidance)
+            if not (torch.equal(plan.table, self.plan.table) and plan.guided == self.plan.guided):
+                self._follow(plan, self.update, self._guidance)
 
     @abstractmethod
     def _follow(self, plan: Plan, update: Update, guidance: Guidance | None) -> None:

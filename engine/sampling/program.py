@@ -142,6 +142,9 @@ class Program:
         """
         torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
         made = self._outputs(guided)
+        shift = made.shift
+        if shift is not None and torch._C._is_alias_of(shift, self.x):  # type: ignore[attr-defined]
+            shift = shift.clone()  # the update writes over x
         denoise_step(
             self.x,
             self._apart(made.model),
@@ -156,8 +159,8 @@ class Program:
             x0_out=self.x0,
             backend=self.backend,
         )
-        if made.shift is not None:
-            self.x.add_(made.shift)
+        if shift is not None:
+            self.x.add_(shift)
         if self.mask is not None:
             self._replace_known()
         self.step.add_(1)

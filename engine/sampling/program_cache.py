@@ -67,6 +67,7 @@ class Runner:
         }
         self._state = PythonState(roots, contents=False)
         self._settings = self._setting_keys()
+        self._does = None if guidance is None else guidance.does
 
     def _setting_keys(self) -> dict[str, Hashable]:
         return {name: setting_key(value, name) for name, value in self.program.staged.changeable}
@@ -75,6 +76,9 @@ class Runner:
         """What is not as it was when the steps were captured, in words; for a look only."""
         now = self._setting_keys()
         found = [name for name, key in self._settings.items() if now.get(name) != key]
+        guidance = self.program.guidance
+        if guidance is not None and guidance.does is not self._does:
+            found.append("the outputs of the guidance")
         if not self._state.holds():
             found += list(self._state.changes()) or ["its Python state"]
         return found

@@ -235,7 +235,7 @@ class Sampler(Planned):
         """
         check_images("x0", x0)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
-        table = inversion_table(self.schedule, self.timesteps, update, convention)
+        table = inversion_table(self.schedule, self._asked, update, convention)
         request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
@@ -246,14 +246,14 @@ class Sampler(Planned):
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
         check_images("z", z)
         update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
-        table = step_table(self.schedule, self.timesteps, update)
+        table = step_table(self.schedule, self._asked, update)
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     def explain(self) -> str:
         """The plan in words: table, evaluations, backends, and what was captured or why not."""
         update, first, last = self.update, self.timesteps[0], self.timesteps[-1]
-        eta = f", eta={update.eta:g}" if update.method == "ddim" else ""
+        eta = f", eta={update.eta:g}" if "eta" in update.solver.takes else ""
         clip = (
             "no clipping" if update.clip_sample is None else f"x0 clipped at {update.clip_sample:g}"
         )
@@ -349,6 +349,7 @@ class Sampler(Planned):
 
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
         guidance = named.pop("guidance", self.guidance)
+        self._look_at_guidance()
         request = Request(
             self.timesteps,
             self.schedule.alphas_cumprod,

@@ -152,8 +152,8 @@ def check_finite(table: Tensor, schedule: Schedule, prediction_type: PredictionT
         if not all(abs(c) <= LARGEST for c in coefficients):
             t = int(row[Column.TIMESTEP])
             raise ValueError(
-                f"a coefficient of the step at timestep {t} is not finite in float32: abar is "
-                f"{float(schedule.alphas_cumprod[t]):.3g} there, too small for a model that "
-                f"predicts {prediction_type!r}"
+                f"a coefficient of the step at timestep {t} is not finite in float32; abar is "
+                f"{float(schedule.alphas_cumprod[t]):.3g} there, which may be too small for a "
+                f"model that predicts {prediction_type!r}"
             )
     return table

@@ -47,6 +47,7 @@ MACHINERY = frozenset(vars(nn.Module()))
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "stepfuse", "pybind11_builtins"}
 _MOST = 5000  # functions that are read; whoever has more may read any name
 _CONTAINERS = (dict, list, tuple, set, Tensor, np.ndarray, functools._lru_cache_wrapper)
+_WITH_ENTRIES = (dict, list, deque, set, tuple, frozenset)
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
 # code with one of these may read an attribute under a name that stands nowhere
 _DYNAMIC = {"getattr", "__dict__", "vars", "attrgetter", "eval", "exec", "__getattribute__", "dir"}
@@ -150,6 +151,8 @@ class Reach:
             self._meet(obj)
         elif is_a_users(kind):
             self._look_at_object(obj, path)
+        if issubclass(kind, _WITH_ENTRIES) and is_a_users(kind):
+            self._look_at_object(obj, path)  # attributes beside the entries
 
     def _add_all(self, objs: Iterable[Any], path: str) -> None:
         for i, value in enumerate(tuple(objs)):

@@ -106,13 +106,13 @@ def onnx_loop(
         noisy,
     )
     settings = {
-        "method": method,
+        "method": str(method),
         "eta": float(eta),
         "timesteps": sampler.timesteps,
         "clip_sample": None if clip_sample is None else float(clip_sample),
         "rederive_epsilon": bool(rederive_epsilon),
         "final_alpha_one": bool(final_alpha_one),
-        "guidance_scale": None if guidance is None else getattr(guidance, "scale", None),
+        "guidance_scale": _scale(sampler),
     }
 
     def graph() -> Any:
@@ -124,6 +124,13 @@ def onnx_loop(
 
     whole = replace(job, metadata=replace(known, kind="sampler", sampler=settings))
     return whole.write(graph, compare)
+
+
+def _scale(sampler: Sampler) -> float | None:
+    """The one scale of the guided steps; None where they have several, or none is guided."""
+    rows = zip(sampler.plan.table, sampler.plan.guided, strict=True)
+    scales = {float(row[Column.GUIDANCE]) for row, guided in rows if guided}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _guidance(guidance: Guidance | None, source: Source) -> Steering | None:

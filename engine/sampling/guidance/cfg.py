@@ -74,11 +74,6 @@ class CFG:
         """Whether the step's row says all that happens to the two outputs."""
         return not self.rescale
 
-    @property
-    def reads(self) -> None:
-        """Nothing: its numbers are in the row, and cannot be changed."""
-        return None
-
     def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
         """Both outputs, which the update mixes, or the rescaled mixture."""
         if self.batched:

@@ -50,9 +50,9 @@ class ClassifierGuidance:
         return 1
 
     @property
-    def reads(self) -> Callable[..., Tensor]:
+    def reads(self) -> tuple[Callable[..., Tensor]]:
         """The function: what it decides from is looked at before a captured step is replayed."""
-        return self.fn
+        return (self.fn,)
 
     def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
         """The model's output with epsilon shifted, or with a shift of the mean beside it."""
@@ -67,6 +67,13 @@ class ClassifierGuidance:
 
         At abar = 0 x0 would move by infinity.
         """
+        moved = table[:, Column.VARIANCE].any() or table[:, Column.L_1].any()
+        if shifts_mean and any(guided) and len(table) > 1 and not moved:
+            raise ValueError(
+                "the gradient of a classifier is multiplied by the VARIANCE of a row, and the rows "
+                "of this method have none; accepted: rows with a VARIANCE, or a method that does "
+                "not shift the mean"
+            )
         for row, active in zip(table, guided, strict=True):
             if active and row[Column.SIGNAL] == 0 and not shifts_mean:
                 raise ValueError(
@@ -101,7 +108,7 @@ class ClassifierGuidance:
         """grad log p(y | x_t) with respect to x, [N, C, ...]."""
         if self.returns == "gradient":
             return self.fn(x, t, **condition)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             log_probability = self.fn(leaf, t, **condition)
             (gradient,) = torch.autograd.grad(log_probability.sum(), leaf)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from stepfuse.engine.sampling.denoiser import Condition
 from stepfuse.engine.sampling.evaluation import Evaluation
-from stepfuse.kernels.checks import as_integer, check_flag, received
+from stepfuse.kernels.checks import as_integer, as_number, check_flag, received
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Outputs:
     shift: Tensor | None = None
 
 
+@runtime_checkable
 class Guidance(Protocol):
     """What steers a sample; any object that has these two is one.
 
@@ -41,12 +43,15 @@ class Guidance(Protocol):
         unconditional = None         a mapping: replaces entries of the condition, see `CFG`
         batched = False              True: ``denoiser.both`` will be asked for
         mixture = False              True: outputs are the two of `Outputs` and nothing else, each
-                                     evaluated once, so that a file can hold the step
+                                     evaluated once, so that a file can hold the step; not taken
+                                     over by a class that has other ``outputs``
         check_table(table, guided, shifts_mean)     raises ValueError where it does not fit
-        reads = outputs              the function whose Python state decides; a captured step is
-                                     made anew when that changes
         without_autograd()           a guidance of the same operators that takes no gradient: to be
                                      looked at where gradients cannot be had (`check_capturable`)
+
+    A captured step is made anew when attributes, globals or other Python state that ``outputs``
+    reads have changed. To capture it, ``outputs`` is tried several times, and a replay runs none of
+    its Python: one that keeps something from step to step says ``capturable = False``.
     """
 
     @property
@@ -103,6 +108,8 @@ def check_guidance(guidance: object) -> None:
             "unconditional of the guidance must be a mapping or None; "
             f"got {received(unconditional)}"
         )
+    if unconditional is None and getattr(there, "batched", False):
+        raise ValueError("batched of the guidance needs unconditional, a mapping; got None")
 
 
 def _takes(method: Callable[..., Any], count: int) -> bool:
@@ -115,6 +122,17 @@ def _takes(method: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _of_these_outputs(guidance: Any) -> bool:
+    """Whether ``mixture`` is said of the ``outputs`` that the object has, and not of a base's."""
+    places = [vars(guidance) if hasattr(guidance, "__dict__") else {}]
+    places += [vars(cls) for cls in type(guidance).__mro__]
+    first = {
+        name: next((i for i, place in enumerate(places) if name in place), len(places))
+        for name in ("mixture", "outputs")
+    }
+    return first["mixture"] <= first["outputs"]
 
 
 def _nothing(*_: Any) -> None:
@@ -137,8 +155,7 @@ class Steering:
         self.evaluations: int = guidance.evaluations
         self.capturable: bool = getattr(guidance, "capturable", True)
         self.batched: bool = getattr(guidance, "batched", False)
-        self.mixture: bool = getattr(guidance, "mixture", False)
-        self.reads: Any = getattr(guidance, "reads", guidance.outputs)
+        self.mixture: bool = getattr(guidance, "mixture", False) and _of_these_outputs(guidance)
         self.check_table: Callable[[Tensor, list[bool], bool], None] = getattr(
             guidance, "check_table", _nothing
         )
@@ -151,12 +168,36 @@ class Steering:
     def scale_at(self, t: int) -> float:
         """The scale in force at timestep t."""
         scale_at = getattr(self._guidance, "scale_at", None)
-        return 1.0 if scale_at is None else float(scale_at(t))
+        if scale_at is None:
+            return 1.0
+        return as_number(f"scale_at({t}) of the guidance", scale_at(t))
 
     def is_active(self, t: int) -> bool:
         """Whether the step at timestep t is guided at all."""
         is_active = getattr(self._guidance, "is_active", None)
         return True if is_active is None else bool(is_active(t))
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What a captured step decides from: the functions of a user's own, and what they read.
+
+        Those of the classes of this package read nothing but their arguments and ``reads``.
+        """
+        guidance = self._guidance
+        named = [
+            name
+            for cls in type(guidance).__mro__
+            if cls.__module__.partition(".")[0] not in ("builtins", "stepfuse", "typing", "types")
+            for name, member in vars(cls).items()
+            if callable(member) and not name.startswith("__")
+        ]
+        functions = (getattr(guidance, name) for name in dict.fromkeys(named))
+        return (*getattr(guidance, "reads", ()), *functions, guidance.outputs)
+
+    @property
+    def does(self) -> Any:
+        """The function itself that gives the outputs; another object where it was exchanged."""
+        return getattr(self._guidance.outputs, "__func__", self._guidance.outputs)
 
     def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
         """Those of the guidance; TypeError where they are no tensors."""
@@ -168,9 +209,18 @@ class Steering:
                 "outputs of the guidance must return a tensor or Outputs; "
                 f"got {type(made).__name__}"
             )
+        shift = made.shift
+        if shift is not None and not (isinstance(shift, Tensor) and shift.shape == x.shape):
+            given = list(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+            raise TypeError(
+                f"shift in the Outputs of the guidance must be a tensor like x, {list(x.shape)}; "
+                f"got {given}"
+            )
         return made
 
     def without_autograd(self) -> Steering:
         """One of the same operators that takes no gradient."""
         other = getattr(self._guidance, "without_autograd", None)
-        return self if other is None else Steering(other(), self.unconditional)
+        # of a copy: what `outputs` keeps of a look at it is none of the user's
+        guidance = copy.copy(self._guidance) if other is None else other()
+        return Steering(guidance, self.unconditional)

@@ -271,3 +271,34 @@ def test_one_that_cannot_be_pickled_is_named() -> None:
     sampler = sf.Sampler(fast, sf.Schedule.linear(), steps=2)
     with pytest.raises(TypeError, match=r"cannot pickle this Sampler: its model.*'local'"):
         pickle.dumps(sampler)
+
+
+def narrower(gm: GraphModule, context: sf.PassContext) -> sf.PassReport:
+    """Results of another dtype."""
+    (result,) = gm.graph.output_node().all_input_nodes
+    with gm.graph.inserting_after(result):
+        cast = gm.graph.call_function(aten.to.dtype, (result, torch.float64))
+    result.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return sf.PassReport("narrower", 1, 1)
+
+
+def test_results_of_another_kind_are_never_accepted() -> None:
+    model, inputs = scaled()
+    fast = sf.optimize(model, inputs, passes=(*sf.PASSES, narrower))
+    assert fast(*inputs).dtype is torch.float32
+    assert "narrower" in fast.explain()
+    assert "results are" in fast.explain()
+
+
+def test_a_report_that_two_passes_share_has_both_names() -> None:
+    shared = sf.PassReport("shared", 1, 1)
+
+    def one(gm: GraphModule, context: sf.PassContext) -> sf.PassReport:
+        return shared
+
+    def two(gm: GraphModule, context: sf.PassContext) -> sf.PassReport:
+        return shared
+
+    model, inputs = scaled()
+    fast = sf.optimize(model, inputs, passes=(one, two))
+    assert [report.name for report in fast.reports] == ["one", "two"]
