@@ -95,7 +95,7 @@ def optimize(
     check_kind("model", model, nn.Module, "an nn.Module")
     check_precision("dtype", dtype)
     passes = as_passes(passes)
-    if without and not passes:
+    if not passes and isinstance(without, (tuple, list)) and without:
         raise ValueError(f"without must be empty where passes is; got {without!r}")
     without = check_words("without", without, [pass_.__name__ for pass_ in passes])
     check_literal("weights", weights, Holding)

@@ -220,7 +220,7 @@ class Broken(nn.Module):
         ("item", r"_local_scalar_dense.*t\[0\]\.item\(\)"),
         ("branch", r"t\[0\] > 500"),
         ("shape", r"x\[x > 0\]"),
-        ("numpy", "decided in Python"),
+        ("numpy", "copies a tensor to the host"),
         ("counter", "decided in Python"),
     ],
 )

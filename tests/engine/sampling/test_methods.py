@@ -132,7 +132,9 @@ def test_what_is_no_method(make: Any, error: type[Exception], message: str) -> N
 )
 def test_rows_that_are_no_table(table: Any) -> None:
     method = sf.Method(lambda *_: table, name="mine")
-    with pytest.raises(ValueError, match=r"rows of method 'mine' must be float64 \[S, 16\]; got"):
+    with pytest.raises(
+        ValueError, match=r"rows of method 'mine' must be float64 \[S, 16\] on the CPU; got"
+    ):
         sf.Sampler(Bumpy(), SCHEDULE, method=method)
 
 

@@ -275,7 +275,7 @@ def test_integers_of_numpy_are_integers() -> None:
 def test_a_table_that_float32_cannot_hold() -> None:
     schedule = sf.Schedule.from_betas([0.9] * 90)  # abar falls to 1e-90
     timesteps = list(range(89, -1, -1))
-    with pytest.raises(ValueError, match=r"timestep 89 is not finite in float32: abar is 1e-90"):
+    with pytest.raises(ValueError, match=r"timestep 89 is not finite in float32; abar is 1e-90"):
         step_table(schedule, timesteps, Update())
     with pytest.raises(ValueError, match="not finite in float32"):
         inversion_table(schedule, timesteps, Update(), "current")
