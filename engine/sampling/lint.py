@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
 from stepfuse.engine.sampling.condition import Staged, check_condition
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser
-from stepfuse.engine.sampling.guidance.protocol import Steering
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import replacement
 from stepfuse.engine.sampling.sampler import Sampler
@@ -139,13 +138,13 @@ def check_capturable(
 def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
     """The condition and what makes it the unconditional one, as the sampler would take them."""
     checked = check_condition(condition, count, sampler.device)
-    return checked, replacement(checked, Steering.of(sampler.guidance), count, sampler.device)
+    return checked, replacement(checked, sampler.steering, count, sampler.device)
 
 
 def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
     """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
     layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
-    guidance = Steering.of(sampler.guidance)
+    guidance = sampler.steering
     return Program(
         _FakeDenoiser(sampler.denoiser),
         # autograd aborts on fake CUDA tensors

@@ -25,6 +25,7 @@ class Plan:
     table: Tensor
     timesteps: list[int]
     guided: list[bool]
+    scales: list[float] | None = None
 
     @classmethod
     def of(
@@ -39,14 +40,10 @@ class Plan:
         if steering is None:
             return cls(table, timesteps, [False] * len(timesteps))
         table = table.clone()
-        guided = [steering.is_active(t) for t in timesteps]
-        scales = [
-            steering.scale_at(t) if active else 1.0
-            for t, active in zip(timesteps, guided, strict=True)
-        ]
+        scales, guided = steering.rows(timesteps)
         table[:, Column.GUIDANCE] = torch.tensor(scales, dtype=table.dtype, device=table.device)
         steering.check_table(table, guided, mean_guidance)
-        return cls(table, timesteps, guided)
+        return cls(table, timesteps, guided, scales)
 
 
 def step_table(schedule: Schedule, timesteps: Sequence[int], update: Update) -> Tensor:

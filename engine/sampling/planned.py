@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
-
 from stepfuse.engine.sampling.copies import Copyable
 from stepfuse.engine.sampling.fixed import Fixed
 from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
@@ -70,10 +68,18 @@ class Planned(Copyable, Fixed):
         self._plan(self.update, self._asked, guidance)
 
     @property
+    def steering(self) -> Steering | None:
+        """The guidance with what it leaves out filled in."""
+        known: Steering | None = vars(self).get("_steering")
+        if known is None or not known.is_of(self._guidance):
+            known = vars(self)["_steering"] = Steering.of(self._guidance)
+        return known
+
+    @property
     def num_function_evaluations(self) -> int:
         """Model evaluations per sample; a guided step of classifier-free guidance has two."""
         self._look_at_guidance()
-        steering = Steering.of(self.guidance)
+        steering = self.steering
         guided = 1 if steering is None else steering.evaluations
         return sum(guided if active else 1 for active in self.plan.guided)
 
@@ -98,9 +104,11 @@ class Planned(Copyable, Fixed):
 
     def _look_at_guidance(self) -> None:
         """Write its scales into the plan again where it has others now."""
-        if self._guidance is not None:
-            plan = Plan.of(self.plan.table, self._guidance, self.mean_guidance)
-            if not (torch.equal(plan.table, self.plan.table) and plan.guided == self.plan.guided):
+        steering = self.steering
+        if steering is not None:
+            now = steering.rows(self.plan.timesteps)
+            if now != (self.plan.scales, self.plan.guided):
+                plan = Plan.of(self.plan.table, steering, self.mean_guidance)
                 self._follow(plan, self.update, self._guidance)
 
     @abstractmethod

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
+from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method
 from stepfuse.engine.sampling.plan import Plan, inversion_table, step_table
@@ -337,7 +337,7 @@ class Sampler(Planned):
     def _build(self, layout: Layout, part: Part) -> Program:
         return Program(
             self.denoiser,
-            Steering.of(self.guidance),
+            self.steering,
             layout,
             Staged(part.condition, part.replacement),
             # warming up a CUDA graph runs a few rows past the end
@@ -348,7 +348,7 @@ class Sampler(Planned):
         )
 
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
-        guidance = named.pop("guidance", self.guidance)
+        guidance = named.pop("guidance", self.steering)
         self._look_at_guidance()
         request = Request(
             self.timesteps,

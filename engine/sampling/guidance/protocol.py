@@ -150,20 +150,52 @@ class Steering:
     def __init__(self, guidance: Guidance, unconditional: Mapping[str, Any] | None = None) -> None:
         check_guidance(guidance)
         self._guidance: Any = guidance
-        own = getattr(guidance, "unconditional", None)
-        self.unconditional = own if unconditional is None else unconditional
-        self.evaluations: int = guidance.evaluations
-        self.capturable: bool = getattr(guidance, "capturable", True)
-        self.batched: bool = getattr(guidance, "batched", False)
-        self.mixture: bool = getattr(guidance, "mixture", False) and _of_these_outputs(guidance)
-        self.check_table: Callable[[Tensor, list[bool], bool], None] = getattr(
-            guidance, "check_table", _nothing
-        )
+        self._replaced = unconditional
+
+    @property
+    def unconditional(self) -> Mapping[str, Any] | None:
+        """What replaces entries of the condition; None where nothing does."""
+        own: Mapping[str, Any] | None = getattr(self._guidance, "unconditional", None)
+        return own if self._replaced is None else self._replaced
+
+    @property
+    def evaluations(self) -> int:
+        """How often the model is evaluated in a guided step."""
+        return int(self._guidance.evaluations)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step with it may be captured."""
+        return bool(getattr(self._guidance, "capturable", True))
+
+    @property
+    def batched(self) -> bool:
+        """Whether both halves go through the model in one call."""
+        return bool(getattr(self._guidance, "batched", False))
+
+    @property
+    def mixture(self) -> bool:
+        """Whether a guided step is what its row says of two outputs."""
+        return getattr(self._guidance, "mixture", False) and _of_these_outputs(self._guidance)
+
+    def check_table(self, table: Tensor, guided: list[bool], shifts_mean: bool) -> None:
+        """Raise what the guidance raises where it does not fit the table."""
+        getattr(self._guidance, "check_table", _nothing)(table, guided, shifts_mean)
 
     @classmethod
     def of(cls, guidance: Guidance | None) -> Steering | None:
-        """None for None."""
-        return None if guidance is None else cls(guidance)
+        """None for None; one that is complete stays itself."""
+        return guidance if guidance is None or isinstance(guidance, cls) else cls(guidance)
+
+    def is_of(self, guidance: object) -> bool:
+        """Whether it completes this object."""
+        return self._guidance is guidance
+
+    def rows(self, timesteps: list[int]) -> tuple[list[float], list[bool]]:
+        """(scale, guided or not) of the steps at these timesteps."""
+        guided = [self.is_active(t) for t in timesteps]
+        steps = zip(timesteps, guided, strict=True)
+        return [self.scale_at(t) if active else 1.0 for t, active in steps], guided
 
     def scale_at(self, t: int) -> float:
         """The scale in force at timestep t."""
@@ -223,4 +255,4 @@ class Steering:
         other = getattr(self._guidance, "without_autograd", None)
         # of a copy: what `outputs` keeps of a look at it is none of the user's
         guidance = copy.copy(self._guidance) if other is None else other()
-        return Steering(guidance, self.unconditional)
+        return Steering(guidance, self._replaced)
