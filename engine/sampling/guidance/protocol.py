@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from stepfuse.engine.compile.state.reach import is_a_users
 from stepfuse.engine.sampling.denoiser import Condition
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.kernels.checks import as_integer, as_number, check_flag, received
@@ -219,7 +220,7 @@ class Steering:
         named = [
             name
             for cls in type(guidance).__mro__
-            if cls.__module__.partition(".")[0] not in ("builtins", "stepfuse", "typing", "types")
+            if is_a_users(cls)
             for name, member in vars(cls).items()
             if callable(member) and not name.startswith("__")
         ]

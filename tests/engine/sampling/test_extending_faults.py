@@ -156,6 +156,35 @@ def test_a_container_has_attributes_too() -> None:
     assert torch.equal(drawn(guided), drawn(build(guidance)))
 
 
+class Learned(nn.Module):
+    """A guidance that is a module, with a helper that it calls."""
+
+    evaluations = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def amplified(self, output: Tensor) -> Tensor:
+        return output * self.gain * GAIN
+
+    def outputs(self, denoiser: Any, x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return self.amplified(denoiser(x, t, condition))
+
+
+def test_a_module_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    guidance = Learned()
+    guided = build(guidance)
+    before = drawn(guided)
+    assert guided.stats()["replays"] == 6
+    guidance.gain.fill_(1.3)
+    by_weight = drawn(guided)
+    assert torch.equal(by_weight, drawn(build(guidance)))
+    monkeypatch.setitem(globals(), "GAIN", 0.5)
+    assert torch.equal(drawn(guided), drawn(build(guidance)))
+    assert not torch.equal(by_weight, before)
+
+
 @pytest.mark.parametrize("read", [lambda t: t.numpy()[0], lambda t: t.tolist()[0]])
 def test_a_copy_to_the_host_is_refused(read: Any) -> None:
     def outputs(denoiser: Any, x: Tensor, t: Tensor, condition: Any) -> Tensor:
