@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +103,9 @@ class ConvolveCall(OperatorCall):
     beside: Any = None
 
 
+_OF_NORM, _MODULATION = ("weight", "offset"), ("scale", "shift", "add")
+
+
 class CallSite:
     """`convolve` at one place of a network: what stays the same is prepared once."""
 
@@ -142,53 +145,23 @@ class CallSite:
             same = same and prepared.shape == x.shape and prepared.dtype == x.dtype
             if same and prepared.beside == (None if beside is None else beside.shape):
                 return prepared(x, residual, (scale, shift, add), beside, out)
-        prepared = _prepare(
-            x, u, bias, form, stride, groups, eps, weight, offset, scale, shift, add, silu, beside
-        )
+        call = ConvolveCall(
+            x, u, bias, None, form, stride, groups, eps, weight, offset, scale, shift, add, silu,
+            beside,
+        )  # fmt: skip
+        prepared = _prepare(call)
         self.prepared = prepared if prepared.lasts() else None
         return prepared(x, residual, (scale, shift, add), beside, out)
 
 
-def _run(
-    x: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    form: str,
-    stride: int,
-    groups: int,
-    eps: float,
-    weight: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    silu: bool,
-    beside: Tensor | None = None,
-) -> Tensor:
-    prepared = _prepare(
-        x, u, bias, form, stride, groups, eps, weight, offset, scale, shift, add, silu, beside
-    )
-    return prepared(x, residual, (scale, shift, add), beside)
+def _run(*arguments: Any) -> Tensor:
+    call = ConvolveCall.of(arguments)
+    return _prepare(call)(call.x, call.residual, (call.scale, call.shift, call.add), call.beside)
 
 
-def _prepare(
-    x: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    form: str,
-    stride: int,
-    groups: int,
-    eps: float,
-    weight: Tensor | None,
-    offset: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    add: Tensor | None,
-    silu: bool,
-    beside: Tensor | None,
-) -> Prepared:
+def _prepare(call: ConvolveCall) -> Prepared:
     """Check what stays the same, and prepare it."""
+    x, u, form, beside, groups = call.x, call.u, call.form, call.beside, call.groups
     check_word("form", form, FORMS)
     if reason := why_not(x.dtype) or ("" if x.is_cpu else f"not on {x.device}"):
         raise ValueError(f"a convolution of {x.dtype} cannot run here: {reason}")
@@ -204,21 +177,16 @@ def _prepare(
         )
     if not whole_tiles(h, w, form):
         raise ValueError(f"{form!r} needs an even size; got {h}x{w}")
-    for name, value, shape in (
-        ("bias", bias, (k,)),
-        ("weight", weight, (c,)),
-        ("offset", offset, (c,)),
-        ("scale", scale, (n, c)),
-        ("shift", shift, (n, c)),
-        ("add", add, (n, c)),
-    ):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
+    for shape, names in (((k,), ("bias",)), ((c,), _OF_NORM), ((n, c), _MODULATION)):
+        for name in names:
+            value = getattr(call, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}; got {list(value.shape)}")
     if groups and c % groups:
         raise ValueError(f"groups must divide the {c} channels; got {groups}")
-    made: Prepared = implementation("convolve", "cpp").Prepared(
-        x, u, bias, form, stride, groups, eps, weight, offset, scale, shift, add, silu, beside
-    )
+    arguments = {field.name: getattr(call, field.name) for field in fields(call)}
+    del arguments["residual"]  # of one call
+    made: Prepared = implementation("convolve", "cpp").Prepared(**arguments)
     return made
 
 

@@ -126,13 +126,18 @@ class Rows:
         self._put(Column.P_O, p_o)
 
     def implicit(
-        self, b_root: Tensor, direction: Tensor, sigma: Tensor | float, rederive: bool
+        self,
+        b_root: Tensor,
+        direction: Tensor,
+        sigma: Tensor | float,
+        rederive: bool | Tensor,
+        where: Tensor | None = None,
     ) -> None:
         """x_s = sqrt(b) x0 + direction eps + sigma z (DDIM, eq. 12), direction^2 = 1 - b - sigma^2.
 
-        With ``rederive`` epsilon is that of the clipped x0.
+        ``rederive`` and ``where`` are those of `add_epsilon`.
         """
-        self.add_epsilon(direction, rederive)
+        self.add_epsilon(direction, rederive, where)
         self._add(Column.C_0, b_root)
         self._put(Column.SIGMA, sigma)
 

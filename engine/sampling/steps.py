@@ -71,9 +71,8 @@ class Steps:
 
     def implicit(self, drift: Tensor, sigma: Tensor) -> None:
         """x_s = sqrt(b) x0 + sqrt(1 - b - drift) eps + sigma z (DDIM, eq. 12)."""
-        self.add_epsilon((1 - self.b - drift).clamp_min(0.0).sqrt())
-        self.table[:, Column.C_0] += self.b.sqrt()
-        self.table[:, Column.SIGMA] = sigma
+        direction = (1 - self.b - drift).clamp_min(0.0).sqrt()
+        self._rows.implicit(self.b.sqrt(), direction, sigma, *self._of_epsilon(direction))
 
     def add_epsilon(self, weight: Tensor) -> None:
         """Add ``weight`` eps, [S], to the steps.
@@ -82,6 +81,10 @@ class Steps:
 
         Raises ValueError at a = 1, where x is x0, for a model that predicts x0 or the mean.
         """
+        self._rows.add_epsilon(weight, *self._of_epsilon(weight))
+
+    def _of_epsilon(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(where epsilon is re-derived, where a step asks for it): [S] each."""
         update, asked = self.update, weight != 0
         nothing = (self.a == 1) & asked
         if update.prediction_type in ("sample", "mean") and bool(nothing.any()):
@@ -91,7 +94,7 @@ class Steps:
                 "prediction_type must be 'epsilon' or 'v_prediction' there"
             )
         rederive = update.rederive_epsilon and update.clip_sample is not None
-        self._rows.add_epsilon(weight, (self.a < 1) & rederive, asked)
+        return (self.a < 1) & rederive, asked
 
     def ancestral(self) -> None:
         """x_s = c_0 x0 + c_x x, the posterior's mean (DDPM, eq. 7); x0 itself at a = 1."""
