@@ -20,7 +20,7 @@ FLOORS = (
     ("kernels",),
     ("engine/compile", "engine/replay"),
     ("engine/sampling", "engine/networks", "engine/files"),
-    ("engine/adapters", "engine/export", "engine/training"),
+    ("engine/adapters", "engine/export", "engine/training", "engine/generate"),
     ("engine/cli", "bench"),
 )
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
