@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from stepfuse.engine.compile.heap import trim
+from stepfuse.engine.compile.timings import answer
 from stepfuse.kernels.checks import FLOATS
 from stepfuse.kernels.filters import Form, filters_shape
 
@@ -77,7 +78,8 @@ def blank_filters(
 def trial(seconds: Callable[..., T]) -> Callable[..., T]:
     """Call once per arguments and keep the result; what was held for it is given back.
 
-    The heap would otherwise keep memory of every shape, in pieces that do not fit the next.
+    The heap would otherwise keep memory of every shape, in pieces that do not fit the next. Where
+    `Timings` are recorded or replayed, they are told, or asked.
     """
 
     @functools.cache
@@ -86,7 +88,13 @@ def trial(seconds: Callable[..., T]) -> Callable[..., T]:
         trim()
         return result
 
-    return measured
+    @functools.wraps(seconds)
+    def asked(*args: Any) -> T:
+        given: T = answer(seconds, args, functools.partial(measured, *args))
+        return given
+
+    asked.cache_clear = measured.cache_clear  # type: ignore[attr-defined]
+    return asked
 
 
 def best_times(

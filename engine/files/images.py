@@ -10,7 +10,7 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from stepfuse.engine.files.writing import write_file, write_folder
+from stepfuse.kernels.arguments import check_literal
 
 Pixels = NDArray[np.uint8]
+Rounding = Literal["nearest", "truncate"]
 
 PADDING = 2
 BACKGROUND = 64
@@ -29,21 +31,25 @@ VIEWABLE = 64
 MAX_SCALE = 8
 
 
-def to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
     """Samples to pixel values, uint8 of the same shape:
 
-        u = floor(127.5 (clamp(x, -1, 1) + 1) + 1/2)
+        u = floor(127.5 (clamp(x, -1, 1) + 1) + 1/2)      "nearest"
+        u = floor(127.5 (clamp(x, -1, 1) + 1))            "truncate"
 
-    so that -1 is 0, 1 is 255 and a half is rounded up; it inverts u / 127.5 - 1. Infinities are
-    clamped. Raises TypeError for integers and ValueError for NaN.
+    so that -1 is 0, 1 is 255 and a half is rounded up; it inverts u / 127.5 - 1. Truncated is how
+    guided-diffusion (ADM) writes its samples, half a grey level darker. Infinities are clamped.
+    Raises TypeError for integers and ValueError for NaN.
     """
+    check_literal("rounding", rounding, Rounding)
     if not x.is_floating_point():
         raise TypeError(f"samples must be of a floating-point type in [-1, 1]; got {x.dtype}")
     missing = int(x.isnan().sum())
     if missing:
         raise ValueError(f"{missing} of {x.numel()} values of the samples are NaN")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return (127.5 * (x.clamp(-1, 1) + 1) + 0.5).floor().to(torch.uint8)
+    grey = 127.5 * (x.clamp(-1, 1) + 1)
+    return (grey + 0.5 if rounding == "nearest" else grey).floor().to(torch.uint8)
 
 
 def to_pixels(x: Tensor) -> Pixels:

@@ -1,8 +1,9 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written to a temporary name in the same folder, flushed to the disk and renamed: a
-full disk, a crash or Ctrl-C leaves the old file, or none. Ctrl-C and SIGTERM wait while a temporary
-name exists, so that they never leave one behind, see ``stepfuse.engine.files.signals``.
+Everything is written to a temporary name in the same folder, flushed to the disk and renamed, and
+the rename is flushed, too: a full disk, a crash or Ctrl-C leaves the old file, or none. Ctrl-C and
+SIGTERM wait while a temporary name exists, so that they never leave one behind, see
+``stepfuse.engine.files.signals``. What SIGKILL leaves is found by `remove_leftovers`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stepfuse.engine.files.signals import kept
 
 PROBE_BYTES = 4096  # a full disk still takes empty files
+_PATIENCE = 10  # times that two processes may put a folder in the same place
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # reserving, by some file systems
 
 
@@ -26,17 +31,49 @@ def write_file(path: str | os.PathLike[str], content: bytes | Iterable[bytes]) -
 
     OSError names ``path``.
     """
+    with kept() as signals, staged(path) as temporary:
+        _write(temporary, content if isinstance(content, bytes) else signals.between(content))
+
+
+@contextlib.contextmanager
+def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside ``path`` to make a file or a folder under, which then takes its place.
+
+    It is flushed and renamed when the block ends, and removed where the block raises. A folder that
+    is there is replaced. Signals are not kept: what they raise inside goes through.
+
+    OSError, also of the block, names ``path``.
+    """
     path = Path(path)
     temporary = _beside(path)
-    with kept() as signals:
+    try:
+        with _blaming(path, temporary):
+            yield temporary
+            _flush_all(temporary)
+            _put(temporary, path)
+            _flush_folder(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], older_than: float) -> list[Path]:
+    """Remove temporary names in ``folder`` that nobody will finish; returns what was removed.
+
+    Those are of processes of this machine that are gone; of other machines those that nothing was
+    written to for ``older_than`` seconds.
+    """
+    removed = []
+    for path in Path(folder).glob(".stepfuse-*.tmp"):
         try:
-            with _blaming(path):
-                pieces = content if isinstance(content, bytes) else signals.between(content)
-                _write(temporary, pieces)
-                _flush(temporary)
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            idle = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # it was finished meanwhile
+            continue
+        place, _, process = path.name.removeprefix(".stepfuse-").rpartition("-")[0].rpartition("-")
+        ours = place == _host() and process.isdecimal()
+        if not _runs(int(process)) if ours else idle > older_than:
+            _remove(path)
+            removed.append(path)
+    return removed
 
 
 def write_folder(
@@ -68,6 +105,7 @@ def write_folder(
                 if path.exists():
                     os.replace(path, old)
                 os.replace(temporary, path)
+                _flush_folder(path.parent)
         finally:
             if old.exists() and not path.exists():
                 os.replace(old, path)
@@ -159,7 +197,46 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _beside(path: Path) -> Path:
     """A name in the same folder that nobody uses."""
-    return path.with_name(f".stepfuse-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".stepfuse-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _host() -> str:
+    """The name of this machine, fit for the name of a file."""
+    return re.sub(r"[^\w-]", "-", platform.node() or "host", flags=re.ASCII)[:64]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename; a folder that is in the way, which no rename replaces, is moved aside and removed."""
+    for _ in range(_PATIENCE):
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+                raise
+            old = _beside(path)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                os.replace(path, old)
+            _remove(old)
+        else:
+            return
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
@@ -176,10 +253,41 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_all(path: Path) -> None:
+    """A file, or a folder and every file in it."""
+    if not path.is_dir():
+        _flush(path)
+        return
+    for file in path.iterdir():
+        _flush(file)
+    _flush_folder(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The names in it; without this a power cut may undo a rename. Not every system can do it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """OSError raised inside names ``path``, not the temporary name."""
+def _blaming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """OSError raised inside names ``path``, not the temporary name.
+
+    Where that is given, errors about other files are left as they are.
+    """
     try:
         yield
     except OSError as error:
+        named = error.filename
+        if temporary is not None and named and not str(named).startswith(os.fspath(temporary)):
+            raise
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error

@@ -5,9 +5,10 @@ The embedded ones are in ``checkpoints/`` beside this file and are loaded by nam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -83,6 +84,27 @@ class Checkpoint:
         return self.model.config.num_classes
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of its network; the attributes of `Checkpoint`, without weights."""
+
+    config: UNetConfig
+    schedule: Schedule
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    training: dict[str, Any]
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], betas: Tensor) -> Description:
+        """From the metadata of a file; any of several errors for what describes no network."""
+        info = json.loads(metadata[FORMAT])
+        config = UNetConfig.from_dict(info["unet"])
+        described = _described(info, config)
+        schedule = Schedule.from_betas(betas, info["schedule"])
+        return cls(config=config, schedule=schedule, **described)
+
+
 def embedded() -> list[str]:
     """Names of the checkpoints inside the package."""
     return sorted(file.stem for file in FOLDER.glob(f"*{SUFFIX}"))
@@ -100,7 +122,37 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
             fit the weights or this machine.
         OSError: a file that may not be read.
     """
-    path = _locate(check_path("name_or_path", name_or_path))
+    path = locate(name_or_path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with _describing(path):
+        about = Description.read(metadata, tensors.pop(BETAS))
+        return Checkpoint(
+            model=_build(about.config, tensors),
+            schedule=about.schedule,
+            prediction_type=about.prediction_type,
+            sample_shape=about.sample_shape,
+            labels=about.labels,
+            training=about.training,
+            card=_card(path),
+        )
+
+
+def describe(name_or_path: str | os.PathLike[str]) -> Description:
+    """What `load` would say of its network, without reading a weight. Raises as `load` does."""
+    path = locate(name_or_path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        with _describing(path):
+            betas = file.get_tensor(BETAS)
+    with _describing(path):
+        return Description.read(metadata, betas)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, as safetensors reads it; ValueError for one that is damaged or of somebody else."""
     with open_regular(path):  # says why, where the library would call it damaged
         pass
     try:
@@ -111,18 +163,24 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
                     f"{path} is no stepfuse checkpoint: it has metadata {sorted(metadata)}, "
                     f"not {FORMAT!r}"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+@contextlib.contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    """What is wrong inside is wrong with the description in the file."""
     try:
-        info = json.loads(metadata[FORMAT])
-        config = UNetConfig.from_dict(info["unet"])
-        described = _described(info, config)
-        schedule = Schedule.from_betas(tensors.pop(BETAS), info["schedule"])
-        return Checkpoint(
-            model=_build(config, tensors), schedule=schedule, card=_card(path), **described
-        )
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        yield
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        SafetensorError,
+    ) as error:
         reason = " ".join(str(error).split())[:MOST_WORDS]
         raise ValueError(f"{path} does not describe a network: {reason}") from None
 
@@ -165,8 +223,9 @@ def save(
     write_file(path, serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
 
 
-def _locate(name_or_path: str | os.PathLike[str]) -> Path:
-    name = os.fspath(name_or_path)
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of an embedded checkpoint's name, or of a path; ValueError where there is none."""
+    name = os.fspath(check_path("name_or_path", name_or_path))
     inside = FOLDER / f"{name}{SUFFIX}"
     if Path(name).name == name and inside.is_file():
         return inside

@@ -1,0 +1,101 @@
+"""What a job is asked for: the words of the command line, before anything is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from stepfuse.engine.files.images import Rounding
+from stepfuse.engine.generate.recipe import Recipe
+from stepfuse.kernels.arguments import check_literal
+from stepfuse.kernels.limits import check_seed, check_threads
+
+MOST = 1 << 62  # images of a job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole of `stepfuse generate`'s options that decide what is made.
+
+    Attributes:
+        model: an embedded checkpoint, a .safetensors file or "module:function".
+        recipe: how it is sampled.
+        seed: image n of a seed is always the same.
+        labels: () or ("turn",): all classes take turns; ("random",): drawn uniformly, by seed and
+            n alone; else classes that take turns, "none" for no class.
+        per_class: that many images of one class after the other instead.
+        conditions: path of a CSV, JSONL or Parquet file with a row per image.
+        per_row: images of each row.
+        format: of a shard: "webdataset", "npz", "png", "webp", "jpeg", "parquet" or "npy".
+        image: of the pictures inside a tar or Parquet file: "png", "webp" or "jpeg".
+        quality: of JPEG.
+        level: of PNG's compression, 0 to 9; None for the library's.
+        rounding: "nearest", floor(127.5 (x + 1) + 1/2), or "truncate", as ADM does.
+        features: "module:function" that takes uint8 [N, C, H, W] and gives [N, F].
+        batch_size, shard_size, threads: chosen by a trial where they are None.
+        device: "auto", "cpu", "cuda".
+    """
+
+    model: str = "digits"
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    per_class: int | None = None
+    conditions: str | None = None
+    per_row: int = 1
+    format: str | None = None
+    image: str = "png"
+    quality: int = 95
+    level: int | None = None
+    rounding: Rounding = "nearest"
+    features: str | None = None
+    batch_size: int | None = None
+    shard_size: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed("--seed", self.seed)
+        check_threads("--threads", self.threads)
+        check_literal("--rounding", self.rounding, Rounding)
+        for name, value in (
+            ("--batch-size", self.batch_size),
+            ("--shard-size", self.shard_size),
+            ("--per-class", self.per_class),
+            ("--per-row", self.per_row),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.batch_size and self.shard_size and self.shard_size % self.batch_size:
+            raise ValueError(
+                f"--shard-size must be a multiple of --batch-size {self.batch_size}, so that no "
+                f"batch crosses a shard; got {self.shard_size}"
+            )
+        if self.conditions is not None and (self.labels or self.per_class):
+            raise ValueError("labels come from --conditions or from --label, not from both")
+        if self.per_row != 1 and self.conditions is None:
+            raise ValueError(f"--per-row {self.per_row} needs --conditions")
+        if self.features is not None and ":" not in self.features:
+            raise ValueError(f"--features must be module:function; got {self.features!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As job.json keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse; TypeError or ValueError for what is none."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}")
+        given = dict(values)
+        given["recipe"] = Recipe(**given.get("recipe", {}))
+        given["labels"] = tuple(given.get("labels", ()))
+        return cls(**given)
+
+
+def check_count(n: int) -> None:
+    """Raise ValueError for a number of images that no job has."""
+    if not 1 <= n <= MOST:
+        raise ValueError(f"-n must be in 1 .. {MOST}; got {n}")

@@ -1,0 +1,144 @@
+"""Where a job's network comes from: a checkpoint by name or path, or a function of the user's.
+
+Everything that can be said of a checkpoint without reading a weight is, so that a job is checked
+before a network is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from stepfuse.engine.files.reading import open_regular
+from stepfuse.engine.networks.checkpoint import SUFFIX, describe, load, locate
+from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.kernels.checks import received
+
+_CHUNK = 1 << 20
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """What a function of the user's returns; a `stepfuse.Checkpoint` is one."""
+
+    model: Any
+    schedule: Schedule
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network that has not been loaded.
+
+    Attributes:
+        name: as it was given: an embedded checkpoint, a path or "module:function".
+        sha256: of the file of weights, or of the state_dict.
+        schedule, prediction_type, sample_shape, labels: see `Checkpoint`.
+        learned_variance: whether its outputs have 2C channels.
+        load: makes the network anew.
+    """
+
+    name: str
+    sha256: str
+    schedule: Schedule
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    learned_variance: bool
+    load: Callable[[], Any]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, which is the index of the null class; None if unconditional."""
+        return len(self.labels) or None
+
+
+def open_source(name: str) -> Source:
+    """The network of that name.
+
+    "module:function" is imported, from the working directory too, and called without arguments; it
+    returns a `Checkpoint`, or whatever else has ``model``, ``schedule``, ``prediction_type``,
+    ``sample_shape`` and ``labels`` (empty for a model without classes, which is else called with
+    ``labels=``).
+
+    Raises ValueError for a name that is none of these, and what the function raises.
+    """
+    module, colon, function = name.partition(":")
+    if colon and not name.endswith(SUFFIX) and not os.path.exists(name):
+        return _of_function(name, module, function)
+    about = describe(name)
+    return Source(
+        name=name,
+        sha256=_file_hash(locate(name)),
+        schedule=about.schedule,
+        prediction_type=about.prediction_type,
+        sample_shape=about.sample_shape,
+        labels=about.labels,
+        learned_variance=about.config.learned_variance,
+        load=lambda: load(name).model,
+    )
+
+
+def _of_function(name: str, module: str, function: str) -> Source:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that it shadows nothing
+    try:
+        home: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"--model {name}: cannot import {module!r}: {error}") from error
+    make = home
+    for word in function.split("."):
+        make = getattr(make, word, None)
+    if not callable(make):
+        raise ValueError(f"--model {name}: {module!r} has no function {function!r}")
+    made: Any = make()
+    if not isinstance(made, Trained):
+        wanted = ", ".join(sorted(Trained.__annotations__))
+        raise ValueError(
+            f"--model {name} must return a Checkpoint or what else has {wanted}; "
+            f"got {received(made)}"
+        )
+    config = getattr(made.model, "config", None)
+    return Source(
+        name=name,
+        sha256=_state_hash(name, made.model),
+        schedule=made.schedule,
+        prediction_type=made.prediction_type,
+        sample_shape=tuple(made.sample_shape),
+        labels=tuple(made.labels),
+        learned_variance=bool(getattr(config, "learned_variance", False)),
+        load=lambda: made.model,
+    )
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_hash(name: str, model: Any) -> str:
+    """Of every weight and buffer with its name; of what has none, of the function's name."""
+    digest = hashlib.sha256()
+    if not isinstance(model, nn.Module):
+        digest.update(name.encode())
+        return digest.hexdigest()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()

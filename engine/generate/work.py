@@ -1,0 +1,182 @@
+"""The one way to make a shard, whoever asks: `todo` says which, `run_shard` makes one.
+
+    job = open_job("run/")
+    for k in todo(job):
+        run_shard(job, k)
+
+Both may be called anywhere at any time, by as many as like to: a shard that is made twice has the
+same bytes, and takes its own place.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepfuse.engine.generate import record as records
+from stepfuse.engine.generate.features import Moments
+from stepfuse.engine.generate.job import Job
+from stepfuse.engine.generate.machine import fingerprint, host
+from stepfuse.engine.generate.made import Made
+from stepfuse.engine.generate.pipeline import Written, write_shard
+from stepfuse.engine.generate.record import Record
+from stepfuse.engine.generate.worker import Worker
+
+_CHUNK = 1 << 20
+_workers: dict[tuple[str, str], Worker] = {}
+_turn = threading.Lock()
+
+
+def todo(job: Job, records_only: bool = False) -> list[int]:
+    """Numbers of the shards that are not done, in order; see `Job.done`."""
+    return [k for k, done in enumerate(job.done(records_only)) if not done]
+
+
+def run_shard(
+    job: Job,
+    k: int,
+    *,
+    attempt: int = 1,
+    device: str | torch.device = "cpu",
+    allow_other_isa: bool = False,
+    made: Callable[[int], Any] | None = None,
+) -> Record:
+    """Make shard k and say what came of it; a shard that is done is not made again.
+
+    The shard is put in place, then its record, each whole or not at all. The network is loaded by
+    the first call in a process and kept for the next.
+
+    Args:
+        attempt: noted in the record.
+        device: where the network runs.
+        allow_other_isa: go on where instruction set or versions are not those of the job; the
+            images may differ in the last bits then.
+        made: called with the number of images that were finished, several times.
+
+    Raises IndexError for a number that is none, ValueError where the weights, the plan or this
+    machine are not those of the job, OSError where nothing can be written, and whatever the network
+    raises.
+    """
+    first, count = job.shards.span(k)
+    done = job.is_done(k)
+    if done is not None:
+        return done
+    start = time.perf_counter()
+    device = torch.device(device)
+    with _turn:
+        worker = worker_of(job, device, allow_other_isa)
+        fill = worker.settings.batch_size or 1
+        rows = job.conditions.rows(first, count + fill - 1)
+        moments = Moments.of(job.settings.features)
+
+        def watch(batch: Sequence[Made]) -> None:
+            if moments is not None:
+                moments.add(batch)
+            if made is not None:
+                made(len(batch))
+
+        with job.place.staged(job.shard_name(k)) as path:
+            written = write_shard(
+                job.format, path, worker.images(rows, first, count), count, watch
+            )
+            size, sha256 = measured(path)
+    if moments is not None:
+        job.place.write(moments.name(k), moments.content())
+    return _finish(job, k, size, sha256, written, worker, time.perf_counter() - start, attempt)
+
+
+def _finish(
+    job: Job,
+    k: int,
+    size: int,
+    sha256: str,
+    written: Written,
+    worker: Worker,
+    seconds: float,
+    attempt: int,
+) -> Record:
+    first, count = job.shards.span(k)
+    record = Record(
+        shard=k,
+        first=first,
+        count=count,
+        bytes=size,
+        sha256=sha256,
+        fingerprint=fingerprint(worker.device, job.settings.threads or 1),
+        host=host(),
+        seconds=round(seconds, 3),
+        writer_wait=round(written.waited, 3),
+        attempt=attempt,
+        crc32=records.pack(written.checksums),
+    )
+    job.place.write(job.record_name(k), record.to_json())
+    job.place.remove(job.failed_name(k))
+    return record
+
+
+def worker_of(job: Job, device: torch.device, allow_other_isa: bool = False) -> Worker:
+    """The loaded network of a job; the same one as long as this process makes no other job."""
+    key = job.sha256, str(device)
+    if key not in _workers:
+        check_machine(job, allow_other_isa)
+        _workers.clear()  # two networks in memory are one too many
+        _workers[key] = Worker(job.settings, job.source, device, job.timings)
+    return _workers[key]
+
+
+def forget() -> None:
+    """Free the network that `run_shard` keeps in this process."""
+    with _turn:
+        _workers.clear()
+
+
+def check_machine(job: Job, allow_other_isa: bool = False) -> None:
+    """Raise ValueError where instruction set or versions are not those that the job began with."""
+    found = job.timings.differences()
+    if found and not allow_other_isa:
+        words = "; ".join(f"{name} {there} there, {here} here" for name, (there, here) in
+                          found.items())  # fmt: skip
+        raise ValueError(
+            f"images of {job.place.url} would differ in their last bits on this machine: {words}. "
+            "--allow-other-isa makes them all the same; the records will tell"
+        )
+
+
+def note_failure(job: Job, k: int, error: BaseException | str, attempts: int) -> None:
+    """Write failed/NNNNNN.json: what was raised, where, and how often it was tried."""
+    told = isinstance(error, str)
+    content = {
+        "shard": k,
+        "first": job.shards.span(k)[0],
+        "count": job.shards.span(k)[1],
+        "error": error if isinstance(error, str) else f"{type(error).__name__}: {error}",
+        "traceback": "" if told else "".join(traceback.format_exception(error)),  # type: ignore[arg-type]
+        "host": host(),
+        "attempts": attempts,
+    }
+    job.place.write(job.failed_name(k), (json.dumps(content, indent=1) + "\n").encode())
+
+
+def measured(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of a file; of a folder, of its files' names and hashes, in order."""
+    if not path.is_dir():
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for chunk in iter(functools.partial(file.read, _CHUNK), b""):
+                digest.update(chunk)
+        return path.stat().st_size, digest.hexdigest()
+    total, digest = 0, hashlib.sha256()
+    for file_path in sorted(path.iterdir()):
+        size, inner = measured(file_path)
+        total += size
+        digest.update(f"{file_path.name} {inner}\n".encode())
+    return total, digest.hexdigest()
