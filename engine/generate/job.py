@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate import identity as identities
 from stepfuse.engine.generate import record as records
 from stepfuse.engine.generate import shards
-from stepfuse.engine.generate.conditions.choice import Conditions, from_settings
-from stepfuse.engine.generate.formats.format import Format
-from stepfuse.engine.generate.formats.registry import from_settings as format_of
+from stepfuse.engine.generate.conditions.choosing import from_settings
+from stepfuse.engine.generate.conditions.row import Conditions
+from stepfuse.engine.generate.formats import Format
+from stepfuse.engine.generate.formats import from_settings as format_of
 from stepfuse.engine.generate.place import A_FOLDER, Place, open_place
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.settings import Settings, check_count
@@ -93,11 +95,8 @@ class Job:
     @functools.cached_property
     def conditions(self) -> Conditions:
         """A row for every image."""
-        settings, source = self.settings, self.source
         with self._index() as index:
-            return from_settings(
-                self.identity["conditions"], source.labels, settings.seed, settings.conditions, index
-            )
+            return from_settings(self.identity["conditions"], self.settings.conditions, index)
 
     def shard_name(self, k: int) -> str:
         """The file or folder of shard k: shards/000123.tar."""
@@ -189,7 +188,7 @@ class Job:
     def _span(self, k: int) -> tuple[int, int]:
         return self.shards.span(k)
 
-    def _index(self) -> Any:
+    def _index(self) -> contextlib.AbstractContextManager[Path | None]:
         if self.settings.conditions is None:
             return contextlib.nullcontext(None)
         return self.place.fetched(INDEX)

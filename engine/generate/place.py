@@ -229,7 +229,9 @@ class RemotePlace:
         """A copy in the temporary folder."""
         with tempfile.TemporaryDirectory(prefix="stepfuse-") as folder:
             path = Path(folder, Path(name).name)
-            self.files.get(self._at(name), os.fspath(path), recursive=self.files.isdir(self._at(name)))
+            self.files.get(
+                self._at(name), os.fspath(path), recursive=self.files.isdir(self._at(name))
+            )
             yield path
 
     def clean(self) -> None:

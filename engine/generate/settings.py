@@ -22,11 +22,12 @@ class Settings:
         model: an embedded checkpoint, a .safetensors file or "module:function".
         recipe: how it is sampled.
         seed: image n of a seed is always the same.
-        labels: () or ("turn",): all classes take turns; ("random",): drawn uniformly, by seed and
-            n alone; else classes that take turns, "none" for no class.
+        labels: "turn", all classes take turns; "random", drawn uniformly, by seed and n alone.
+        label: classes that take turns, by name or number, "none" for no class; all where it is
+            empty.
         per_class: that many images of one class after the other instead.
         conditions: path of a CSV, JSONL or Parquet file with a row per image.
-        per_row: images of each row.
+        per_row: images of each row; one where it is None.
         format: of a shard: "webdataset", "npz", "png", "webp", "jpeg", "parquet" or "npy".
         image: of the pictures inside a tar or Parquet file: "png", "webp" or "jpeg".
         quality: of JPEG.
@@ -40,10 +41,11 @@ class Settings:
     model: str = "digits"
     recipe: Recipe = field(default_factory=Recipe)
     seed: int = 0
-    labels: tuple[str, ...] = ()
+    labels: str = "turn"
+    label: tuple[str, ...] = ()
     per_class: int | None = None
     conditions: str | None = None
-    per_row: int = 1
+    per_row: int | None = None
     format: str | None = None
     image: str = "png"
     quality: int = 95
@@ -72,12 +74,14 @@ class Settings:
                 f"--shard-size must be a multiple of --batch-size {self.batch_size}, so that no "
                 f"batch crosses a shard; got {self.shard_size}"
             )
-        if self.conditions is not None and (self.labels or self.per_class):
-            raise ValueError("labels come from --conditions or from --label, not from both")
-        if self.per_row != 1 and self.conditions is None:
-            raise ValueError(f"--per-row {self.per_row} needs --conditions")
+        if self.label and self.labels != "turn":
+            raise ValueError(
+                f"--labels {self.labels} and --label {self.label[0]} exclude each other"
+            )
         if self.features is not None and ":" not in self.features:
             raise ValueError(f"--features must be module:function; got {self.features!r}")
+        if self.features is not None and self.format == "npy":
+            raise ValueError("--features takes pixels, and --format npy holds samples")
 
     def to_json(self) -> dict[str, Any]:
         """As job.json keeps it."""
@@ -91,7 +95,7 @@ class Settings:
             raise ValueError(f"unknown settings {', '.join(unknown)}")
         given = dict(values)
         given["recipe"] = Recipe(**given.get("recipe", {}))
-        given["labels"] = tuple(given.get("labels", ()))
+        given["label"] = tuple(given.get("label", ()))
         return cls(**given)
 
 

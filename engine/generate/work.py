@@ -15,7 +15,6 @@ import hashlib
 import json
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,7 @@ def run_shard(
                 made(len(batch))
 
         with job.place.staged(job.shard_name(k)) as path:
-            written = write_shard(
-                job.format, path, worker.images(rows, first, count), count, watch
-            )
+            written = write_shard(job.format, path, worker.images(rows, first, count), count, watch)
             size, sha256 = measured(path)
     if moments is not None:
         job.place.write(moments.name(k), moments.content())
@@ -151,15 +148,15 @@ def check_machine(job: Job, allow_other_isa: bool = False) -> None:
         )
 
 
-def note_failure(job: Job, k: int, error: BaseException | str, attempts: int) -> None:
+def note_failure(job: Job, k: int, error: str, attempts: int, trace: str = "") -> None:
     """Write failed/NNNNNN.json: what was raised, where, and how often it was tried."""
-    told = isinstance(error, str)
+    first, count = job.shards.span(k)
     content = {
         "shard": k,
-        "first": job.shards.span(k)[0],
-        "count": job.shards.span(k)[1],
-        "error": error if isinstance(error, str) else f"{type(error).__name__}: {error}",
-        "traceback": "" if told else "".join(traceback.format_exception(error)),  # type: ignore[arg-type]
+        "first": first,
+        "count": count,
+        "error": error,
+        "traceback": trace,
         "host": host(),
         "attempts": attempts,
     }

@@ -76,7 +76,7 @@ class Worker:
         self, numbers: Sequence[int], rows: Sequence[Row], guidance: float | None = None
     ) -> torch.Tensor:
         """Samples [N, C, H, W] of these images; bits depend on how many there are."""
-        sampler = self._sampler(guidance)
+        sampler = self.sampler(guidance)
         seed: Any = self.settings.seed
         if any(row.seed is not None for row in rows):
             seeds = [_signed(seed if row.seed is None else row.seed) for row in rows]
@@ -107,7 +107,7 @@ class Worker:
             torch.set_num_threads(before)
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
 
-    def _sampler(self, guidance: float | None) -> Sampler:
+    def sampler(self, guidance: float | None) -> Sampler:
         scale = self.settings.recipe.guidance if guidance is None else guidance
         if scale not in self._samplers:
             while len(self._samplers) >= _SAMPLERS:

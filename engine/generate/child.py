@@ -1,0 +1,178 @@
+"""A process that makes shards, or tries out a batch size, for another one that asks it to.
+
+Started as ``python -m stepfuse.engine.generate.child FD`` with one end of a pipe, and not by
+``multiprocessing``: that would run the user's main script again in every child. A child hears only
+its parent: Ctrl-C and SIGTERM are the parent's to act upon. It ends when the parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any
+
+DROP = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else signal.SIGTERM
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a child is started for.
+
+    Attributes:
+        task: "shards" or "trial".
+        paths: where modules are looked for, as the parent does.
+        cpus: to run on; empty for any.
+        threads: of PyTorch.
+        device: of the network.
+        arguments: of the task.
+    """
+
+    task: str
+    paths: tuple[str, ...]
+    cpus: tuple[int, ...]
+    threads: int
+    device: str
+    arguments: dict[str, Any]
+
+
+class Dropped(BaseException):
+    """The parent wants nothing more, at once."""
+
+
+def main(descriptor: int, parent: int) -> int:
+    """The life of a child."""
+    _deafen()
+    _die_with(parent)
+    pipe = Connection(descriptor)
+    with contextlib.suppress(Dropped, EOFError, BrokenPipeError, ConnectionResetError):
+        order: Order = pipe.recv()
+        sys.path[:] = order.paths
+        if order.cpus and hasattr(os, "sched_setaffinity"):
+            with contextlib.suppress(OSError):  # it was taken from us meanwhile
+                os.sched_setaffinity(0, order.cpus)
+        try:
+            import torch
+
+            torch.set_num_threads(order.threads)
+            task = _shards if order.task == "shards" else _trial
+        except Exception as error:
+            pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
+            return 1
+        task(pipe, order)
+    return 0
+
+
+def _shards(pipe: Connection, order: Order) -> None:
+    """Load the network, say so, and make what is asked for until nobody asks."""
+    from stepfuse.engine.generate.job import open_job
+    from stepfuse.engine.generate.work import run_shard, worker_of
+
+    import torch
+
+    asked = order.arguments
+    try:
+        job = open_job(asked["url"])
+        worker_of(job, torch.device(order.device), asked["allow_other_isa"])
+        job.conditions.rows(0, 1)
+    except Exception as error:
+        pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
+        return
+    pipe.send(("ready",))
+    while True:
+        k, attempt = pipe.recv()
+        try:
+            record = run_shard(
+                job,
+                k,
+                attempt=attempt,
+                device=order.device,
+                allow_other_isa=asked["allow_other_isa"],
+                made=lambda count: pipe.send(("made", count)),
+            )
+        except Exception as error:
+            pipe.send(("failed", k, kind(error), describe(error), traceback.format_exc()))
+        else:
+            pipe.send(("done", k, record))
+
+
+def _trial(pipe: Connection, order: Order) -> None:
+    from stepfuse.engine.generate.settings import Settings
+    from stepfuse.engine.generate.trial import measure
+
+    asked = order.arguments
+    try:
+        found = measure(
+            Settings.from_json(asked["settings"]),
+            asked["n"],
+            order.device,
+            asked["memory"],
+            tell=lambda tried: pipe.send(("tried", tried)),
+        )
+    except Exception as error:
+        pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
+    else:
+        pipe.send(("found", found))
+
+
+def kind(error: BaseException) -> str:
+    """ "disk" for what is wrong with the place, "given" for a value that is not accepted, "other".
+
+    The first ends a run, since every shard would fail so.
+    """
+    import errno
+
+    on_disk = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EFBIG,
+        errno.EIO,
+    )
+    if isinstance(error, OSError) and error.errno in on_disk:
+        return "disk"
+    return "given" if isinstance(error, (ValueError, TypeError)) else "other"
+
+
+def describe(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, TypeError)):
+        return text
+    return f"{type(error).__name__}: {text}"
+
+
+def _deafen() -> None:
+    """Hear nothing but `DROP`."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name) and getattr(signal, name) != DROP:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(DROP, _drop)
+
+
+def _drop(number: int, frame: FrameType | None) -> None:
+    signal.signal(DROP, signal.SIG_IGN)  # what is being removed is removed
+    raise Dropped
+
+
+def _die_with(parent: int) -> None:
+    """Be dropped when the parent is gone, also killed; on Linux."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, int(DROP))
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
