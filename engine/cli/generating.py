@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+from stepfuse.engine.generate.reports.json_log import JsonLog
+from stepfuse.engine.generate.reports.line import Line
+from stepfuse.engine.generate.reports.lines import Lines
+from stepfuse.engine.generate.reports.prometheus import Prometheus
+from stepfuse.engine.generate.reports.several import Several
 
 from stepfuse.engine.cli.errors import Problem, describe
 from stepfuse.engine.generate.api import make
 from stepfuse.engine.generate.create import Created, TrialFailed, create
-from stepfuse.engine.generate.crew import choose_crew, resolve_device
 from stepfuse.engine.generate.job import Job, WeightsDiffer, open_job
 from stepfuse.engine.generate.outcome import (
     DISK,
@@ -30,11 +32,6 @@ from stepfuse.engine.generate.outcome import (
     Outcome,
 )
 from stepfuse.engine.generate.place import open_place
-from stepfuse.engine.generate.reports.json_log import JsonLog
-from stepfuse.engine.generate.reports.line import Line
-from stepfuse.engine.generate.reports.lines import Lines
-from stepfuse.engine.generate.reports.prometheus import Prometheus
-from stepfuse.engine.generate.reports.several import Several
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stepfuse.engine.generate.reports.several import Silent
+
 from stepfuse.engine.files.images import Rounding
 from stepfuse.engine.generate.create import create, raise_count
 from stepfuse.engine.generate.job import Job, open_job
 from stepfuse.engine.generate.outcome import Outcome
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Optimize, Recipe
-from stepfuse.engine.generate.reports.several import Silent
 from stepfuse.engine.generate.run import How, run
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse

@@ -72,10 +72,10 @@ def main(descriptor: int, parent: int) -> int:
 
 def _shards(pipe: Connection, order: Order) -> None:
     """Load the network, say so, and make what is asked for until nobody asks."""
+    import torch
+
     from stepfuse.engine.generate.job import open_job
     from stepfuse.engine.generate.work import run_shard, worker_of
-
-    import torch
 
     asked = order.arguments
     try:

@@ -140,7 +140,7 @@ class LocalPlace:
 
     def free(self) -> int | None:
         """Bytes that can still be written."""
-        there = next((p for p in (self.folder, *self.folder.absolute().parents) if p.exists()))
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         return shutil.disk_usage(there).free
 
 
