@@ -23,6 +23,11 @@ from stepfuse.engine.files.signals import terminating
 # Commands whose modules load torch, and are therefore imported only when they run:
 # name -> (module, function, first line of the help)
 DEFERRED = {
+    "generate": (
+        "stepfuse.engine.cli.generate",
+        "generate_command",
+        "Make any number of images, resumably, on one machine or many.",
+    ),
     "export": (
         "stepfuse.engine.cli.export",
         "export_command",
@@ -90,12 +95,17 @@ def _register(name: str, module: str, function: str, help_line: str) -> None:
     """Add a command that is imported, and parses its arguments itself, only when it is called."""
 
     def deferred(context: typer.Context) -> None:
-        command = typer.Typer(rich_markup_mode="rich", add_completion=False)
         home = importlib.import_module(module)
-        register = command.command(context_settings=HELP, epilog=getattr(home, "EXAMPLES", None))
-        register(getattr(home, function))
+        words, called = list(context.args), f"stepfuse {name}"
+        chosen, examples = getattr(home, function), getattr(home, "EXAMPLES", None)
+        # a first word that is one of the home's own commands, and no folder of that name
+        others = getattr(home, "COMMANDS", {})
+        if words and words[0] in others:
+            called, chosen, examples = f"{called} {words[0]}", others[words.pop(0)], None
+        command = typer.Typer(rich_markup_mode="rich", add_completion=False)
+        command.command(context_settings=HELP, epilog=examples)(chosen)
         status = typer.main.get_command(command).main(
-            args=list(context.args), prog_name=f"stepfuse {name}", standalone_mode=False
+            args=words, prog_name=called, standalone_mode=False
         )
         raise typer.Exit(status if isinstance(status, int) else 0)
 

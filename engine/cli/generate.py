@@ -27,7 +27,8 @@ EXAMPLES = (
     "One task of a SLURM array, of which each makes its own shards:\n\n"
     "  [cyan]stepfuse generate run/ --shard auto[/cyan]\n\n"
     "Captions and seeds from a table, pictures for training in tar files:\n\n"
-    "  [cyan]stepfuse generate -n 20000 --conditions rows.csv --format webdataset --out set/[/cyan]\n\n"
+    "  [cyan]stepfuse generate -n 20000 --conditions rows.csv --format webdataset "
+    "--out set/[/cyan]\n\n"
     "[bold]Also[/bold]  status, verify, merge, stats: stepfuse generate status --help"
 )
 
@@ -41,8 +42,8 @@ MADE, WRITTEN, RUN, MACHINE = (
 
 # what job.json says of a job that is there
 NOT_OF_A_JOB = (
-    "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label", "per_class",
-    "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format", "image",
+    "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
+    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format", "image",
     "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run", "price",
 )  # fmt: skip
 
@@ -159,7 +160,7 @@ def generate_command(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="CPU threads of a worker; part of what is made, for the order of sums. Default: 1.",
+            help="CPU threads of a worker; part of what is made: sums have an order. Default: 1.",
             rich_help_panel=MADE,
             show_default=False,
         ),

@@ -38,8 +38,8 @@ class Slice:
 
 
 def parse(text: str, variables: Mapping[str, str] = os.environ) -> Slice:
-    """ "i/n", or "auto": what the variables of SLURM's arrays, AWS Batch's, Kubernetes' indexed jobs
-    (with JOB_COMPLETIONS, which must be set beside their own) or torchrun say.
+    """The slice of "i/n"; of "auto", what the variables of a scheduler say: SLURM's arrays, AWS
+    Batch's, Kubernetes' indexed jobs (with JOB_COMPLETIONS set beside their own) or torchrun.
 
     Raises ValueError for a text or variables that say nothing of the kind.
     """

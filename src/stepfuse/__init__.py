@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from stepfuse.engine.compile.weights.released import WeightsReleased
     from stepfuse.engine.export.to_onnx.denoiser import OnnxDenoiser
     from stepfuse.engine.export.to_tensorrt.runtime import TensorRTDenoiser
+    from stepfuse.engine.generate.api import generate
+    from stepfuse.engine.generate.job import open_job
+    from stepfuse.engine.generate.work import run_shard, todo
     from stepfuse.engine.networks.checkpoint import Checkpoint, load
     from stepfuse.engine.sampling.guidance.cfg import CFG
     from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
@@ -48,17 +51,24 @@ __all__ = [
     "__version__",
     "accelerate",
     "export",
+    "generate",
     "interpolate",
     "load",
+    "open_job",
     "optimize",
     "restore",
+    "run_shard",
     "slerp",
     "spaced_timesteps",
+    "todo",
 ]
 
 # Imported at first use, so that `stepfuse --help` does not wait two seconds for torch.
 _HOMES = {
     "engine.adapters": ("accelerate", "restore"),
+    "engine.generate.api": ("generate",),
+    "engine.generate.job": ("open_job",),
+    "engine.generate.work": ("run_shard", "todo"),
     "engine.networks.checkpoint": ("Checkpoint", "load"),
     "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
