@@ -43,8 +43,9 @@ MADE, WRITTEN, RUN, MACHINE = (
 # what job.json says of a job that is there
 NOT_OF_A_JOB = (
     "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
-    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format", "image",
-    "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run", "price",
+    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format",
+    "image", "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run",
+    "price",
 )  # fmt: skip
 
 
