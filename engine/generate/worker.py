@@ -97,16 +97,19 @@ class Worker:
     def _pinned(self) -> Iterator[None]:
         """What the last bits depend on is the job's inside, and the process's again outside."""
         before = torch.get_num_threads()
-        cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-        asking = self.timings.replaying() if self.timings else contextlib.nullcontext()
         torch.set_num_threads(self.settings.threads or before)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         try:
-            with asking:
+            with torch.backends.cudnn.flags(benchmark=False, deterministic=True), self._asking():
                 yield
         finally:
             torch.set_num_threads(before)
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        if self.timings is None:
+            return contextlib.nullcontext()
+        # a network that compiles itself, though nobody has asked the job for it, measures
+        compiled = self.settings.recipe.optimize != "off"
+        return self.timings.replaying("error" if compiled else "measure")
 
     def sampler(self, guidance: float | None) -> Sampler:
         scale = self.settings.recipe.guidance if guidance is None else guidance
