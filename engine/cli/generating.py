@@ -16,7 +16,7 @@ from rich.text import Text
 from stepfuse.engine.generate.reports.json_log import JsonLog
 from stepfuse.engine.generate.reports.line import Line
 from stepfuse.engine.generate.reports.lines import Lines
-from stepfuse.engine.generate.reports.prometheus import Prometheus
+from stepfuse.engine.generate.reports.prometheus import Metrics
 from stepfuse.engine.generate.reports.several import Several
 
 from stepfuse.engine.cli.errors import Problem, describe
@@ -61,7 +61,7 @@ class Watch:
         if self.log_json is not None:
             found.append(JsonLog(self.log_json))
         if self.metrics is not None:
-            found.append(Prometheus(self.metrics))
+            found.append(Metrics(self.metrics))
         return Several(found)
 
 
