@@ -36,7 +36,7 @@ def check_merge(job: Job, out: str | os.PathLike[str], force: bool = False) -> N
 
 def merged_size(job: Job) -> int:
     """Bytes of the merged file, about."""
-    _, height, width = job.identity["sample_shape"]
+    height, width = map(int, job.identity["sample_shape"][1:])
     return job.n * (height * width * _CHANNELS + 8 * has_labels(job)) + _OVERHEAD
 
 

@@ -123,10 +123,11 @@ def _shard(
     bar: tqdm,
 ) -> Iterator[Difference]:
     again = remaker.of(record, wanted) if remaker is not None and wanted else None
+    keep = None if again is None else again.keep
     named = set()
     if not records_only:
         with job.place.fetched(job.shard_name(record.shard)) as path:
-            for difference in read_shard(job.format, path, record, again and again.keep):
+            for difference in read_shard(job.format, path, record, keep):
                 named.add(difference.n)
                 yield difference
         bar.update(record.count)
@@ -162,11 +163,10 @@ def _present(job: Job, result: Verified, records_only: bool) -> list[int]:
         else:
             result.missing.append(k)
     for name in sorted(names):
-        k = shards.number(name)
-        if name.endswith(".json") and k is not None and k >= len(job.shards):
-            result.note(
-                Difference(None, k, f"records/{name}: the job has {len(job.shards)} shards")
-            )
+        other = shards.number(name)
+        if other is not None and other >= len(job.shards) and name.endswith(".json"):
+            what = f"records/{name}: the job has {len(job.shards)} shards"
+            result.note(Difference(None, other, what))
     return present
 
 
