@@ -174,11 +174,12 @@ def _look(job: Job, k: int) -> bool | str:
     """Whether there is a record of shard k that fits; in words where it should not be there."""
     name = job.record_name(k)
     try:
-        record = Record.from_json(job.place.read(name), name)
+        record = Record.from_json(job.place.read(name))
+        record.checksums()
     except FileNotFoundError:
         return False
     except ValueError as error:
-        return str(error)
+        return f"{name}: {error}"
     first, count = job.shards.span(k)
     if (record.shard, record.first) == (k, first) and record.count <= count:
         return record.count == count  # fewer: the number of images was raised since

@@ -309,3 +309,12 @@ def test_threads_of_the_process_stay(job: Job) -> None:
     before = torch.get_num_threads()
     verify(job, 2)
     assert torch.get_num_threads() == before
+
+
+def test_damaged_checksums_are_named(job: Job) -> None:
+    record = job.record(1)
+    assert record is not None
+    case.changed_record(job, 1, crc32=f"?{record.crc32[1:]}")  # as long as it should be
+    found = verify(job, 0)
+    assert told(found) == [(None, 1)]
+    assert "records/000001.json" in str(found.differences[0])
