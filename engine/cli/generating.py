@@ -56,13 +56,13 @@ class Watch:
 
     def watchers(self) -> Several:
         """All of them; raises where a file cannot be written."""
-        line: Watcher = Line() if sys.stderr.isatty() else Lines()
+        line: Watcher = Line(sys.stderr) if sys.stderr.isatty() else Lines(sys.stderr)
         found: list[Watcher] = [line]
         if self.log_json is not None:
             found.append(JsonLog(self.log_json))
         if self.metrics is not None:
             found.append(Metrics(self.metrics))
-        return Several(found)
+        return Several(*found)
 
 
 def refuse_given(context: typer.Context) -> None:
