@@ -263,7 +263,7 @@ def _rows_of(settings: Settings, source: Source) -> Iterator[tuple[Conditions, b
         index = Path(folder, INDEX) if settings.conditions else None
         conditions = choose_conditions(
             source.labels,
-            labels=settings.label or settings.labels,
+            labels=settings.label or (None if settings.labels == "turn" else settings.labels),
             seed=settings.seed,
             per_class=settings.per_class,
             path=settings.conditions,

@@ -121,9 +121,10 @@ class Job:
 
     def records(self) -> Iterator[Record]:
         """All of them that fit the job, in order; one is in memory at a time."""
+        count = len(self.shards)
         for name in sorted(self.place.sizes(records.FOLDER)):
             k = shards.number(name)
-            if k is not None and name.endswith(".json") and k < len(self.shards):
+            if k is not None and name.endswith(".json") and k < count:
                 record = self.record(k)
                 if record is not None:
                     yield record
@@ -184,10 +185,8 @@ class Job:
             record = Record.from_json(content)
         except ValueError:
             return None
-        return record if (record.shard, record.first, record.count) == (k, *self._span(k)) else None
-
-    def _span(self, k: int) -> tuple[int, int]:
-        return self.shards.span(k)
+        first, count = self.shards.span(k)
+        return record if (record.shard, record.first, record.count) == (k, first, count) else None
 
     def _index(self) -> contextlib.AbstractContextManager[Path | None]:
         if self.settings.conditions is None:

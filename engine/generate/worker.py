@@ -55,7 +55,7 @@ class Worker:
         wanted = first
         size = self.settings.batch_size or 1
         for batch in batches(rows[:count], first, size):
-            for made in self._batch(batch, rows, first):
+            for made in self.batch(batch, rows, first):
                 waiting[made.n] = made
             ready = []
             while wanted in waiting:  # guidance may have changed the order
@@ -64,7 +64,8 @@ class Worker:
             if ready:
                 yield ready
 
-    def _batch(self, batch: Batch, rows: Sequence[Row], first: int) -> Iterator[Made]:
+    def batch(self, batch: Batch, rows: Sequence[Row], first: int) -> Iterator[Made]:
+        """The images of one batch that are kept; ``rows`` begin with that of image ``first``."""
         own = [rows[n - first] for n in batch.numbers]
         x = self.sample(batch.numbers, own, batch.guidance)
         with _naming(batch.numbers[: batch.keep]):
