@@ -50,7 +50,7 @@ MANY_SHARDS = 50
 def new_job(folder: Path, n: int, threads: int, optimize: str, steps: int = STEPS) -> Job:
     """A job of `digits` whose shards are short."""
     settings = Settings(
-        recipe=Recipe(steps=str(steps), optimize=optimize),  # type: ignore[arg-type]
+        recipe=Recipe(steps=str(steps), optimize=optimize),
         format="webdataset",
         batch_size=BATCH,
         shard_size=BATCH * BATCHES,
@@ -67,7 +67,7 @@ class Beside:
         self.job = new_job(folder, 10**6, torch.get_num_threads(), optimize)
         digits = sf.load("digits")
         self.shape = (BATCH, *digits.sample_shape)
-        self.sampler = Recipe(steps=str(STEPS), optimize=optimize).sampler(  # type: ignore[arg-type]
+        self.sampler = Recipe(steps=str(STEPS), optimize=optimize).sampler(
             digits.model, digits.schedule, digits.prediction_type, False
         )
         self.next = 0

@@ -13,11 +13,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.text import Text
-from stepfuse.engine.generate.reports.json_log import JsonLog
-from stepfuse.engine.generate.reports.line import Line
-from stepfuse.engine.generate.reports.lines import Lines
-from stepfuse.engine.generate.reports.prometheus import Metrics
-from stepfuse.engine.generate.reports.several import Several
 
 from stepfuse.engine.cli.errors import Problem, describe
 from stepfuse.engine.generate.api import make
@@ -32,6 +27,11 @@ from stepfuse.engine.generate.outcome import (
     Outcome,
 )
 from stepfuse.engine.generate.place import open_place
+from stepfuse.engine.generate.reports.json_log import JsonLog
+from stepfuse.engine.generate.reports.line import Line
+from stepfuse.engine.generate.reports.lines import Lines
+from stepfuse.engine.generate.reports.prometheus import Metrics
+from stepfuse.engine.generate.reports.several import Several
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried

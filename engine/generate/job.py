@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepfuse.engine.generate.conditions.choosing import from_settings
-from stepfuse.engine.generate.conditions.row import Conditions
-from stepfuse.engine.generate.formats import Format
-from stepfuse.engine.generate.formats import from_settings as format_of
-
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate import identity as identities
 from stepfuse.engine.generate import record as records
 from stepfuse.engine.generate import shards
+from stepfuse.engine.generate.conditions.choosing import from_settings
+from stepfuse.engine.generate.conditions.row import Conditions
+from stepfuse.engine.generate.formats import Format
+from stepfuse.engine.generate.formats import from_settings as format_of
 from stepfuse.engine.generate.place import A_FOLDER, Place, open_place
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.settings import Settings, check_count

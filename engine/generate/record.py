@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Bytes = bytes  # `Record.bytes` hides the type inside the class
 FOLDER = "records"
 FAILED = "failed"
 
@@ -56,7 +57,7 @@ class Record:
             raise ValueError(f"{self.count} images, {len(found)} checksums")
         return found
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> Bytes:
         """The content of records/NNNNNN.json; the long field comes last."""
         fields = asdict(self)
         crc32 = fields.pop("crc32")
@@ -64,7 +65,7 @@ class Record:
         return (json.dumps(fields) + "\n").encode()
 
     @classmethod
-    def from_json(cls, content: bytes, where: str = "a record") -> Record:
+    def from_json(cls, content: Bytes, where: str = "a record") -> Record:
         """Raises ValueError that names ``where`` for what `to_json` did not write.
 
         Of the checksums only the length is looked at, which is enough for a file that was cut off:

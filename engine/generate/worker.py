@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stepfuse.engine.generate.conditions.batches import Batch, batches
-from stepfuse.engine.generate.conditions.row import Row
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.files.images import to_uint8
+from stepfuse.engine.generate.conditions.batches import Batch, batches
+from stepfuse.engine.generate.conditions.row import Row
 from stepfuse.engine.generate.made import Made
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.source import Source

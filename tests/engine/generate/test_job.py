@@ -139,7 +139,7 @@ def test_truncated_pixels_are_adms(tmp_path: Path) -> None:
         case.make_all(job)
         with np.load(Path(job.place.url) / job.shard_name(0), allow_pickle=False) as read:
             arrays.append(read["arr_0"].astype(int))
-    assert 0.3 < (arrays[0] - arrays[1]).mean() < 0.7
+    assert set(np.unique(arrays[0] - arrays[1])) == {0, 1}
     assert near.sha256 != cut.sha256
 
 
@@ -217,11 +217,11 @@ def test_a_job_may_be_at_a_url() -> None:
 def test_a_folder_of_pictures_is_a_shard(tmp_path: Path) -> None:
     job = case.new_job(tmp_path / "run", 21, format="png")
     first = case.make_all(job)
-    assert len(list((tmp_path / "run" / "shards" / "000002").iterdir())) == 5
+    assert len(list((tmp_path / "run" / "shards" / "000002").glob("*.png"))) == 5
     raised = raise_count(job, 24)
     assert todo(raised) == [2]
     made = case.make_all(raised)
     assert {k: v for k, v in made.items() if "000002" not in k} == {
         k: v for k, v in first.items() if "000002" not in k
     }
-    assert len(list((tmp_path / "run" / "shards" / "000002").iterdir())) == 8
+    assert len(list((tmp_path / "run" / "shards" / "000002").glob("*.png"))) == 8
