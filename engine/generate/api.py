@@ -20,9 +20,7 @@ from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
-from stepfuse.kernels.checks import as_integer, check_word
-
-ENGINES = ("processes", "ray")
+from stepfuse.kernels.checks import as_integer
 
 
 def generate(
@@ -100,7 +98,6 @@ def generate(
     OSError where nothing can be written. What happens while shards are made raises nothing: the
     `Outcome` tells.
     """
-    check_word("engine", engine, ENGINES)
     how = How(
         engine=engine,
         workers=workers,

@@ -125,7 +125,8 @@ class Ready:
 def prepared(settings: Settings, n: int) -> Iterator[Ready]:
     """Check the settings of a job of ``n`` images against their files; no network is loaded."""
     check_count(n)
-    source = open_source(settings.model)
+    with _given("--model", settings.model):
+        source = open_source(settings.model)
     device = resolve_device(settings.device)
     settings = _settled(settings, n)
     identity = asked(settings, source, device)
@@ -261,16 +262,26 @@ def _rows_of(settings: Settings, source: Source) -> Iterator[tuple[Conditions, b
     """The conditions that are asked for; of a file, with the content of its index."""
     with tempfile.TemporaryDirectory(prefix="stepfuse-") as folder:
         index = Path(folder, INDEX) if settings.conditions else None
-        conditions = choose_conditions(
-            source.labels,
-            labels=settings.label or (None if settings.labels == "turn" else settings.labels),
-            seed=settings.seed,
-            per_class=settings.per_class,
-            path=settings.conditions,
-            index_path=index,
-            per_row=settings.per_row,
-        )
+        with _given("--conditions", settings.conditions):
+            conditions = choose_conditions(
+                source.labels,
+                labels=settings.label or (None if settings.labels == "turn" else settings.labels),
+                seed=settings.seed,
+                per_class=settings.per_class,
+                path=settings.conditions,
+                index_path=index,
+                per_row=settings.per_row,
+            )
         yield conditions, index.read_bytes() if index else None
+
+
+@contextlib.contextmanager
+def _given(option: str, value: str | None) -> Iterator[None]:
+    """What cannot be read inside was given by this option, and is no fault of the place."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option} {value}: {error.strerror or error}") from error
 
 
 def _alone(place: Place) -> contextlib.AbstractContextManager[Any]:

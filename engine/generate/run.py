@@ -21,6 +21,9 @@ from stepfuse.engine.generate.slices import Slice
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.watching import Begun, Watcher
 from stepfuse.engine.generate.work import check_machine
+from stepfuse.kernels.checks import check_word
+
+ENGINES = ("processes", "ray")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ class How:
     address: str | None = None
     device: str = "auto"
     lease: float = LEASE
+
+    def __post_init__(self) -> None:
+        check_word("--engine", self.engine, ENGINES)
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers must be at least 1; got {self.workers}")
+        if not 0 <= self.grace < float("inf"):
+            raise ValueError(f"--grace must be seconds, 0 or more; got {self.grace}")
+        if self.steal and self.slice is None:
+            raise ValueError(
+                "--steal takes shards of others, and needs --shard to say who they are"
+            )
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"--address {self.address} is for --engine ray")
 
 
 class Engine(Protocol):
