@@ -6,21 +6,21 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stepfuse.engine.generate.reports.several import Silent
-
 from stepfuse.engine.files.images import Rounding
 from stepfuse.engine.generate.create import create, raise_count
 from stepfuse.engine.generate.job import Job, open_job
 from stepfuse.engine.generate.outcome import Outcome
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Optimize, Recipe
+from stepfuse.engine.generate.reports.several import Silent
 from stepfuse.engine.generate.run import How, run
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.arguments import check_callable, check_kind, check_path, check_text
+from stepfuse.kernels.checks import as_integer, check_flag
 
 
 def generate(
@@ -98,10 +98,16 @@ def generate(
     OSError where nothing can be written. What happens while shards are made raises nothing: the
     `Outcome` tells.
     """
+    check_flag("steal", steal)
+    check_callable("tell", tell, "a function of a Tried")
+    if watcher is not None:
+        check_kind("watcher", watcher, Watcher, "a Watcher, with begin, made, shard and the others")
+    if memory is not None and not 1 <= as_integer("memory", memory) < 1 << 62:
+        raise ValueError(f"memory must be a number of bytes; got {memory}")
     how = How(
         engine=engine,
         workers=workers,
-        slice=None if shard is None else parse(shard),
+        slice=None if shard is None else parse(as_text("shard", shard)),
         steal=steal,
         grace=grace,
         records_only=records_only,
@@ -110,14 +116,15 @@ def generate(
         address=address,
         device=device,
     )
+    place = open_place(check_path("out", out))
     if n is None:
-        job = open_job(out)
+        job = open_job(place)
     else:
         settings = Settings(
             model=model,
             recipe=Recipe(
                 method=method,
-                steps=str(steps),
+                steps=steps if isinstance(steps, str) else str(as_integer("steps", steps)),
                 spacing=spacing,
                 eta=eta,
                 guidance=guidance,
@@ -126,9 +133,9 @@ def generate(
             ),
             seed=seed,
             labels=labels,
-            label=tuple(label),
+            label=label,  # type: ignore[arg-type]
             per_class=per_class,
-            conditions=None if conditions is None else os.fspath(conditions),
+            conditions=None if conditions is None else check_path("conditions", conditions),
             per_row=per_row,
             format=format,
             image=image,
@@ -144,13 +151,20 @@ def generate(
         job = create(
             settings,
             as_integer("n", n),
-            open_place(out),
+            place,
             workers=workers,
             memory=memory,
             force=force,
             tell=tell,
         ).job
     return make(job, how, watcher)
+
+
+def as_text(name: str, value: Any) -> str:
+    """``value``, which must be a string."""
+    check_text(name, value)
+    text: str = value
+    return text
 
 
 def make(job: Job, how: How, watcher: Watcher | None = None, n: int | None = None) -> Outcome:

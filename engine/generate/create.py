@@ -222,7 +222,9 @@ def _settled(settings: Settings, n: int) -> Settings:
     model = settings.model
     if Path(model).is_file():
         model = str(Path(model).absolute())
-    format = settings.format or ("webdataset" if n > MANY else settings.image)
+    format = settings.format
+    if format is None:
+        format = "webdataset" if n > MANY else settings.image
     return replace(settings, conditions=conditions, model=model, format=format)
 
 

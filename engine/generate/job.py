@@ -20,10 +20,17 @@ from stepfuse.engine.generate.conditions.choosing import from_settings
 from stepfuse.engine.generate.conditions.row import Conditions
 from stepfuse.engine.generate.formats import Format
 from stepfuse.engine.generate.formats import from_settings as format_of
-from stepfuse.engine.generate.place import A_FOLDER, Place, open_place
+from stepfuse.engine.generate.place import (
+    A_FOLDER,
+    LocalPlace,
+    Place,
+    RemotePlace,
+    open_place,
+)
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.settings import Settings, check_count
 from stepfuse.engine.generate.source import Source, open_source
+from stepfuse.kernels.arguments import check_path
 
 FILE, PLAN, MANIFEST, INDEX = "job.json", "plan.json", "manifest.json", "conditions.idx"
 SHARDS = "shards"
@@ -193,6 +200,10 @@ class Job:
         return self.place.fetched(INDEX)
 
 
+def _place(where: Any) -> Place:
+    return open_place(check_path("where", where))
+
+
 def exists(place: Place) -> bool:
     """Whether there is a job in it."""
     try:
@@ -207,7 +218,7 @@ def open_job(where: str | os.PathLike[str] | Place) -> Job:
 
     Raises ValueError where there is none, or one that is damaged or of a later version.
     """
-    place = open_place(where) if isinstance(where, (str, os.PathLike)) else where
+    place = where if isinstance(where, (LocalPlace, RemotePlace)) else _place(where)
     try:
         text = place.read(FILE)
     except (FileNotFoundError, NotADirectoryError):

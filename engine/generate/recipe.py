@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepfuse.engine.generate.typed import settle
 from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
-from stepfuse.kernels.arguments import check_literal
 
 Optimize = Literal["off", "float32", "bfloat16"]
 
@@ -36,9 +36,7 @@ class Recipe:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        check_literal("--optimize", self.optimize, Optimize)
-        if not abs(self.guidance) < float("inf"):
-            raise ValueError(f"--guidance must be a finite number; got {self.guidance}")
+        settle(self)
 
     def sampler(
         self,

@@ -19,11 +19,13 @@ from stepfuse.engine.generate.place import LEASE
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.slices import Slice
 from stepfuse.engine.generate.stopping import Stop
+from stepfuse.engine.generate.typed import settle
 from stepfuse.engine.generate.watching import Begun, Watcher
 from stepfuse.engine.generate.work import check_machine
 from stepfuse.kernels.checks import check_word
 
 ENGINES = ("processes", "ray")
+MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ class How:
     lease: float = LEASE
 
     def __post_init__(self) -> None:
+        settle(self)
         check_word("--engine", self.engine, ENGINES)
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"--workers must be at least 1; got {self.workers}")
-        if not 0 <= self.grace < float("inf"):
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"--workers must be in 1 .. {MOST_WORKERS}; got {self.workers}")
+        if self.address == "":
+            raise ValueError("--address must name a cluster, or be 'auto'; got ''")
+        if self.grace < 0:
             raise ValueError(f"--grace must be seconds, 0 or more; got {self.grace}")
         if self.steal and self.slice is None:
             raise ValueError(

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from stepfuse.engine.files.images import Rounding
+from stepfuse.engine.generate.conditions.labels import ORDERS
 from stepfuse.engine.generate.recipe import Recipe
-from stepfuse.kernels.arguments import check_literal
+from stepfuse.engine.generate.typed import settle
+from stepfuse.kernels.checks import check_word
 from stepfuse.kernels.limits import check_seed, check_threads
 
 MOST = 1 << 62  # images of a job
@@ -58,22 +60,23 @@ class Settings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        settle(self)
         check_seed("--seed", self.seed)
         check_threads("--threads", self.threads)
-        check_literal("--rounding", self.rounding, Rounding)
         for name, value in (
             ("--batch-size", self.batch_size),
             ("--shard-size", self.shard_size),
             ("--per-class", self.per_class),
             ("--per-row", self.per_row),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            if value is not None and not 1 <= value <= MOST:
+                raise ValueError(f"{name} must be in 1 .. {MOST}; got {value}")
         if self.batch_size and self.shard_size and self.shard_size % self.batch_size:
             raise ValueError(
                 f"--shard-size must be a multiple of --batch-size {self.batch_size}, so that no "
                 f"batch crosses a shard; got {self.shard_size}"
             )
+        check_word("--labels", self.labels, ORDERS)
         if self.label and self.labels != "turn":
             raise ValueError(
                 f"--labels {self.labels} and --label {self.label[0]} exclude each other"

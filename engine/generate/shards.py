@@ -24,7 +24,7 @@ class Shards:
     def span(self, k: int) -> tuple[int, int]:
         """(first image, count) of shard k; IndexError where there is none of that number."""
         if not 0 <= k < len(self):
-            raise IndexError(f"shard must be in 0 .. {len(self) - 1}; got {k}")
+            raise IndexError(f"shard k must be in 0 .. {len(self) - 1}; got {k}")
         first = k * self.size
         return first, min(self.size, self.n - first)
 

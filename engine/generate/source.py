@@ -21,6 +21,7 @@ from torch import nn
 from stepfuse.engine.files.reading import open_regular
 from stepfuse.engine.networks.checkpoint import SUFFIX, describe, load, locate
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.kernels.arguments import as_sizes
 from stepfuse.kernels.checks import received
 
 _CHUNK = 1 << 20
@@ -74,6 +75,8 @@ def open_source(name: str) -> Source:
 
     Raises ValueError for a name that is none of these, and what the function raises.
     """
+    if not name:
+        raise ValueError("--model must name a checkpoint, a file or a function; got ''")
     module, colon, function = name.partition(":")
     if colon and not name.endswith(SUFFIX) and not os.path.exists(name):
         return _of_function(name, module, function)
@@ -116,11 +119,19 @@ def _of_function(name: str, module: str, function: str) -> Source:
         sha256=_state_hash(name, made.model),
         schedule=made.schedule,
         prediction_type=made.prediction_type,
-        sample_shape=tuple(made.sample_shape),
+        sample_shape=_shape(name, made.sample_shape),
         labels=tuple(made.labels),
         learned_variance=bool(getattr(config, "learned_variance", False)),
         load=lambda: made.model,
     )
+
+
+def _shape(name: str, given: Any) -> tuple[int, int, int]:
+    sizes = as_sizes(f"sample_shape of --model {name}", given)
+    if len(sizes) != 3:
+        raise ValueError(f"--model {name}: sample_shape must be (C, H, W); got {sizes}")
+    channels, height, width = sizes
+    return channels, height, width
 
 
 def _file_hash(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from stepfuse.engine.generate.record import Record
 
@@ -33,6 +33,7 @@ class Begun:
     threads: int
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Is told of everything, in one thread; must not take long."""
 

@@ -29,6 +29,8 @@ from stepfuse.engine.generate.made import Made
 from stepfuse.engine.generate.pipeline import Written, write_shard
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.worker import Worker
+from stepfuse.kernels.arguments import check_callable, check_kind
+from stepfuse.kernels.checks import as_device, as_integer, check_flag
 
 _CHUNK = 1 << 20
 _workers: dict[tuple[str, str], Worker] = {}
@@ -37,6 +39,8 @@ _turn = threading.Lock()
 
 def todo(job: Job, records_only: bool = False) -> list[int]:
     """Numbers of the shards that are not done, in order; see `Job.done`."""
+    check_kind("job", job, Job, "a Job, from open_job")
+    check_flag("records_only", records_only)
     return [k for k, done in enumerate(job.done(records_only)) if not done]
 
 
@@ -65,12 +69,19 @@ def run_shard(
     machine are not those of the job, OSError where nothing can be written, and whatever the network
     raises.
     """
+    check_kind("job", job, Job, "a Job, from open_job")
+    k, attempt = as_integer("k", k), as_integer("attempt", attempt)
+    check_flag("allow_other_isa", allow_other_isa)
+    if made is not None:
+        check_callable("made", made, "a function of the number of images")
+    if attempt < 1:
+        raise ValueError(f"attempt must be at least 1; got {attempt}")
+    device = as_device("device", device)
     first, count = job.shards.span(k)
     done = job.is_done(k)
     if done is not None:
         return done
     start = time.perf_counter()
-    device = torch.device(device)
     with _turn:
         worker = worker_of(job, device, allow_other_isa)
         fill = worker.settings.batch_size or 1

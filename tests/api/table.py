@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.api import exports, kernels, networks, sampling, schedules
+from tests.api import exports, generating, kernels, networks, sampling, schedules
 from tests.api.case import Call
 
 CALLS: dict[str, Callable[[], Call]] = {
@@ -13,6 +13,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     **networks.CALLS,
     **kernels.CALLS,
     **exports.CALLS,
+    **generating.CALLS,
 }
 
 _RECORD = "made by this library for its callers to read"
