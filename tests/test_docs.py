@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "extending.md"
+DOCUMENTS = (ROOT / "docs" / "extending.md", ROOT / "docs" / "generate.md")
+COMMANDS = ROOT / "docs" / "generate.md"
 
 
 def blocks() -> dict[str, str]:
     """The Python of each block, by the heading it stands under and its number there."""
     found: dict[str, str] = {}
-    for section in re.split(r"^#+ ", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE):
-        heading = section.partition("\n")[0]
-        codes = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-        found.update({f"{heading} {i}": code for i, code in enumerate(codes, 1)})
+    for document in DOCUMENTS:
+        for section in re.split(r"^#+ ", document.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            heading = section.partition("\n")[0]
+            codes = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+            found.update({f"{heading} {i}": code for i, code in enumerate(codes, 1)})
     return found
 
 
@@ -35,3 +38,21 @@ def test_a_block_runs(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_about_generating_run(tmp_path: Path) -> None:
+    """Line by line, in one folder, as a reader would; but what needs a scheduler."""
+    codes = re.findall(r"^```sh\n(.*?)^```$", COMMANDS.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [line for code in codes for line in code.splitlines() if "sbatch" not in line]
+    assert len(lines) >= 7
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "stepfuse"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepfuse "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    for line in lines:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+            env={**os.environ, "PATH": path}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}: {done.stderr}"

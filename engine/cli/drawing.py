@@ -30,8 +30,8 @@ from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.cli.sample_options import SampleOptions
 from stepfuse.engine.files.images import check_channels, frame_indices, to_pixels
 from stepfuse.engine.generate.conditions.classes import NO_CLASS, Classes
+from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.networks.checkpoint import Checkpoint
-from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.step import Step
 from stepfuse.kernels.limits import check_memory
@@ -96,31 +96,19 @@ def choose_labels(options: SampleOptions, checkpoint: Checkpoint) -> Tensor | No
 
 def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
     """The sampler; its errors name the setting, the value and what is accepted."""
-    try:
-        steps: int | str = int(options.steps)
-    except ValueError:
-        steps = options.steps
-    learned = checkpoint.model.config.learned_variance
-    return Sampler(
-        checkpoint.model,
-        checkpoint.schedule,
+    recipe = Recipe(
         method=options.method,
-        steps=steps,
-        spacing=options.spacing,  # type: ignore[arg-type]
+        steps=options.steps,
+        spacing=options.spacing,
         eta=options.eta,
-        prediction_type=checkpoint.prediction_type,  # type: ignore[arg-type]
-        variance_type="learned_range" if learned else "fixed_small",
-        guidance=None
-        if options.guidance == 1
-        else CFG(options.guidance, unconditional={"labels": None}),
+        guidance=options.guidance,
+        optimize=options.optimize,  # type: ignore[arg-type]
         backend=options.backend,
-        optimize=compiled_for(options.optimize),
     )
-
-
-def compiled_for(word: str) -> bool | torch.dtype:
-    """`Sampler`'s ``optimize`` for the command line's: the embedded weights are float32."""
-    return torch.bfloat16 if word == "bfloat16" else word == "float32"
+    learned = checkpoint.model.config.learned_variance
+    return recipe.sampler(
+        checkpoint.model, checkpoint.schedule, checkpoint.prediction_type, learned
+    )
 
 
 class Film:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepfuse.engine.cli.errors import Problem
+from stepfuse.engine.generate.crew import DeviceMissing, resolve_device
 from stepfuse.engine.networks.checkpoint import Checkpoint, load
 
 
@@ -15,17 +16,7 @@ def load_model(name: str) -> Checkpoint:
 
 def choose_device(name: str) -> torch.device:
     """The device of that name, or the best there is for "auto"."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Problem(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
-            "`stepfuse doctor` says more"
-        )
-    return device
+        return torch.device(resolve_device(name))
+    except DeviceMissing as error:
+        raise Problem(str(error)) from error

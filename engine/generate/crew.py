@@ -11,6 +11,10 @@ import torch
 from stepfuse.engine.generate.machine import free_memory, groups, physical_cores
 
 
+class DeviceMissing(ValueError):
+    """A device that this machine does not have."""
+
+
 @dataclass(frozen=True)
 class Berth:
     """Where one worker runs.
@@ -64,7 +68,7 @@ def choose_crew(
 
 
 def resolve_device(name: str) -> str:
-    """The device that "auto" stands for; ValueError for one that is not there."""
+    """The device that "auto" stands for; `DeviceMissing` for one that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -74,7 +78,7 @@ def resolve_device(name: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise DeviceMissing(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; "
             "`stepfuse doctor` says more"
         )

@@ -58,8 +58,9 @@ def generating() -> Call:
             "batch_size": 4, "shard_size": 8, "threads": 1, "device": "cpu",
         },
         {
-            "out": {"a text"}, "seed": {"-1", "0"}, "eta": {"0"}, "guidance": {"-1", "0", "1.5", "2 ** 70"},
-            "label": {"an empty list", "as an iterator"}, "level": {"0"}, "address": {"a text"}, "grace": {"0", "1.5", "2 ** 70"},
+            "out": {"a text"}, "seed": {"-1", "0"}, "eta": {"0"}, "level": {"0"},
+            "guidance": {"-1", "0", "1.5", "2 ** 70"}, "label": {"an empty list", "as an iterator"},
+            "address": {"a text"}, "grace": {"0", "1.5", "2 ** 70"},
         },
         named={
             **dashed, "n": ("-n",), "model": ("unknown checkpoint",), "out": PATH,
