@@ -13,11 +13,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.text import Text
-from stepfuse.engine.generate.reports.json_log import JsonLog
-from stepfuse.engine.generate.reports.line import Line
-from stepfuse.engine.generate.reports.lines import Lines
-from stepfuse.engine.generate.reports.prometheus import Prometheus
-from stepfuse.engine.generate.reports.several import Several
 
 from stepfuse.engine.cli.errors import Problem, describe
 from stepfuse.engine.generate.api import make
@@ -32,7 +27,12 @@ from stepfuse.engine.generate.outcome import (
     Outcome,
 )
 from stepfuse.engine.generate.place import open_place
-from stepfuse.engine.generate.run import How
+from stepfuse.engine.generate.reports.json_log import JsonLog
+from stepfuse.engine.generate.reports.line import Line
+from stepfuse.engine.generate.reports.lines import Lines
+from stepfuse.engine.generate.reports.prometheus import Prometheus
+from stepfuse.engine.generate.reports.several import Several
+from stepfuse.engine.generate.run import How, reached
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
@@ -73,14 +73,14 @@ def begin(
     settings: Settings, count: int, out: str, how: How, watch: Watch, memory: int | None
 ) -> int:
     """Make a job, or find it there, and run it; the exit status."""
-    with ending(out):
+    with ending(out), reached(how):
         created = _create(settings, count, out, how, memory)
         return _run(created.job, how, watch)
 
 
 def resume(where: str, count: int | None, how: How, watch: Watch) -> int:
     """Go on with a job; the exit status."""
-    with ending(where):
+    with ending(where), reached(how):
         return _run(open_job(where), how, watch, count)
 
 

@@ -6,15 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stepfuse.engine.generate.reports.several import Silent
-
 from stepfuse.engine.files.images import Rounding
 from stepfuse.engine.generate.create import create, raise_count
 from stepfuse.engine.generate.job import Job, open_job
 from stepfuse.engine.generate.outcome import Outcome
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Optimize, Recipe
-from stepfuse.engine.generate.run import How, run
+from stepfuse.engine.generate.reports.several import Silent
+from stepfuse.engine.generate.run import How, reached, run
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
@@ -115,36 +114,37 @@ def generate(
         device=device,
     )
     if n is None:
-        job = open_job(out)
-    else:
-        settings = Settings(
-            model=model,
-            recipe=Recipe(
-                method=method,
-                steps=str(steps),
-                spacing=spacing,
-                eta=eta,
-                guidance=guidance,
-                optimize=optimize,
-                backend=backend,
-            ),
-            seed=seed,
-            labels=labels,
-            label=tuple(label),
-            per_class=per_class,
-            conditions=None if conditions is None else os.fspath(conditions),
-            per_row=per_row,
-            format=format,
-            image=image,
-            quality=quality,
-            level=level,
-            rounding=rounding,
-            features=features,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            threads=threads,
-            device=device,
-        )
+        with reached(how):
+            return make(open_job(out), how, watcher)
+    settings = Settings(
+        model=model,
+        recipe=Recipe(
+            method=method,
+            steps=str(steps),
+            spacing=spacing,
+            eta=eta,
+            guidance=guidance,
+            optimize=optimize,
+            backend=backend,
+        ),
+        seed=seed,
+        labels=labels,
+        label=tuple(label),
+        per_class=per_class,
+        conditions=None if conditions is None else os.fspath(conditions),
+        per_row=per_row,
+        format=format,
+        image=image,
+        quality=quality,
+        level=level,
+        rounding=rounding,
+        features=features,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        threads=threads,
+        device=device,
+    )
+    with reached(how):
         job = create(
             settings,
             as_integer("n", n),
@@ -154,7 +154,7 @@ def generate(
             force=force,
             tell=tell,
         ).job
-    return make(job, how, watcher)
+        return make(job, how, watcher)
 
 
 def make(job: Job, how: How, watcher: Watcher | None = None, n: int | None = None) -> Outcome:
