@@ -29,13 +29,12 @@ from stepfuse.engine.cli.output import Drawn, Target, write
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.cli.sample_options import SampleOptions
 from stepfuse.engine.files.images import check_channels, frame_indices, to_pixels
+from stepfuse.engine.generate.conditions.classes import NO_CLASS, Classes
 from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.step import Step
 from stepfuse.kernels.limits import check_memory
-
-NO_CLASS = "none"
 
 
 def draw_to(target: Target, options: SampleOptions) -> None:
@@ -88,21 +87,11 @@ def choose_labels(options: SampleOptions, checkpoint: Checkpoint) -> Tensor | No
         if asked:
             raise ValueError(f"--label {asked[0]}: model {options.model!r} has no classes")
         return None
-    chosen = [_class_of(text, checkpoint.labels) for text in options.labels] or list(range(classes))
+    known = Classes(checkpoint.labels)
+    asked_for = [known.number(text, "--label") for text in options.labels]
+    chosen = asked_for or list(range(classes))
     turns = torch.arange(options.count).add_(options.first_index % len(chosen)) % len(chosen)
     return torch.tensor(chosen)[turns]
-
-
-def _class_of(text: str, names: tuple[str, ...]) -> int:
-    if text == NO_CLASS:
-        return len(names)
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    few = len(names) <= 20
-    accepted = ", ".join(names) if few else f"a class name, 0 .. {len(names) - 1}"
-    raise ValueError(f"--label must be one of {accepted} or {NO_CLASS}; got {text!r}")
 
 
 def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:

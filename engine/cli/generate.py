@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stepfuse.engine.cli import generate_look as look
 from stepfuse.engine.cli.generating import Watch, begin, estimate, refuse_given, resume
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
@@ -32,20 +33,15 @@ EXAMPLES = (
     "[bold]Also[/bold]  status, verify, merge, stats: stepfuse generate status --help"
 )
 
-MADE, WRITTEN, RUN, MACHINE = (
-    "What is made",
-    "What is written",
-    "Who makes it",
-    "How it runs",
-)
+# first words that are commands of their own; a folder of that name is ./status
+COMMANDS = {
+    "status": look.status_command,
+    "verify": look.verify_command,
+    "merge": look.merge_command,
+    "stats": look.stats_command,
+}
 
-
-# what job.json says of a job that is there
-NOT_OF_A_JOB = (
-    "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
-    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format", "image",
-    "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run", "price",
-)  # fmt: skip
+MADE, WRITTEN, RUN, MACHINE = "What is made", "What is written", "Who makes it", "How it runs"
 
 
 def generate_command(
@@ -372,7 +368,7 @@ def generate_command(
     )
     watch = Watch(log_json, metrics)
     if run is not None:
-        refuse_given(context, NOT_OF_A_JOB)
+        refuse_given(context)
         return resume(run, count, how, watch)
     if count is None:
         raise ValueError("-n must say how many images are wanted, or RUN which job is to go on")

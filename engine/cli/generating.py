@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.reports.json_log import JsonLog
 from stepfuse.engine.generate.reports.line import Line
 from stepfuse.engine.generate.reports.lines import Lines
-from stepfuse.engine.generate.reports.prometheus import Prometheus
+from stepfuse.engine.generate.reports.prometheus import Metrics
 from stepfuse.engine.generate.reports.several import Several
 from stepfuse.engine.generate.run import How, reached
 from stepfuse.engine.generate.settings import Settings
@@ -38,6 +38,13 @@ from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
 
 _SHOWN = 20  # numbers of failed shards in a line
+
+# what job.json says of a job that is there
+_NOT_OF_A_JOB = (
+    "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
+    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format",
+    "image", "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run", "price",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,20 +56,20 @@ class Watch:
 
     def watchers(self) -> Several:
         """All of them; raises where a file cannot be written."""
-        line: Watcher = Line() if sys.stderr.isatty() else Lines()
+        line: Watcher = Line(sys.stderr) if sys.stderr.isatty() else Lines(sys.stderr)
         found: list[Watcher] = [line]
         if self.log_json is not None:
             found.append(JsonLog(self.log_json))
         if self.metrics is not None:
-            found.append(Prometheus(self.metrics))
-        return Several(found)
+            found.append(Metrics(self.metrics))
+        return Several(*found)
 
 
-def refuse_given(context: typer.Context, names: Collection[str]) -> None:
-    """Raise ValueError for the first of these options that is on the command line."""
+def refuse_given(context: typer.Context) -> None:
+    """Raise ValueError for the first option on the command line that job.json has."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in _NOT_OF_A_JOB and source is not None and source.name == "COMMANDLINE":
             raise ValueError(
                 f"{parameter.opts[0]} is not for a job that is there: its settings are in "
                 "job.json; accepted beside RUN: -n, and how it runs"

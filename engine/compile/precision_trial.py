@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from stepfuse.engine.compile.graph import aten, value
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.layers import convolution_arguments, mkldnn, packs, possible_forms
 from stepfuse.engine.compile.stopwatch import best_times, blank_filters, scratch_operand, trial
-from stepfuse.kernels.convolve import convolve
+from stepfuse.kernels.convolve import CallSite, ConvolveCall
 from stepfuse.kernels.filters import Form
 from stepfuse.kernels.products import why_not
 
@@ -55,8 +56,8 @@ def _seconds(
     x = torch.zeros(x_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     if form is not None:
         u = blank_filters(w_shape, (form,), dtype)[form]
-        rest = (None, None, form, sizes[0][0])
-        return best_times([lambda: convolve(x, u, *rest)], _REPEATS)[0]
+        given = ConvolveCall(x, u, form=form, stride=sizes[0][0]).arguments()
+        return best_times([functools.partial(CallSite(), *given)], _REPEATS)[0]
     stride, padding, dilation = (list(size) for size in sizes)
     weight = scratch_operand(math.prod(w_shape), dtype).view(w_shape)
     packed = mkldnn._reorder_convolution_weight(

@@ -56,13 +56,12 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(temporary)
 
 
-def remove_leftovers(folder: str | os.PathLike[str], older_than: float) -> list[Path]:
-    """Remove temporary names in ``folder`` that nobody will finish; returns what was removed.
+def temporaries(folder: str | os.PathLike[str], older_than: float) -> Iterator[tuple[Path, bool]]:
+    """Temporary names in ``folder``, each with whether somebody may still finish it.
 
-    Those are of processes of this machine that are gone; of other machines those that nothing was
-    written to for ``older_than`` seconds.
+    Nobody will where it is of a process of this machine that is gone; or of another machine, and
+    nothing was written to it for ``older_than`` seconds.
     """
-    removed = []
     for path in Path(folder).glob(".stepfuse-*.tmp"):
         try:
             idle = time.time() - path.stat().st_mtime
@@ -70,9 +69,14 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than: float) -> list[
             continue
         place, _, process = path.name.removeprefix(".stepfuse-").rpartition("-")[0].rpartition("-")
         ours = place == _host() and process.isdecimal()
-        if not _runs(int(process)) if ours else idle > older_than:
-            _remove(path)
-            removed.append(path)
+        yield path, _runs(int(process)) if ours else idle <= older_than
+
+
+def remove_leftovers(folder: str | os.PathLike[str], older_than: float) -> list[Path]:
+    """Remove the `temporaries` in ``folder`` that nobody will finish; returns what was removed."""
+    removed = [path for path, alive in temporaries(folder, older_than) if not alive]
+    for path in removed:
+        _remove(path)
     return removed
 
 

@@ -19,8 +19,7 @@ from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
-from stepfuse.kernels.arguments import check_word
-from stepfuse.kernels.checks import as_integer
+from stepfuse.kernels.checks import as_integer, check_word
 
 ENGINES = ("processes", "ray")
 

@@ -107,6 +107,17 @@ def is_nobodys(path: Path, lease: float = LEASE) -> bool:
     return False
 
 
+def held(place: Place) -> list[str]:
+    """What somebody is at, by the names of the claims."""
+    if not isinstance(place, LocalPlace):
+        return []
+    return [
+        path.name
+        for path in (place.folder / FOLDER).glob("[!.]*")
+        if path.is_file() and not is_nobodys(path)
+    ]
+
+
 def clean(place: Place) -> None:
     """Remove the claims that are nobody's."""
     if isinstance(place, LocalPlace):

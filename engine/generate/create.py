@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepfuse.engine.generate.conditions.choosing import choose as choose_conditions
-from stepfuse.engine.generate.conditions.row import Conditions
-from stepfuse.engine.generate.formats import Format
-from stepfuse.engine.generate.formats import choose as choose_format
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate import identity as identities
 from stepfuse.engine.generate.child import Order
 from stepfuse.engine.generate.claims import Claim
+from stepfuse.engine.generate.conditions.choosing import choose as choose_conditions
+from stepfuse.engine.generate.conditions.row import Conditions
 from stepfuse.engine.generate.crew import choose_crew, resolve_device
 from stepfuse.engine.generate.engines.start import Child, paths
 from stepfuse.engine.generate.features import load_features
+from stepfuse.engine.generate.formats import Format
+from stepfuse.engine.generate.formats import choose as choose_format
 from stepfuse.engine.generate.job import INDEX, PLAN, Job, OtherJob, exists, open_job
 from stepfuse.engine.generate.machine import fingerprint
 from stepfuse.engine.generate.place import Place
@@ -263,7 +263,7 @@ def _rows_of(settings: Settings, source: Source) -> Iterator[tuple[Conditions, b
         index = Path(folder, INDEX) if settings.conditions else None
         conditions = choose_conditions(
             source.labels,
-            labels=settings.label or settings.labels,
+            labels=settings.label or (None if settings.labels == "turn" else settings.labels),
             seed=settings.seed,
             per_class=settings.per_class,
             path=settings.conditions,

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepfuse.engine.generate.conditions.choosing import from_settings
-from stepfuse.engine.generate.conditions.row import Conditions
-from stepfuse.engine.generate.formats import Format
-from stepfuse.engine.generate.formats import from_settings as format_of
-
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate import identity as identities
 from stepfuse.engine.generate import record as records
 from stepfuse.engine.generate import shards
+from stepfuse.engine.generate.conditions.choosing import from_settings
+from stepfuse.engine.generate.conditions.row import Conditions
+from stepfuse.engine.generate.formats import Format
+from stepfuse.engine.generate.formats import from_settings as format_of
 from stepfuse.engine.generate.place import A_FOLDER, Place, open_place
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.settings import Settings, check_count
@@ -121,9 +120,10 @@ class Job:
 
     def records(self) -> Iterator[Record]:
         """All of them that fit the job, in order; one is in memory at a time."""
+        count = len(self.shards)
         for name in sorted(self.place.sizes(records.FOLDER)):
             k = shards.number(name)
-            if k is not None and name.endswith(".json") and k < len(self.shards):
+            if k is not None and name.endswith(".json") and k < count:
                 record = self.record(k)
                 if record is not None:
                     yield record
@@ -184,10 +184,8 @@ class Job:
             record = Record.from_json(content)
         except ValueError:
             return None
-        return record if (record.shard, record.first, record.count) == (k, *self._span(k)) else None
-
-    def _span(self, k: int) -> tuple[int, int]:
-        return self.shards.span(k)
+        first, count = self.shards.span(k)
+        return record if (record.shard, record.first, record.count) == (k, first, count) else None
 
     def _index(self) -> contextlib.AbstractContextManager[Path | None]:
         if self.settings.conditions is None:

@@ -155,9 +155,9 @@ def _finished(job: Job, outcome: Outcome, how: How) -> Outcome:
     """What there is now, whoever has made it; the manifest where that is everything."""
     done = job.done(how.records_only)
     left = len(done) - sum(done)
+    job.place.clean()  # also what workers have left that were killed
+    claims.clean(job.place)
     if not left:
-        job.place.clean()
-        claims.clean(job.place)
         write_manifest(job)
         outcome.status, outcome.reason, outcome.failed = COMPLETE, "", {}
     elif outcome.status == COMPLETE and how.slice is None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stepfuse.engine.generate.conditions.batches import Batch, batches
-from stepfuse.engine.generate.conditions.row import Row
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.files.images import to_uint8
+from stepfuse.engine.generate.conditions.batches import Batch, batches
+from stepfuse.engine.generate.conditions.row import Row
 from stepfuse.engine.generate.made import Made
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.source import Source
@@ -55,7 +55,7 @@ class Worker:
         wanted = first
         size = self.settings.batch_size or 1
         for batch in batches(rows[:count], first, size):
-            for made in self._batch(batch, rows, first):
+            for made in self.batch(batch, rows, first):
                 waiting[made.n] = made
             ready = []
             while wanted in waiting:  # guidance may have changed the order
@@ -64,7 +64,8 @@ class Worker:
             if ready:
                 yield ready
 
-    def _batch(self, batch: Batch, rows: Sequence[Row], first: int) -> Iterator[Made]:
+    def batch(self, batch: Batch, rows: Sequence[Row], first: int) -> Iterator[Made]:
+        """The images of one batch that are kept; ``rows`` begin with that of image ``first``."""
         own = [rows[n - first] for n in batch.numbers]
         x = self.sample(batch.numbers, own, batch.guidance)
         with _naming(batch.numbers[: batch.keep]):
@@ -96,16 +97,19 @@ class Worker:
     def _pinned(self) -> Iterator[None]:
         """What the last bits depend on is the job's inside, and the process's again outside."""
         before = torch.get_num_threads()
-        cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-        asking = self.timings.replaying() if self.timings else contextlib.nullcontext()
         torch.set_num_threads(self.settings.threads or before)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         try:
-            with asking:
+            with torch.backends.cudnn.flags(benchmark=False, deterministic=True), self._asking():
                 yield
         finally:
             torch.set_num_threads(before)
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        if self.timings is None:
+            return contextlib.nullcontext()
+        # a network that compiles itself, though nobody has asked the job for it, measures
+        compiled = self.settings.recipe.optimize != "off"
+        return self.timings.replaying("error" if compiled else "measure")
 
     def sampler(self, guidance: float | None) -> Sampler:
         scale = self.settings.recipe.guidance if guidance is None else guidance
