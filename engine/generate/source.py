@@ -111,12 +111,13 @@ def _of_function(name: str, module: str, function: str) -> Source:
             f"got {received(made)}"
         )
     config = getattr(made.model, "config", None)
+    channels, height, width = made.sample_shape
     return Source(
         name=name,
         sha256=_state_hash(name, made.model),
         schedule=made.schedule,
         prediction_type=made.prediction_type,
-        sample_shape=tuple(made.sample_shape),
+        sample_shape=(channels, height, width),
         labels=tuple(made.labels),
         learned_variance=bool(getattr(config, "learned_variance", False)),
         load=lambda: made.model,
