@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from stepfuse.engine.generate.reports.several import Silent
 
 import stepfuse as sf
 from stepfuse.bench import machine, script
@@ -38,6 +37,7 @@ from stepfuse.engine.generate.job import Job
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.record import Record
+from stepfuse.engine.generate.reports.several import Silent
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.work import forget, run_shard
