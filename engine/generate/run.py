@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stepfuse.engine.generate import claims, shards
 from stepfuse.engine.generate.claims import Claim
-from stepfuse.engine.generate.crew import Crew, choose_crew, resolve_device
+from stepfuse.engine.generate.crew import choose_crew, resolve_device
 from stepfuse.engine.generate.engines import cluster
 from stepfuse.engine.generate.engines.foreman import GRACE
 from stepfuse.engine.generate.engines.processes import Processes
@@ -109,11 +109,6 @@ def _shares(done: bytearray, how: How) -> tuple[list[int], list[int]]:
     return list(how.slice.of(waiting)), list(how.slice.others(waiting)) if how.steal else []
 
 
-def _crew(job: Job, how: How) -> Crew:
-    device = job.identity["device"] if how.device == "auto" else how.device
-    return choose_crew(resolve_device(device), job.settings.threads or 1, how.workers)
-
-
 def reached(how: How) -> contextlib.AbstractContextManager[None]:
     """Inside, the machines that the engine needs are there, as far as they can be in advance.
 
@@ -125,9 +120,19 @@ def reached(how: How) -> contextlib.AbstractContextManager[None]:
 
 
 def _engine(job: Job, how: How, watcher: Watcher, stop: Stop) -> Engine:
+    device = job.identity["device"] if how.device == "auto" else how.device
     if how.engine == "ray":
-        return RayActors(job, how, watcher, stop)
-    crew = _crew(job, how)
+        return RayActors(
+            job,
+            device,  # that the machines have, whatever this one has
+            watcher,
+            stop,
+            address=how.address,
+            workers=how.workers,
+            grace=how.grace,
+            allow_other_isa=how.allow_other_isa,
+        )
+    crew = choose_crew(resolve_device(device), job.settings.threads or 1, how.workers)
     return Processes(job, crew, watcher, stop, grace=how.grace, allow_other_isa=how.allow_other_isa)
 
 

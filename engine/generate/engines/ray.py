@@ -10,19 +10,16 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepfuse.engine.generate.engines.actor import remote_class
 from stepfuse.engine.generate.engines.cluster import joined, require_ray, room
-from stepfuse.engine.generate.engines.foreman import TICK, Foreman, Hand
+from stepfuse.engine.generate.engines.foreman import GRACE, TICK, Foreman, Hand
 from stepfuse.engine.generate.engines.start import paths
 from stepfuse.engine.generate.job import Job
 from stepfuse.engine.generate.machine import physical_cores
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.watching import Watcher
-
-if TYPE_CHECKING:
-    from stepfuse.engine.generate.run import How
 
 _DROPPING = 5.0  # seconds for an actor to remove what it has begun
 _LOOK = 2.0  # seconds between two questions to an actor how far it is
@@ -55,23 +52,39 @@ class RayActors(Foreman[_Hand]):
     room waits for it, and joins in when it comes. An actor that is lost, with its machine or alone,
     is replaced.
 
+    Args:
+        device: of the networks; any GPU for "cuda".
+        address: of the cluster; see `joined`.
+        workers: actors, whether there is room for them yet or not.
+
     Raises ValueError where Ray is missing, the cluster cannot be joined, or no machine has room for
     a single actor.
     """
 
-    def __init__(self, job: Job, how: How, watcher: Watcher, stop: Stop) -> None:
-        super().__init__(job, watcher, stop, how.grace)
-        self.how = how
+    def __init__(
+        self,
+        job: Job,
+        device: str,
+        watcher: Watcher,
+        stop: Stop,
+        *,
+        address: str | None = None,
+        workers: int | None = None,
+        grace: float = GRACE,
+        allow_other_isa: bool = False,
+    ) -> None:
+        super().__init__(job, watcher, stop, grace)
+        self.allow_other_isa = allow_other_isa
         self._ray = require_ray()
         self._threads = job.settings.threads or 1
-        device = job.identity["device"] if how.device == "auto" else how.device
         self._device = device.partition(":")[0]  # Ray shows an actor its own GPU alone
         self._gpus = int(self._device == "cuda")
         self._seen = time.monotonic()
         with contextlib.ExitStack() as stack:
-            cpus = max(physical_cores(), (how.workers or 1) * self._threads)
-            stack.enter_context(joined(how.address, cpus))
-            self._workers = how.workers or self._room()
+            cpus = max(physical_cores(), (workers or 1) * self._threads)
+            stack.enter_context(joined(address, cpus))
+            self._grows = workers is None
+            self._workers = workers or self._room()
             if not self._workers:
                 gpu = " and a GPU" if self._gpus else ""
                 raise ValueError(
@@ -118,7 +131,7 @@ class RayActors(Foreman[_Hand]):
                 if answer[0] == "done":
                     self._far(hand, answer[1], answer[2].count)
                 self.take(hand, *answer)
-        if time.monotonic() - self._seen > _GROWTH and self.how.workers is None:
+        if time.monotonic() - self._seen > _GROWTH and self._grows:
             self._grow(self._room())
 
     def replace(self, hand: _Hand) -> None:
@@ -165,7 +178,7 @@ class RayActors(Foreman[_Hand]):
         order = {
             "url": url if "://" in url else os.path.abspath(url),
             "device": self._device,
-            "allow_other_isa": self.how.allow_other_isa,
+            "allow_other_isa": self.allow_other_isa,
         }
         places = [*paths(), os.getcwd()]
         make = self._ray.remote(concurrency_groups={_EARS: 1})(remote_class()).options(

@@ -73,9 +73,16 @@ def two() -> Iterator[Two]:
     both.shutdown()
 
 
-def make(job: Job, address: str | None, told: Any = None, stop: Stop | None = None) -> Outcome:
+def make(
+    job: Job,
+    address: str | None,
+    told: Any = None,
+    stop: Stop | None = None,
+    workers: int | None = None,
+) -> Outcome:
     """Run it."""
-    return run(job, How(engine="ray", address=address, grace=20), told or Told(), stop or Stop())
+    how = How(engine="ray", address=address, grace=20, workers=workers)
+    return run(job, how, told or Told(), stop or Stop())
 
 
 def test_a_missing_ray_is_named_before_a_network_is_loaded(
@@ -99,12 +106,12 @@ def test_an_address_where_nobody_answers(address: str, tmp_path: Path) -> None:
 def test_the_bytes_of_a_cluster_of_our_own_are_those_of_one_process(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     told = Told()
-    job = job_of(tmp_path / "ray", "slow", 60)
+    job = job_of(tmp_path / "ray", "slow", 28)
     before = signal.getsignal(signal.SIGTERM)
     outcome = make(job, None, told)
-    assert (outcome.status, outcome.made, outcome.left) == (COMPLETE, 8, 0)
-    assert hashes(job) == alone(tmp_path / "one", "quick", 60)
-    assert (told.begun.workers, told.images) == (physical_cores(), 60)
+    assert (outcome.status, outcome.made, outcome.left) == (COMPLETE, 4, 0)
+    assert hashes(job) == alone(tmp_path / "one", "quick", 28)
+    assert (told.begun.workers, told.images) == (physical_cores(), 28)
     assert not ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -146,7 +153,7 @@ def test_a_second_signal_drops_them(two: Two, tmp_path: Path) -> None:
 
     job = job_of(tmp_path / "ray", "slow", 2000, shard=1000)  # 100 s each
     stop, told = Stop(), Impatient()
-    outcome = make(job, two.address, told, stop)
+    outcome = make(job, two.address, told, stop, workers=1)
     assert time.monotonic() - told.since < 8
     assert (outcome.status, outcome.made) == (PREEMPTED, 0)
     left = [path.name for path in (tmp_path / "ray" / "shards").iterdir()]
@@ -155,7 +162,7 @@ def test_a_second_signal_drops_them(two: Two, tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_the_disk_ends_the_run(two: Two, tmp_path: Path) -> None:
     job = job_of(tmp_path / "ray", "full", 80)
-    outcome = make(job, two.address)
+    outcome = make(job, two.address, workers=1)
     assert (outcome.status, outcome.failed) == (DISK, {})
     assert outcome.reason == "somewhere: No space left on device"
     assert sys.modules["ray"].is_initialized()  # it had joined before, and is not thrown out
@@ -164,7 +171,7 @@ def test_what_is_wrong_with_the_disk_ends_the_run(two: Two, tmp_path: Path) -> N
 def test_an_actor_that_cannot_begin_says_why_and_where(two: Two, tmp_path: Path) -> None:
     job = job_of(tmp_path / "ray", "quick", 80)
     (tmp_path / "ray" / "plan.json").write_text("{}")
-    outcome = make(job, two.address)
+    outcome = make(job, two.address, workers=1)
     assert outcome.status == USAGE
     assert outcome.reason.startswith("on ")
     assert "plan.json is not the one" in outcome.reason
@@ -225,7 +232,7 @@ def test_one_of_two_machines_is_switched_off(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     variables = {**os.environ, **QUIET, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": PATHS}
     folder = tmp_path / "ray"
-    job = job_of(folder, "slow", 128, shard=32)
+    job = job_of(folder, "slow", 96, shard=32)
     with ray_machines.two_machines() as machines:
         address = ray_machines.start_ray(machines, variables)
         code = (
@@ -249,5 +256,5 @@ def test_one_of_two_machines_is_switched_off(tmp_path: Path) -> None:
         finally:
             child.kill()
     assert child.returncode == COMPLETE, said
-    assert hashes(job) == alone(tmp_path / "one", "quick", 128, 32)
+    assert hashes(job) == alone(tmp_path / "one", "quick", 96, 32)
     assert max(record.attempt for record in job.records()) == 2, said
