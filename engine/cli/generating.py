@@ -32,7 +32,7 @@ from stepfuse.engine.generate.reports.line import Line
 from stepfuse.engine.generate.reports.lines import Lines
 from stepfuse.engine.generate.reports.prometheus import Metrics
 from stepfuse.engine.generate.reports.several import Several
-from stepfuse.engine.generate.run import How
+from stepfuse.engine.generate.run import How, reached
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
@@ -80,14 +80,14 @@ def begin(
     settings: Settings, count: int, out: str, how: How, watch: Watch, memory: int | None
 ) -> int:
     """Make a job, or find it there, and run it; the exit status."""
-    with ending(out):
+    with ending(out), reached(how):
         created = _create(settings, count, out, how, memory)
         return _run(created.job, how, watch)
 
 
 def resume(where: str, count: int | None, how: How, watch: Watch) -> int:
     """Go on with a job; the exit status."""
-    with ending(where):
+    with ending(where), reached(how):
         return _run(open_job(where), how, watch, count)
 
 

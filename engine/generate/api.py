@@ -13,7 +13,7 @@ from stepfuse.engine.generate.outcome import Outcome
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Optimize, Recipe
 from stepfuse.engine.generate.reports.several import Silent
-from stepfuse.engine.generate.run import How, run
+from stepfuse.engine.generate.run import How, reached, run
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
@@ -118,36 +118,37 @@ def generate(
     )
     place = open_place(check_path("out", out))
     if n is None:
-        job = open_job(place)
-    else:
-        settings = Settings(
-            model=model,
-            recipe=Recipe(
-                method=method,
-                steps=steps if isinstance(steps, str) else str(as_integer("steps", steps)),
-                spacing=spacing,
-                eta=eta,
-                guidance=guidance,
-                optimize=optimize,
-                backend=backend,
-            ),
-            seed=seed,
-            labels=labels,
-            label=label,  # type: ignore[arg-type]
-            per_class=per_class,
-            conditions=None if conditions is None else check_path("conditions", conditions),
-            per_row=per_row,
-            format=format,
-            image=image,
-            quality=quality,
-            level=level,
-            rounding=rounding,
-            features=features,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            threads=threads,
-            device=device,
-        )
+        with reached(how):
+            return make(open_job(place), how, watcher)
+    settings = Settings(
+        model=model,
+        recipe=Recipe(
+            method=method,
+            steps=steps if isinstance(steps, str) else str(as_integer("steps", steps)),
+            spacing=spacing,
+            eta=eta,
+            guidance=guidance,
+            optimize=optimize,
+            backend=backend,
+        ),
+        seed=seed,
+        labels=labels,
+        label=label,  # type: ignore[arg-type]
+        per_class=per_class,
+        conditions=None if conditions is None else check_path("conditions", conditions),
+        per_row=per_row,
+        format=format,
+        image=image,
+        quality=quality,
+        level=level,
+        rounding=rounding,
+        features=features,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        threads=threads,
+        device=device,
+    )
+    with reached(how):
         job = create(
             settings,
             as_integer("n", n),
@@ -157,7 +158,7 @@ def generate(
             force=force,
             tell=tell,
         ).job
-    return make(job, how, watcher)
+        return make(job, how, watcher)
 
 
 def as_text(name: str, value: Any) -> str:

@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
+from stepfuse.engine.generate.failures import describe, kind
+
 DROP = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else signal.SIGTERM
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
@@ -72,35 +74,15 @@ def main(descriptor: int, parent: int) -> int:
 
 def _shards(pipe: Connection, order: Order) -> None:
     """Load the network, say so, and make what is asked for until nobody asks."""
-    import torch
+    from stepfuse.engine.generate.making import Maker
 
-    from stepfuse.engine.generate.job import open_job
-    from stepfuse.engine.generate.work import run_shard, worker_of
-
-    asked = order.arguments
-    try:
-        job = open_job(asked["url"])
-        worker_of(job, torch.device(order.device), asked["allow_other_isa"])
-        job.conditions.rows(0, 1)
-    except Exception as error:
-        pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
-        return
-    pipe.send(("ready",))
-    while True:
+    maker = Maker(device=order.device, **order.arguments)
+    answer = maker.load()
+    pipe.send(answer)
+    while answer[0] != "broken":
         k, attempt = pipe.recv()
-        try:
-            record = run_shard(
-                job,
-                k,
-                attempt=attempt,
-                device=order.device,
-                allow_other_isa=asked["allow_other_isa"],
-                made=lambda count: pipe.send(("made", count)),
-            )
-        except Exception as error:
-            pipe.send(("failed", k, kind(error), describe(error), traceback.format_exc()))
-        else:
-            pipe.send(("done", k, record))
+        answer = maker.make(k, attempt, lambda count: pipe.send(("made", count)))
+        pipe.send(answer)
 
 
 def _trial(pipe: Connection, order: Order) -> None:
@@ -120,37 +102,6 @@ def _trial(pipe: Connection, order: Order) -> None:
         pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
     else:
         pipe.send(("found", found))
-
-
-def kind(error: BaseException) -> str:
-    """ "disk" for what is wrong with the place, "given" for a value that is not accepted, "other".
-
-    The first ends a run, since every shard would fail so.
-    """
-    import errno
-
-    on_disk = (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EFBIG,
-        errno.EIO,
-    )
-    if isinstance(error, OSError) and error.errno in on_disk:
-        return "disk"
-    return "given" if isinstance(error, (ValueError, TypeError)) else "other"
-
-
-def describe(error: BaseException) -> str:
-    """One line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, TypeError)):
-        return text
-    return f"{type(error).__name__}: {text}"
 
 
 def _deafen() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.engine.generate.formats.format import Format
-
 from stepfuse.engine.generate.made import Made
 
 _BATCHES = 2  # that wait for the writer; a full queue holds up the sampler

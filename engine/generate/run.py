@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -11,8 +12,11 @@ from typing import Any, Protocol
 
 from stepfuse.engine.generate import claims, shards
 from stepfuse.engine.generate.claims import Claim
-from stepfuse.engine.generate.crew import Crew, choose_crew, resolve_device
-from stepfuse.engine.generate.engines.processes import GRACE, Processes
+from stepfuse.engine.generate.crew import choose_crew, resolve_device
+from stepfuse.engine.generate.engines import cluster
+from stepfuse.engine.generate.engines.foreman import GRACE
+from stepfuse.engine.generate.engines.processes import Processes
+from stepfuse.engine.generate.engines.ray import RayActors
 from stepfuse.engine.generate.job import MANIFEST, Job
 from stepfuse.engine.generate.outcome import COMPLETE, DISK, POISONED, Outcome
 from stepfuse.engine.generate.place import LEASE
@@ -78,6 +82,10 @@ class How:
 class Engine(Protocol):
     """Somebody who makes shards."""
 
+    @property
+    def workers(self) -> int:
+        """How many workers there will be."""
+
     def run(self, shards: Iterable[int]) -> Outcome:
         """Make them all, in about this order."""
 
@@ -89,7 +97,8 @@ def run(job: Job, how: How, watcher: Watcher, stop: Stop) -> Outcome:
     do not fit the job, before a network is loaded.
     """
     job.place.check()
-    check_machine(job, how.allow_other_isa)
+    if how.engine == "processes":  # actors of other machines look at their own
+        check_machine(job, how.allow_other_isa)
     job.conditions.rows(0, 1)  # of a model and a file that are still there, and still the same
     job.place.clean()
     claims.clean(job.place)
@@ -97,11 +106,10 @@ def run(job: Job, how: How, watcher: Watcher, stop: Stop) -> Outcome:
     own, others = _shares(done, how)
     if not own and not others:
         return _finished(job, Outcome(), how)
-    crew = _crew(job, how)
     careful = _Careful(watcher, job, how, len(own) + len(others), stop)
-    careful.begin(_begun(job, done, own, len(crew)))
+    engine = _engine(job, how, careful, stop)
+    careful.begin(_begun(job, done, own, engine.workers))
     try:
-        engine = _engine(job, crew, how, careful, stop)
         if how.steal:
             with _Taking(job, how.lease) as taking:
                 careful.released = taking.release
@@ -122,16 +130,30 @@ def _shares(done: bytearray, how: How) -> tuple[list[int], list[int]]:
     return list(how.slice.of(waiting)), list(how.slice.others(waiting)) if how.steal else []
 
 
-def _crew(job: Job, how: How) -> Crew:
+def reached(how: How) -> contextlib.AbstractContextManager[None]:
+    """Inside, the machines that the engine needs are there, as far as they can be in advance.
+
+    Raises ValueError where they are not: to be asked before a network is loaded.
+    """
+    if how.engine == "processes":
+        return contextlib.nullcontext()
+    return cluster.reached(how.address)
+
+
+def _engine(job: Job, how: How, watcher: Watcher, stop: Stop) -> Engine:
     device = job.identity["device"] if how.device == "auto" else how.device
-    return choose_crew(resolve_device(device), job.settings.threads or 1, how.workers)
-
-
-def _engine(job: Job, crew: Crew, how: How, watcher: Watcher, stop: Stop) -> Engine:
     if how.engine == "ray":
-        from stepfuse.engine.generate.engines.ray import RayActors
-
-        return RayActors(job, how, watcher, stop)
+        return RayActors(
+            job,
+            device,  # that the machines have, whatever this one has
+            watcher,
+            stop,
+            address=how.address,
+            workers=how.workers,
+            grace=how.grace,
+            allow_other_isa=how.allow_other_isa,
+        )
+    crew = choose_crew(resolve_device(device), job.settings.threads or 1, how.workers)
     return Processes(job, crew, watcher, stop, grace=how.grace, allow_other_isa=how.allow_other_isa)
 
 

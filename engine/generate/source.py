@@ -21,7 +21,6 @@ from torch import nn
 from stepfuse.engine.files.reading import open_regular
 from stepfuse.engine.networks.checkpoint import SUFFIX, describe, load, locate
 from stepfuse.engine.sampling.schedule import Schedule
-from stepfuse.kernels.arguments import as_sizes
 from stepfuse.kernels.checks import received
 
 _CHUNK = 1 << 20
@@ -114,24 +113,17 @@ def _of_function(name: str, module: str, function: str) -> Source:
             f"got {received(made)}"
         )
     config = getattr(made.model, "config", None)
+    channels, height, width = made.sample_shape
     return Source(
         name=name,
         sha256=_state_hash(name, made.model),
         schedule=made.schedule,
         prediction_type=made.prediction_type,
-        sample_shape=_shape(name, made.sample_shape),
+        sample_shape=(channels, height, width),
         labels=tuple(made.labels),
         learned_variance=bool(getattr(config, "learned_variance", False)),
         load=lambda: made.model,
     )
-
-
-def _shape(name: str, given: Any) -> tuple[int, int, int]:
-    sizes = as_sizes(f"sample_shape of --model {name}", given)
-    if len(sizes) != 3:
-        raise ValueError(f"--model {name}: sample_shape must be (C, H, W); got {sizes}")
-    channels, height, width = sizes
-    return channels, height, width
 
 
 def _file_hash(path: Path) -> str:

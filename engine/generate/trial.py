@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from stepfuse.engine.generate.conditions.row import Row
-from stepfuse.engine.generate.formats import choose
 
 from stepfuse.engine.compile.timings import Timings
+from stepfuse.engine.generate.conditions.row import Row
+from stepfuse.engine.generate.formats import choose
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.source import Source, open_source
 from stepfuse.engine.generate.worker import Worker

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stepfuse.engine.generate.formats import choose
 
 from stepfuse.engine.files.writing import remove_leftovers, staged, write_file
 from stepfuse.engine.generate import claims, crew, machine
 from stepfuse.engine.generate.claims import Claim
+from stepfuse.engine.generate.formats import choose
 from stepfuse.engine.generate.made import Made
 from stepfuse.engine.generate.pipeline import write_shard
 from stepfuse.engine.generate.place import LocalPlace, open_place
