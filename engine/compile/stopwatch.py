@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.timings import answer
@@ -78,13 +80,15 @@ def blank_filters(
 def trial(seconds: Callable[..., T]) -> Callable[..., T]:
     """Call once per arguments and keep the result; what was held for it is given back.
 
-    The heap would otherwise keep memory of every shape, in pieces that do not fit the next. Where
-    `Timings` are recorded or replayed, they are told, or asked.
+    The heap would otherwise keep memory of every shape, in pieces that do not fit the next. Modes
+    that watch whoever compiles do not see it: what runs at once in a network would take the long
+    way here, and look slow. Where `Timings` are recorded or replayed, they are told, or asked.
     """
 
     @functools.cache
     def measured(*args: Any) -> T:
-        result = seconds(*args)
+        with _unwatched():
+            result = seconds(*args)
         trim()
         return result
 
@@ -95,6 +99,16 @@ def trial(seconds: Callable[..., T]) -> Callable[..., T]:
 
     asked.cache_clear = measured.cache_clear  # type: ignore[attr-defined]
     return asked
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """No mode of PyTorch's is in force inside, neither of dispatch nor of functions."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        while torch._C._len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def best_times(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.compile import stopwatch
@@ -22,6 +23,7 @@ from stepfuse.engine.compile.stopwatch import (
 )
 from stepfuse.kernels.filters import FORMS, Form, filters
 from stepfuse.kernels.products import vector_channels
+from stepfuse.kernels.registration import eager
 
 
 class Seen(TorchDispatchMode):
@@ -117,3 +119,29 @@ def test_blank_filters_have_the_shape_of_real_ones(form: Form) -> None:
     blank = blank_filters(weight.shape, (form,), torch.float32)[form]
     assert blank.shape == real.shape
     assert blank.dtype == real.dtype
+
+
+class Passing(TorchFunctionMode):
+    """Watches and changes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_trial_is_not_watched_by_whoever_compiles() -> None:
+    """A sampler compiles under a mode of its own; there our kernels would take the long way."""
+    found = []
+
+    @trial
+    def seconds(count: int) -> float:
+        found.append(eager(torch.ones(count)))
+        return 1.0
+
+    with Passing(), Passing(), Seen() as seen, torch.no_grad():
+        assert not eager(torch.ones(1))
+        seconds(2)
+        assert seen in _get_current_dispatch_mode_stack()
+        assert torch._C._len_torch_function_stack() == 2
+    assert found == [True]
