@@ -105,6 +105,11 @@ class Job:
         with self._index() as index:
             return from_settings(self.identity["conditions"], self.settings.conditions, index)
 
+    def check(self) -> None:
+        """Raise ValueError where the model or the file of conditions is gone, or is another one."""
+        if self.source.sha256:
+            self.conditions.rows(0, 1)
+
     def shard_name(self, k: int) -> str:
         """The file or folder of shard k: shards/000123.tar."""
         return f"{SHARDS}/{shards.name(k)}{self.format.ending}"

@@ -99,7 +99,7 @@ def run(job: Job, how: How, watcher: Watcher, stop: Stop) -> Outcome:
     job.place.check()
     if how.engine == "processes":  # actors of other machines look at their own
         check_machine(job, how.allow_other_isa)
-    job.conditions.rows(0, 1)  # of a model and a file that are still there, and still the same
+    job.check()
     job.place.clean()
     claims.clean(job.place)
     done = job.done(how.records_only)

@@ -23,9 +23,11 @@ class Several:
 
     def __init__(self, *watchers: Watcher) -> None:
         self.watchers = watchers
+        self._over = False
 
     def begin(self, begun: Begun) -> None:
         """A run starts."""
+        self._over = False
         for watcher in self.watchers:
             watcher.begin(begun)
 
@@ -60,7 +62,10 @@ class Several:
             watcher.tick()
 
     def end(self) -> None:
-        """The run is over."""
+        """The run is over; said once, however often it is called."""
+        if self._over:
+            return
+        self._over = True
         with contextlib.ExitStack() as stack:
             for watcher in reversed(self.watchers):  # the stack begins with its last
                 stack.callback(watcher.end)

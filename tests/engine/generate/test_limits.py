@@ -86,6 +86,7 @@ def test_logs_and_metrics_are_written(tmp_path: Path) -> None:
     assert events[0] == "begin"
     assert events.count("shard") == 3
     assert events[-1] == "end"
+    assert events.count("end") == 1
     assert "stepfuse_images_total" in metrics.read_text()
 
 
