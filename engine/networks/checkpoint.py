@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from stepfuse.engine.files.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.files.writing import write_file
@@ -289,12 +290,26 @@ def _described(info: dict[str, Any], config: UNetConfig) -> dict[str, Any]:
     }
 
 
+class _WithoutFirstValues(TorchFunctionMode):
+    """Weights that get others at once are not drawn: to draw on the meta device PyTorch loads its
+    compiler, a second and 140 MB.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def _build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
     # every block has weights of its own, so that what is built is no larger than the file
     blocks = len(config.channel_multipliers) * config.blocks_per_level
     if blocks > len(weights):
         raise ValueError(f"it has {blocks} blocks, and the file {len(weights)} weights")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutFirstValues():
         model = UNet(config)
     wanted = model.state_dict()
     for what, names in (

@@ -19,15 +19,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stepfuse.engine.compile.weights.parked import home
+from stepfuse.engine.replay import watching_mode
+from stepfuse.engine.replay.watching_mode import WatchingMode
 from stepfuse.engine.replay.writer import Writer
 
 # frames that are not the reader's
-_QUIET = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("lint.py")))
+_QUIET = (
+    str(Path(torch.__file__).parent),
+    __file__,
+    watching_mode.__file__,
+    str(Path(__file__).with_name("lint.py")),
+)
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 Step = Callable[[], None]
@@ -73,7 +79,7 @@ class TensorsRead:
         return all(home(tensor) == address for tensor, address in self._found.values())
 
 
-class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recording(WatchingMode):
     """The operations of one run of ``step``, written out as one Python function and compiled.
 
     Tensors that existed before the step (buffers, weights) are bound by reference, so that writing
@@ -201,7 +207,7 @@ def _compiling() -> bool:
     return False
 
 
-class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Reading(WatchingMode):
     """Collects in ``read`` the tensors that are read in its ``with`` block and existed before."""
 
     def __init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -333,3 +335,17 @@ def test_cuda_graph_equals_eager(graph: str) -> None:
     expected = eager.sample(SHAPE, condition=labels)
     assert torch.equal(captured.sample(SHAPE, condition=labels), expected)
     assert captured.stats()["eager_steps"] == 0
+
+
+def test_a_checkpoint_is_sampled_without_pytorchs_compiler() -> None:
+    """Which takes seconds and 170 MB to import, and is there for whoever compiles."""
+    code = (
+        "import sys, torch, stepfuse as sf\n"
+        "digits = sf.load('digits')\n"
+        "sampler = sf.Sampler(digits.model, digits.schedule, steps=2)\n"
+        "sampler.sample((1, *digits.sample_shape), condition={'labels': torch.tensor([1])})\n"
+        "assert sampler.stats()['replays'], sampler.explain()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
