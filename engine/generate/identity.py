@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from stepfuse.engine.generate.settings import Settings
+
 FORMAT = 1
 
 
@@ -28,6 +30,23 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         for name, value in sorted(ours.items())
         if theirs.get(name) != value
     ]
+
+
+def of_settings(settings: Settings) -> dict[str, Any]:
+    """The part of the identity that stands in the settings word by word."""
+    recipe = settings.recipe
+    return {
+        "seed": settings.seed,
+        "features": settings.features,
+        "batch_size": settings.batch_size,
+        "shard_size": settings.shard_size,
+        "threads": settings.threads,
+        "output": {"name": settings.format, "rounding": settings.rounding},
+        "sampling": {
+            name: getattr(recipe, name)
+            for name in ("method", "steps", "spacing", "eta", "guidance", "optimize")
+        },
+    }
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

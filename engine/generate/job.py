@@ -94,7 +94,8 @@ class Job:
     @functools.cached_property
     def timings(self) -> Timings:
         """What decides how the network is compiled."""
-        content = self.place.read(PLAN)
+        with self._needing(PLAN):
+            content = self.place.read(PLAN)
         if hashlib.sha256(content).hexdigest() != self.identity["plan"]:
             raise ValueError(f"{self.place.url}/{PLAN} is not the one that the job was made with")
         return Timings.from_json(content.decode())
@@ -102,13 +103,14 @@ class Job:
     @functools.cached_property
     def conditions(self) -> Conditions:
         """A row for every image."""
-        with self._index() as index:
+        with self._needing(self.settings.conditions or INDEX), self._index() as index:
             return from_settings(self.identity["conditions"], self.settings.conditions, index)
 
     def check(self) -> None:
         """Raise ValueError where the model or the file of conditions is gone, or is another one."""
         if self.source.sha256:
-            self.conditions.rows(0, 1)
+            with self._needing(self.settings.conditions or INDEX):
+                self.conditions.rows(0, 1)
 
     def shard_name(self, k: int) -> str:
         """The file or folder of shard k: shards/000123.tar."""
@@ -199,6 +201,17 @@ class Job:
         first, count = self.shards.span(k)
         return record if (record.shard, record.first, record.count) == (k, first, count) else None
 
+    @contextlib.contextmanager
+    def _needing(self, name: str) -> Iterator[None]:
+        """A file that the job was made with and that is gone is no fault of the place."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error.filename or name} is not there, and the job in {self.place.url} was made "
+                "with it; accepted: the same file in its old place"
+            ) from error
+
     def _index(self) -> contextlib.AbstractContextManager[Path | None]:
         if self.settings.conditions is None:
             return contextlib.nullcontext(None)
@@ -239,6 +252,10 @@ def open_job(where: str | os.PathLike[str] | Place) -> Job:
         if content["sha256"] != identities.digest(identity):
             raise ValueError("its identity was changed by hand")
         settings = Settings.from_json(content["settings"])
+        differing = identities.differences(identity, identities.of_settings(settings))
+        if differing:
+            names = ", ".join(text.partition(":")[0] for text in differing)
+            raise ValueError(f"its settings were changed by hand: {names}")
         check_count(content["n"])
         return Job(place, settings, identity, content["n"], content["made_with"])
     except (KeyError, TypeError, ValueError) as error:
