@@ -6,10 +6,7 @@ added up in the order of the shards, so that it does not matter who computed the
 
 from __future__ import annotations
 
-import importlib
 import io
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from stepfuse.engine.generate import record as records
-from stepfuse.engine.generate import shards
+from stepfuse.engine.generate import shards, users
 from stepfuse.engine.generate.made import Made
 from stepfuse.kernels.checks import received
 
@@ -27,19 +24,7 @@ Features = Callable[[torch.Tensor], Any]
 
 def load_features(name: str) -> Features:
     """The function "module:function"; ValueError where there is none."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"--features {name}: cannot import {module!r}: {error}") from error
-    for word in function.split("."):
-        found = getattr(found, word, None)
-    if not callable(found):
-        raise ValueError(f"--features {name}: {module!r} has no function {function!r}")
-    result: Features = found
-    return result
+    return users.find("--features", name)
 
 
 class Moments:
@@ -66,6 +51,9 @@ class Moments:
                 f"--features must give [N, F] for N = {len(batch)} images; got {received(found)}"
             )
         features = found.detach().cpu().double().numpy()
+        if not np.isfinite(features).all():
+            raise ValueError(f"--features gave {np.sum(~np.isfinite(features))} of "
+                             f"{features.size} numbers that are NaN or infinite")  # fmt: skip
         if self.sum is None or self.outer is None:
             self.sum, self.outer = features.sum(0), features.T @ features
         else:

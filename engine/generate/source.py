@@ -7,9 +7,7 @@ before a network is loaded.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from stepfuse.engine.files.reading import open_regular
+from stepfuse.engine.generate import users
 from stepfuse.engine.networks.checkpoint import SUFFIX, describe, load, locate
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels.checks import received
@@ -72,17 +71,20 @@ def open_source(name: str) -> Source:
     ``sample_shape`` and ``labels`` (empty for a model without classes, which is else called with
     ``labels=``).
 
-    Raises ValueError for a name that is none of these, and what the function raises.
+    Raises ValueError for a name that is none of these, or whose function raises.
     """
     if not name:
         raise ValueError("--model must name a checkpoint, a file or a function; got ''")
-    module, colon, function = name.partition(":")
-    if colon and not name.endswith(SUFFIX) and not os.path.exists(name):
-        return _of_function(name, module, function)
+    if ":" in name and not name.endswith(SUFFIX) and not os.path.exists(name):
+        return _of_function(name)
+    try:
+        path = locate(name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or module:function") from None
     about = describe(name)
     return Source(
         name=name,
-        sha256=_file_hash(locate(name)),
+        sha256=_file_hash(path),
         schedule=about.schedule,
         prediction_type=about.prediction_type,
         sample_shape=about.sample_shape,
@@ -92,20 +94,10 @@ def open_source(name: str) -> Source:
     )
 
 
-def _of_function(name: str, module: str, function: str) -> Source:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that it shadows nothing
-    try:
-        home: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"--model {name}: cannot import {module!r}: {error}") from error
-    make = home
-    for word in function.split("."):
-        make = getattr(make, word, None)
-    if not callable(make):
-        raise ValueError(f"--model {name}: {module!r} has no function {function!r}")
-    made: Any = make()
+def _of_function(name: str) -> Source:
+    make = users.find("--model", name)
+    with users.blaming(f"--model {name}"):
+        made: Any = make()
     if not isinstance(made, Trained):
         wanted = ", ".join(sorted(Trained.__annotations__))
         raise ValueError(
@@ -113,13 +105,15 @@ def _of_function(name: str, module: str, function: str) -> Source:
             f"got {received(made)}"
         )
     config = getattr(made.model, "config", None)
-    channels, height, width = made.sample_shape
+    shape = tuple(made.sample_shape)
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"--model {name}: sample_shape must be (C, H, W); got {shape}")
     return Source(
         name=name,
         sha256=_state_hash(name, made.model),
         schedule=made.schedule,
         prediction_type=made.prediction_type,
-        sample_shape=(channels, height, width),
+        sample_shape=shape,
         labels=tuple(made.labels),
         learned_variance=bool(getattr(config, "learned_variance", False)),
         load=lambda: made.model,
