@@ -13,7 +13,7 @@ from stepfuse.engine.generate.outcome import Outcome
 from stepfuse.engine.generate.place import open_place
 from stepfuse.engine.generate.recipe import Optimize, Recipe
 from stepfuse.engine.generate.reports.several import Silent
-from stepfuse.engine.generate.run import How, reached, run
+from stepfuse.engine.generate.run import How, check_shared, reached, run
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse
 from stepfuse.engine.generate.stopping import Stop
@@ -117,6 +117,7 @@ def generate(
         device=device,
     )
     place = open_place(check_path("out", out))
+    check_shared(place)
     if n is None:
         with reached(how):
             return make(open_job(place), how, watcher)

@@ -19,6 +19,7 @@ from stepfuse.engine.files.writing import (
 
 LEASE = 600.0  # seconds without a sign of life after which a claim or a temporary name is nobody's
 A_FOLDER = -1  # in place of a size
+_FILE = "file://"
 
 
 class Place(Protocol):
@@ -68,6 +69,8 @@ def open_place(where: str | os.PathLike[str]) -> Place:
     text = os.fspath(where)
     if not text:
         raise ValueError("--out must name a folder or a URL; got ''")
+    if text.startswith(_FILE) and text != _FILE:
+        return LocalPlace(Path(text.removeprefix(_FILE)))  # a rename is safer than what fsspec does
     return RemotePlace(text) if "://" in text else LocalPlace(Path(text))
 
 
@@ -163,10 +166,12 @@ class RemotePlace:
         except ValueError as error:
             raise ValueError(f"{url} is no URL that fsspec knows: {error}") from None
         self.files, self.root = found[0], found[1].rstrip("/")
+        self.shared = protocol != "memory"
 
     def check(self) -> None:
         """Raise OSError with the reason where nothing can be written here."""
         try:
+            self._make_parent(".stepfuse-probe")
             self.files.pipe_file(self._at(".stepfuse-probe"), b"")
             self.files.rm_file(self._at(".stepfuse-probe"))
         except OSError:

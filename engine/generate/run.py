@@ -19,7 +19,7 @@ from stepfuse.engine.generate.engines.processes import Processes
 from stepfuse.engine.generate.engines.ray import RayActors
 from stepfuse.engine.generate.job import MANIFEST, Job
 from stepfuse.engine.generate.outcome import COMPLETE, DISK, POISONED, Outcome
-from stepfuse.engine.generate.place import LEASE
+from stepfuse.engine.generate.place import LEASE, Place, RemotePlace
 from stepfuse.engine.generate.record import Record
 from stepfuse.engine.generate.slices import Slice
 from stepfuse.engine.generate.stopping import Stop
@@ -96,6 +96,7 @@ def run(job: Job, how: How, watcher: Watcher, stop: Stop) -> Outcome:
     Raises OSError where nothing can be written, and ValueError where this machine or the settings
     do not fit the job, before a network is loaded.
     """
+    check_shared(job.place)
     job.place.check()
     if how.engine == "processes":  # actors of other machines look at their own
         check_machine(job, how.allow_other_isa)
@@ -128,6 +129,15 @@ def _shares(done: bytearray, how: How) -> tuple[list[int], list[int]]:
     if how.slice is None:
         return waiting, []
     return list(how.slice.of(waiting)), list(how.slice.others(waiting)) if how.steal else []
+
+
+def check_shared(place: Place) -> None:
+    """Raise ValueError for a place that no other process sees."""
+    if isinstance(place, RemotePlace) and not place.shared:
+        raise ValueError(
+            f"{place.url} is the memory of this process, which workers do not see; accepted: a "
+            "folder, a URL of a store, or run_shard in this process"
+        )
 
 
 def reached(how: How) -> contextlib.AbstractContextManager[None]:
