@@ -53,7 +53,8 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
             _put(temporary, path)
             _flush_folder(path.parent)
     finally:
-        _remove(temporary)
+        with contextlib.suppress(OSError):  # a disk that is read-only by now, say
+            _remove(temporary)
 
 
 def temporaries(folder: str | os.PathLike[str], older_than: float) -> Iterator[tuple[Path, bool]]:
@@ -178,7 +179,8 @@ def _probe(path: Path, size: int, blamed: Path) -> None:
             with _blaming(blamed), probe.open("xb", buffering=0) as file:
                 _reserve(file.fileno(), size)
         finally:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the reason is told by what was tried before
+                probe.unlink(missing_ok=True)
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -69,6 +69,7 @@ def main(descriptor: int, parent: int) -> int:
             pipe.send(("broken", kind(error), describe(error), traceback.format_exc()))
             return 1
         task(pipe, order)
+        signal.signal(DROP, signal.SIG_IGN)  # it is ending already
     return 0
 
 

@@ -20,6 +20,7 @@ from stepfuse.engine.generate.place import LEASE, LocalPlace, Place
 
 FOLDER = "claims"
 _POLL = 0.2
+_PATIENCE = 10  # times that others may remove the folder of claims in between
 
 
 class Claim:
@@ -32,7 +33,6 @@ class Claim:
 
     def take(self) -> bool:
         """Whether it is ours now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._make():
             return True
         if not self._is_nobodys():
@@ -75,13 +75,20 @@ class Claim:
             self.touch()
 
     def _make(self) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{host()} {os.getpid()}\n")
-        return True
+        for last in (False,) * _PATIENCE + (True,):
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # somebody has just found the folder empty and removed it
+                if last:
+                    raise
+            else:
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(f"{host()} {os.getpid()}\n")
+                return True
+        return False
 
     def _is_nobodys(self) -> bool:
         return is_nobodys(self.path, self.lease)
@@ -119,7 +126,7 @@ def held(place: Place) -> list[str]:
 
 
 def clean(place: Place) -> None:
-    """Remove the claims that are nobody's."""
+    """Remove the claims that are nobody's, and their folder once it is empty."""
     if isinstance(place, LocalPlace):
         for path in (place.folder / FOLDER).glob("*"):
             if path.is_file() and is_nobodys(path):

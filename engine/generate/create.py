@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from stepfuse.engine.compile.timings import Timings
+from stepfuse.engine.generate import claims
 from stepfuse.engine.generate import identity as identities
 from stepfuse.engine.generate.child import Order
 from stepfuse.engine.generate.claims import Claim
@@ -27,7 +28,7 @@ from stepfuse.engine.generate.formats import Format
 from stepfuse.engine.generate.formats import choose as choose_format
 from stepfuse.engine.generate.job import INDEX, PLAN, Job, OtherJob, exists, open_job
 from stepfuse.engine.generate.machine import fingerprint
-from stepfuse.engine.generate.place import Place
+from stepfuse.engine.generate.place import LocalPlace, Place
 from stepfuse.engine.generate.settings import Settings, check_count
 from stepfuse.engine.generate.source import Source, open_source
 from stepfuse.engine.generate.trial import Found, Tried
@@ -286,9 +287,21 @@ def _given(option: str, value: str | None) -> Iterator[None]:
         raise ValueError(f"{option} {value}: {error.strerror or error}") from error
 
 
-def _alone(place: Place) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _alone(place: Place) -> Iterator[None]:
     """Of several processes that make a job in one folder, one at a time."""
-    return Claim(place, "job").waiting() if place.exclusive else contextlib.nullcontext()
+    if not isinstance(place, LocalPlace):
+        yield
+        return
+    new = not place.folder.exists()
+    try:
+        with Claim(place, "job").waiting():
+            yield
+    finally:
+        claims.clean(place)
+        if new:
+            with contextlib.suppress(OSError):  # there is a job in it
+                place.folder.rmdir()
 
 
 def try_out(
