@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli import generate_look as look
-from stepfuse.engine.cli.generating import Watch, begin, estimate, refuse_given, resume
+from stepfuse.engine.cli import generating
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
@@ -366,10 +366,10 @@ def generate_command(
         address=address,
         device=device,
     )
-    watch = Watch(log_json, metrics)
+    watch = generating.Watch(log_json, metrics)
     if run is not None:
-        refuse_given(context)
-        return resume(run, count, how, watch)
+        generating.refuse_given(context)
+        return generating.resume(run, count, how, watch)
     if count is None:
         raise ValueError("-n must say how many images are wanted, or RUN which job is to go on")
     settings = Settings(
@@ -392,8 +392,8 @@ def generate_command(
         threads=threads,
         device=device,
     )
-    most = None if memory is None else int(memory * 1e9)
+    generating.check_price(price, dry_run)
     if dry_run:
-        return estimate(settings, count, out, workers, most, price)
+        return generating.estimate(settings, count, out, workers, memory, price)
     where = f"{Path(model.replace(':', '-')).stem}-run" if out is None else out
-    return begin(settings, count, where, how, watch, most)
+    return generating.begin(settings, count, where, how, watch, memory)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from stepfuse.engine.cli.errors import Problem, describe
+from stepfuse.engine.cli.errors import INTERRUPTED, Problem, describe
 from stepfuse.engine.generate.api import make
 from stepfuse.engine.generate.create import Created, TrialFailed, create
-from stepfuse.engine.generate.job import Job, WeightsDiffer, open_job
+from stepfuse.engine.generate.job import Job, WeightsDiffer, exists, open_job
 from stepfuse.engine.generate.outcome import (
     DISK,
     FAILURE,
@@ -32,7 +34,7 @@ from stepfuse.engine.generate.reports.line import Line
 from stepfuse.engine.generate.reports.lines import Lines
 from stepfuse.engine.generate.reports.prometheus import Metrics
 from stepfuse.engine.generate.reports.several import Several
-from stepfuse.engine.generate.run import How, reached
+from stepfuse.engine.generate.run import How, check_shared, reached
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
@@ -65,6 +67,25 @@ class Watch:
         return Several(*found)
 
 
+def _bytes(memory: float | None) -> int | None:
+    """--memory, which is in GB."""
+    return None if memory is None else int(_positive("--memory", memory) * 1e9)
+
+
+def check_price(price: float | None, dry_run: bool) -> None:
+    """Raise ValueError for a --price-per-hour that is none, or that nobody would look at."""
+    if price is not None:
+        _positive("--price-per-hour", price)
+        if not dry_run:
+            raise ValueError(f"--price-per-hour {price:g} is for --dry-run")
+
+
+def _positive(option: str, value: float) -> float:
+    if not 0 < value < 1e12:
+        raise ValueError(f"{option} must be more than 0 and less than 1e12; got {value:g}")
+    return value
+
+
 def refuse_given(context: typer.Context) -> None:
     """Raise ValueError for the first option on the command line that job.json has."""
     for parameter in context.command.params:
@@ -77,18 +98,19 @@ def refuse_given(context: typer.Context) -> None:
 
 
 def begin(
-    settings: Settings, count: int, out: str, how: How, watch: Watch, memory: int | None
+    settings: Settings, count: int, out: str, how: How, watch: Watch, memory: float | None
 ) -> int:
     """Make a job, or find it there, and run it; the exit status."""
     with ending(out), reached(how):
-        created = _create(settings, count, out, how, memory)
-        return _run(created.job, how, watch)
+        watchers = watch.watchers()
+        created = _create(settings, count, out, how, _bytes(memory))
+        return _run(created.job, how, watchers)
 
 
 def resume(where: str, count: int | None, how: How, watch: Watch) -> int:
     """Go on with a job; the exit status."""
     with ending(where), reached(how):
-        return _run(open_job(where), how, watch, count)
+        return _run(open_job(where), how, watch.watchers(), count)
 
 
 def estimate(
@@ -96,7 +118,7 @@ def estimate(
     count: int,
     out: str | None,
     workers: int | None,
-    memory: int | None,
+    memory: float | None,
     price: float | None,
 ) -> int:
     """Try a new job out and say what it would take; nothing is written."""
@@ -104,7 +126,7 @@ def estimate(
 
     with ending(out or "."):
         told = _Tried()
-        found = estimated(settings, count, workers, memory, told)
+        found = estimated(settings, count, workers, _bytes(memory), told)
         told.end()
         console = Console(highlight=False)
         for name, value in found.lines(price):
@@ -116,23 +138,48 @@ def estimate(
 def ending(where: str) -> Iterator[None]:
     """Errors with the exit statuses of this command, which schedulers read."""
     try:
-        yield
+        with _warned():
+            yield
     except KeyboardInterrupt as error:
         # SIGTERM while nothing was being made yet is SIGTERM all the same
-        status = 130 if type(error) is KeyboardInterrupt else PREEMPTED
-        raise Problem(f"stopped; {_again(where)}", status) from None
+        status = INTERRUPTED if type(error) is KeyboardInterrupt else PREEMPTED
+        left = _again(where) if _is_there(where) else "the same command begins again"
+        raise Problem(f"stopped; {left}", status) from None
     except (TrialFailed, WeightsDiffer) as error:
         raise Problem(str(error), USAGE if isinstance(error, ValueError) else FAILURE) from error
     except OSError as error:
         raise Problem(describe(error)[0], DISK) from error
 
 
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """Inside, SIGUSR1, with which SLURM warns of SIGTERM, is SIGTERM."""
+    number = getattr(signal, "SIGUSR1", None)
+    main = threading.current_thread() is threading.main_thread()
+    if number is None or not main or signal.getsignal(number) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _is_there(where: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return exists(open_place(where))
+    return False
+
+
 def _create(settings: Settings, count: int, out: str, how: How, memory: int | None) -> Created:
     told = _Tried()
+    place = open_place(out)
+    check_shared(place)
     created = create(
         settings,
         count,
-        open_place(out),
+        place,
         workers=how.workers,
         memory=memory,
         force=how.force,
@@ -144,11 +191,15 @@ def _create(settings: Settings, count: int, out: str, how: How, memory: int | No
     return created
 
 
-def _run(job: Job, how: How, watch: Watch, count: int | None = None) -> int:
-    with contextlib.closing(_Ending(watch.watchers())) as watchers:
-        outcome = make(job, how, watchers.watcher, count)
+def _run(job: Job, how: How, watcher: Watcher, count: int | None = None) -> int:
+    try:
+        outcome = make(job, how, watcher, count)
+    finally:
+        watcher.end()  # also where it never began
     job = open_job(job.place)
     tell(job, outcome)
+    if outcome.status == INTERRUPTED:
+        raise Problem("", INTERRUPTED)  # nothing is said after the command that goes on
     return outcome.status
 
 
@@ -191,17 +242,6 @@ def _again(where: str) -> str:
 
 def _say(text: str) -> None:
     Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
-
-
-class _Ending:
-    """Watchers whose `end` is called, also where a run never began."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher = watcher
-
-    def close(self) -> None:
-        """Idempotent, as every watcher's `end` is."""
-        self.watcher.end()
 
 
 class _Tried:
