@@ -60,7 +60,7 @@ def generating() -> Call:
         {
             "out": {"a text"}, "seed": {"-1", "0"}, "eta": {"0"}, "level": {"0"},
             "guidance": {"-1", "0", "1.5", "2 ** 70"}, "label": {"an empty list", "as an iterator"},
-            "address": {"a text"}, "grace": {"0", "1.5", "2 ** 70"},
+            "grace": {"0", "1.5", "2 ** 70"},
         },
         named={
             **dashed, "n": ("-n",), "model": ("unknown checkpoint",), "out": PATH,

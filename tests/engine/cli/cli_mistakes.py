@@ -20,11 +20,15 @@ GOOD, DAMAGED, PICTURES, FOLDER = "good.safetensors", "damaged.safetensors", "da
 KEPT = (GOOD, DAMAGED, PICTURES, FOLDER, "locked")
 USUAL = {
     "sample": ("--model", GOOD, "-n", "1", "--steps", "2"),
+    "generate": (
+        "--model", GOOD, "-n", "4", "--out", "run", "--steps", "2", "--batch-size", "2",
+        "--shard-size", "2", "--threads", "1",
+    ),
     "export": ("--model", GOOD),
     "train": (PICTURES, "--out", "run", "--steps", "1", "--batch-size", "2"),
     "bench": ("--quick", "--no-cold", "--model", GOOD),
     "doctor": (),
-}
+}  # fmt: skip
 _PATHS_IN = (DAMAGED, "nothing.safetensors", FOLDER)
 _OUT = ("missing/x{}", "/proc/x{}", f"{FOLDER}/../missing/x{{}}")
 
@@ -48,6 +52,43 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--optimize": [["fp8"], [""]],
         "--device": [["tpu"], [""], ["meta"]],
         "--threads": [["0"], ["-1"], ["100000"], [HUGE]],
+    },
+    "generate": {
+        "run": [],
+        "--model": [[path] for path in _PATHS_IN] + [[""], ["no.module:f"], ["json:nothing"]],
+        "--count": [["0"], ["-1"], [HUGE]],
+        "--seed": [[str(2**64)], [HUGE]],
+        "--steps": [["0"], ["101"], ["abc"], [""]],
+        "--method": [["euler"], [""]],
+        "--eta": [["-0.1"], ["1.1"]],
+        "--spacing": [["odd"], [""]],
+        "--guidance": [],
+        "--labels": [["some"], [""]],
+        "--label": [["8"], [""], ["0", "--labels", "random"]],
+        "--per-class": [["0"], ["-1"], ["2", "--labels", "random"]],
+        "--conditions": [["nothing.csv"], [FOLDER], [DAMAGED], [""]],
+        "--per-row": [["0"], ["2"]],
+        "--optimize": [["fp8"], [""]],
+        "--batch-size": [["0"], ["-1"], ["3"], [HUGE]],
+        "--threads": [["0"], ["100000"]],
+        "--out": [[""]],
+        "--format": [["zip"], [""]],
+        "--image": [["gif"], ["webp", "--format", "npz"]],
+        "--quality": [["0"], ["101"], ["50"]],
+        "--level": [["10"], ["-1"]],
+        "--rounding": [["up"], [""]],
+        "--shard-size": [["0"], ["3"], [HUGE]],
+        "--features": [["f"], [""], ["no.module:f"]],
+        "--workers": [["0"], [HUGE]],
+        "--engine": [["spark"], [""]],
+        "--address": [["auto"]],
+        "--shard": [["2/2"], ["1"], [""], ["-1/2"]],
+        "--device": [["tpu"], [""]],
+        "--memory": [],
+        "--grace": [["-1"]],
+        "--price-per-hour": [],
+        "--log-json": [],
+        "--metrics": [["x.txt"]],
     },
     "export": {
         "--model": [[path] for path in _PATHS_IN] + [[""]],
@@ -139,7 +180,7 @@ def options_of(name: str) -> dict[str, set[Any]]:
     for parameter, annotation in typing.get_type_hints(
         function_of(name), include_extras=True
     ).items():
-        if parameter == "return":
+        if parameter in ("return", "context"):
             continue
         kind, info = typing.get_args(annotation)
         words = [word for word in info.param_decls or () if word.startswith("--")]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import signalled
+
 from stepfuse.engine.generate.create import create
 from stepfuse.engine.generate.job import Job, open_job
 from stepfuse.engine.generate.place import open_place
@@ -75,7 +77,7 @@ def environment() -> dict[str, str]:
 
 def started(*words: str) -> subprocess.Popen[str]:
     """`stepfuse generate` as a process of its own, in a session of its own."""
-    return subprocess.Popen(
+    return signalled.start(
         command(*words),
         env=environment(),
         cwd=ROOT,
