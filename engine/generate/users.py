@@ -33,9 +33,13 @@ def find(option: str, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def blaming(whom: str) -> Iterator[None]:
-    """What the user's code raises inside, SystemExit too, is an error of what was given."""
+    """What the user's code raises inside, SystemExit too, is an error of what was given.
+
+    What it prints goes to stderr, as in workers: stdout may be a log of JSON.
+    """
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except MemoryError:
         raise
     except SystemExit as error:

@@ -86,6 +86,18 @@ def test_a_module_of_the_users_is_blamed_by_name(
     assert complaint.format(name=name) in str(raised.value)
 
 
+def test_what_a_module_prints_is_not_in_the_way_of_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "users_chatty.py").write_text(
+        "from tests.engine.generate.models import plain\nprint('imported')\n"
+        "def f():\n  print('called'); return plain()\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    open_source("users_chatty:f")
+    assert capsys.readouterr() == ("", "imported\ncalled\n")
+
+
 def test_functions_are_among_what_is_accepted() -> None:
     with pytest.raises(ValueError, match=r"the path of a \.safetensors file, or module:function"):
         open_source("dogs")
