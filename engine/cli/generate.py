@@ -293,10 +293,9 @@ def generate_command(
             rich_help_panel=MACHINE,
         ),
     ] = False,
-    price: Annotated[
+    price_per_hour: Annotated[
         float | None,
         typer.Option(
-            "--price-per-hour",
             help="With --dry-run: of this machine.",
             rich_help_panel=MACHINE,
             show_default=False,
@@ -392,8 +391,8 @@ def generate_command(
         threads=threads,
         device=device,
     )
-    generating.check_price(price, dry_run)
+    generating.check_price(price_per_hour, dry_run)
     if dry_run:
-        return generating.estimate(settings, count, out, workers, memory, price)
+        return generating.estimate(settings, count, out, workers, memory, price_per_hour)
     where = f"{Path(model.replace(':', '-')).stem}-run" if out is None else out
     return generating.begin(settings, count, where, how, watch, memory)

@@ -45,7 +45,8 @@ _SHOWN = 20  # numbers of failed shards in a line
 _NOT_OF_A_JOB = (
     "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
     "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format",
-    "image", "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run", "price",
+    "image", "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run",
+    "price_per_hour",
 )  # fmt: skip
 
 

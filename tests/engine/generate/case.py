@@ -75,7 +75,7 @@ def environment() -> dict[str, str]:
             "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
-def started(*words: str) -> subprocess.Popen[str]:
+def start(*words: str) -> subprocess.Popen[str]:
     """`stepfuse generate` as a process of its own, in a session of its own."""
     return signalled.start(
         command(*words),

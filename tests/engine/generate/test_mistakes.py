@@ -184,7 +184,7 @@ def test_a_signal_during_the_trial_leaves_nothing(
 ) -> None:
     """And does not say that a job goes on which was never made."""
     folder = tmp_path / "run"
-    process = case.started("-n", "64", "--out", str(folder), "--steps", "900")
+    process = case.start("-n", "64", "--out", str(folder), "--steps", "900")
     _until((folder / "claims" / "job").exists)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -196,7 +196,7 @@ def test_a_signal_during_the_trial_leaves_nothing(
 def test_the_last_line_is_the_command_that_goes_on(tmp_path: Path) -> None:
     """Ctrl-C had a line of its own after it."""
     folder = tmp_path / "run"
-    process = case.started(*case.options_of("plain", 80000, folder, "--workers", "1"))
+    process = case.start(*case.options_of("plain", 80000, folder, "--workers", "1"))
     _until((folder / "records" / "000000.json").exists)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)

@@ -40,7 +40,7 @@ def test_a_storm_of_kills_changes_nothing(tmp_path: Path, undisturbed: dict[str,
     kills = rounds = 0
     while kills < 10 and rounds < 60:
         rounds += 1
-        process = case.started(*words)
+        process = case.start(*words)
         while kills < 10:
             time.sleep(chance.uniform(0.2, 1.2))
             children = _children(process)
@@ -76,7 +76,7 @@ def test_sigterm_ends_with_75_and_the_next_run_goes_on(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
-    process = case.started(*case.options_of("slow", 96, run, "--workers", "1", "--grace", "20"))
+    process = case.start(*case.options_of("slow", 96, run, "--workers", "1", "--grace", "20"))
     _wait_for(run / "records", 1)
     process.terminate()
     start = time.monotonic()
@@ -95,7 +95,7 @@ def test_ctrl_c_twice_leaves_at_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = case.options_of("slow", 4000, run, "--workers", "1")
     words[words.index("--shard-size") + 1] = "2000"  # seconds of work for each
-    process = case.started(*words)
+    process = case.start(*words)
     _wait_for(run / "shards", 1, pattern=".*")
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -137,7 +137,7 @@ def test_slices_and_a_third_that_overlaps_make_the_same(
     run = tmp_path / "run"
     words = case.options_of("slow", 96, run, "--workers", "1")
     asked = [["--shard", "0/2"], ["--shard", "1/2"], ["--shard", "1/3", "--steal"]]
-    processes = [case.started(*words, *more) for more in asked]
+    processes = [case.start(*words, *more) for more in asked]
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
