@@ -12,6 +12,8 @@ STEP = t=$$(date +%s); printf '== %s\n' $(1); $(2) || exit 1; printf '   %s s\n'
 BENCH ?= --against all --dtype bf16
 SUITES ?=
 OUT := bench/out
+# files of tests at a time: half of their time goes by waiting for processes; `make test JOBS=0` takes turns
+JOBS ?= 2
 COMMA := ,
 
 .PHONY: sample test lint types sanitize bench bench-suites bench-gate bench-kernels bench-sampler bench-unet bench-adapters clean
@@ -20,7 +22,7 @@ sample: $(VENV)/installed  ## a picture of 64 digits from the embedded checkpoin
 	@$(call STEP,'sampling 64 digits into $(CURDIR)/digits.png',$(BIN)/stepfuse sample --model digits -n 64 --steps 50 --seed 0 --out digits.png)
 
 test: $(VENV)/tested lint types  ## lint, types and every test
-	@$(call STEP,'tests',$(BIN)/python -m pytest -q)
+	@$(call STEP,'tests',$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile)
 
 lint: $(VENV)/tested
 	@$(call STEP,'ruff',$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .)
