@@ -72,7 +72,9 @@ SETTINGS: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), SETTINGS, ids=lambda v: str(v).partition(" at 0x")[0][:30])
+@pytest.mark.parametrize(
+    ("first", "second"), SETTINGS, ids=lambda v: str(v).partition(" at 0x")[0][:30]
+)
 def test_settings_count_by_value(first: Any, second: Any) -> None:
     sampler = build(scaled)
     for value in (first, second, first):
