@@ -16,6 +16,8 @@ import torch
 
 from stepfuse._version import __version__
 from stepfuse.bench.record import Machine
+from stepfuse.engine.compile.timings import isa
+from stepfuse.engine.generate.machine import processor, usable_cores
 
 PACKAGES = ("triton", "diffusers", "onnx", "onnxruntime", "openvino", "numpy")
 BUSY = 0.5  # processes that want a core before we start, per core: above, figures will scatter
@@ -24,10 +26,10 @@ BUSY = 0.5  # processes that want a core before we start, per core: above, figur
 def brief() -> dict[str, Any]:
     """What a figure depends on most, for files and captions of the scripts."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "isa": _isa(),
+        "isa": isa(),
     }
 
 
@@ -39,13 +41,13 @@ def caption() -> str:
 def describe(device: torch.device | None = None) -> Machine:
     """The machine as it is now; ``device`` is that of the network, the CPU by default."""
     return Machine(
-        processor=_processor(),
+        processor=processor(),
         device=_device(device or torch.device("cpu")),
         cores=_physical_cores(),
-        logical_cores=_usable_cores(),
+        logical_cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory_bytes=_memory(),
-        isa=_isa(),
+        isa=isa(),
         load=_load(),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -65,29 +67,8 @@ def busy(machine: Machine) -> str:
     )
 
 
-def _processor() -> str:
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-    return model
-
-
-def _isa() -> str:
-    try:
-        from stepfuse.kernels.cpp import module
-    except ImportError:
-        return "not built"
-    return str(module.isa)
-
-
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _usable_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _psutil() -> Any:

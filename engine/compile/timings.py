@@ -102,7 +102,7 @@ class Timings:
         }
 
     def to_json(self) -> str:
-        """Text, one trial a line and in order, so that two can be compared by eye."""
+        """Text, in order of the trials, so that two can be compared by eye."""
         content = {
             "format": FORMAT,
             "machine": self.machine,

@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import platform
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from stepfuse.engine.files.owners import host, runs
 from stepfuse.engine.files.signals import kept
 
 PROBE_BYTES = 4096  # a full disk still takes empty files
 _PATIENCE = 10  # times that two processes may put a folder in the same place
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST)
 _NOT_SUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # reserving, by some file systems
 
 
@@ -69,8 +69,8 @@ def temporaries(folder: str | os.PathLike[str], older_than: float) -> Iterator[t
         except FileNotFoundError:  # it was finished meanwhile
             continue
         place, _, process = path.name.removeprefix(".stepfuse-").rpartition("-")[0].rpartition("-")
-        ours = place == _host() and process.isdecimal()
-        yield path, _runs(int(process)) if ours else idle <= older_than
+        ours = place == host() and process.isdecimal()
+        yield path, runs(int(process)) if ours else idle <= older_than
 
 
 def remove_leftovers(folder: str | os.PathLike[str], older_than: float) -> list[Path]:
@@ -97,25 +97,13 @@ def write_folder(
     """
     path = Path(path).resolve()
     check_folder(path, ending, force=force)
-    temporary, old = _beside(path), _beside(path)
-    with kept() as signals:
-        try:
-            with _blaming(path):
-                os.mkdir(temporary)
-                for name, content in signals.between(files):
-                    _write(temporary / name, content)
-                # in a second pass, when the disk has caught up with most of them
-                for file in signals.between(temporary.iterdir()):
-                    _flush(file)
-                if path.exists():
-                    os.replace(path, old)
-                os.replace(temporary, path)
-                _flush_folder(path.parent)
-        finally:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+    with kept() as signals, staged(path) as temporary:
+        os.mkdir(temporary)
+        for name, content in signals.between(files):
+            _write(temporary / name, content)
+        # in a second pass, when the disk has caught up with most of them
+        for file in signals.between(temporary.iterdir()):
+            _flush(file)
 
 
 def check_file(path: str | os.PathLike[str], size: int = PROBE_BYTES) -> None:
@@ -203,38 +191,36 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _beside(path: Path) -> Path:
     """A name in the same folder that nobody uses."""
-    return path.with_name(f".stepfuse-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _host() -> str:
-    """The name of this machine, fit for the name of a file."""
-    return re.sub(r"[^\w-]", "-", platform.node() or "host", flags=re.ASCII)[:64]
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+    return path.with_name(f".stepfuse-{host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Rename; a folder that is in the way, which no rename replaces, is moved aside and removed."""
+    """Rename. A folder that is in the way, which no rename replaces, is moved aside, and removed
+    once the new one is there; where it cannot be put there, the old one comes back.
+    """
     for _ in range(_PATIENCE):
         try:
             os.replace(temporary, path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+            if error.errno not in _IN_THE_WAY or not path.is_dir():
                 raise
-            old = _beside(path)
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                os.replace(path, old)
-            _remove(old)
         else:
             return
+        old = _beside(path)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if old.exists():
+                with contextlib.suppress(OSError):  # another process has put its own there
+                    os.replace(old, path)
+            if error.errno not in _IN_THE_WAY:
+                raise
+        else:
+            return
+        finally:
+            _remove(old)
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepfuse.engine.generate.machine import host
+from stepfuse.engine.files.owners import host, runs
 from stepfuse.engine.generate.place import LEASE, LocalPlace, Place
 
 FOLDER = "claims"
@@ -103,15 +103,7 @@ def is_nobodys(path: Path, lease: float = LEASE) -> bool:
         return False
     if idle > lease:
         return True
-    if owner != host() or not process.isdecimal():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    return owner == host() and process.isdecimal() and not runs(int(process))
 
 
 def held(place: Place) -> list[str]:

@@ -24,8 +24,6 @@ from stepfuse.engine.generate.conditions.row import Conditions
 from stepfuse.engine.generate.crew import choose_crew, resolve_device
 from stepfuse.engine.generate.engines.start import Child, paths
 from stepfuse.engine.generate.features import load_features
-from stepfuse.engine.generate.formats import Format
-from stepfuse.engine.generate.formats import choose as choose_format
 from stepfuse.engine.generate.job import INDEX, PLAN, Job, OtherJob, exists, open_job
 from stepfuse.engine.generate.machine import fingerprint
 from stepfuse.engine.generate.place import LocalPlace, Place
@@ -150,7 +148,8 @@ def _write(place: Place, ready: Ready, n: int, found: Found | None, workers: int
     if ready.index is not None:
         place.write(INDEX, ready.index)
     place.write(PLAN, plan)
-    made_with = fingerprint(torch.device(ready.device), settings.threads or 1)
+    libraries = settings.output().libraries()
+    made_with = fingerprint(torch.device(ready.device), settings.threads or 1, libraries)
     job = Job(place, settings, identity, n, made_with)
     job.save()  # the last: a place with this file has all that it needs
     return job
@@ -165,7 +164,7 @@ def asked(settings: Settings, source: Source, device: str) -> dict[str, Any]:
             f"--guidance {recipe.guidance:g} needs labels to be guided by, but the model has no "
             "classes"
         )
-    format = format_from(settings)
+    format = settings.output()
     format.check()
     if format.takes == "pixels" and source.sample_shape[0] not in (1, 3):
         raise ValueError(
@@ -195,12 +194,6 @@ def asked(settings: Settings, source: Source, device: str) -> dict[str, Any]:
         "output": {**format.settings(), "rounding": settings.rounding},
         "features": settings.features,
     }
-
-
-def format_from(settings: Settings) -> Format:
-    """The format with its options; ValueError for options that do not fit it."""
-    assert settings.format is not None
-    return choose_format(settings.format, settings.image, settings.quality, settings.level)
 
 
 def check_disk(place: Place, needed: float, force: bool) -> None:

@@ -108,9 +108,9 @@ class Job:
 
     def check(self) -> None:
         """Raise ValueError where the model or the file of conditions is gone, or is another one."""
-        if self.source.sha256:
-            with self._needing(self.settings.conditions or INDEX):
-                self.conditions.rows(0, 1)
+        _ = self.source  # which is compared when it is opened
+        with self._needing(self.settings.conditions or INDEX):
+            self.conditions.rows(0, 1)
 
     def shard_name(self, k: int) -> str:
         """The file or folder of shard k: shards/000123.tar."""

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import platform
-import zlib
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def processor() -> str:
     return names[-1] if names else platform.processor()
 
 
-def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
-    """What images may depend on in their last bits, beside the job.
+def fingerprint(device: torch.device, threads: int, libraries: Mapping[str, str]) -> dict[str, str]:
+    """What a shard's bytes may depend on beside the job; ``libraries`` are those of its format.
 
     Records of one fingerprint must agree byte for byte; of two, up to rounding.
     """
@@ -92,8 +91,7 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
         "threads": str(threads),
         "device": str(device.type),
         "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
-        "pillow": _version("pillow"),
-        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        **libraries,
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
@@ -104,19 +102,6 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
 def short(found: dict[str, Any]) -> str:
     """Eight letters for a fingerprint."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def host() -> str:
-    """The name of this machine, fit for the name of a file."""
-    name = platform.node() or "host"
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in name)[:64]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _quota() -> float | None:

@@ -54,7 +54,7 @@ class Remaker:
         self.device = torch.device(
             resolve_device(job.identity["device"] if device == "auto" else device)
         )
-        self.here = fingerprint(self.device, job.settings.threads or 1)
+        self.here = fingerprint(self.device, job.settings.threads or 1, job.format.libraries())
         self.limit = limit(job)
         job.conditions.rows(0, 1)
         self._source = job.source

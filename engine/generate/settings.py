@@ -8,6 +8,7 @@ from typing import Any
 
 from stepfuse.engine.files.images import Rounding
 from stepfuse.engine.generate.conditions.labels import ORDERS
+from stepfuse.engine.generate.formats import Format, choose
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.typed import settle
 from stepfuse.kernels.checks import check_word
@@ -85,6 +86,11 @@ class Settings:
             raise ValueError(f"--features must be module:function; got {self.features!r}")
         if self.features is not None and self.format == "npy":
             raise ValueError("--features takes pixels, and --format npy holds samples")
+
+    def output(self) -> Format:
+        """The format with its options; ValueError for options that do not fit it."""
+        assert self.format is not None, "a job has settled for one"
+        return choose(self.format, self.image, self.quality, self.level)
 
     def to_json(self) -> dict[str, Any]:
         """As job.json keeps it."""

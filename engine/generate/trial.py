@@ -16,7 +16,6 @@ import torch
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate.conditions.row import Row
-from stepfuse.engine.generate.formats import choose
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.source import Source, open_source
 from stepfuse.engine.generate.worker import Worker
@@ -129,10 +128,7 @@ class _Trial:
                     if self.settings.conditions is not None:
                         worker.sample(range(tried.batch_size), rows, guidance)
         count = min(_SAMPLES, tried.batch_size)
-        settings = self.settings
-        format = choose(
-            settings.format or "webdataset", settings.image, settings.quality, settings.level
-        )
+        format = self.settings.output()
         sizes = [
             len(format.encode(made)) for batch in worker.images(rows, 0, count) for made in batch
         ]

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from stepfuse.engine.files.owners import host
 from stepfuse.engine.generate import record as records
 from stepfuse.engine.generate.features import Moments
 from stepfuse.engine.generate.job import Job
-from stepfuse.engine.generate.machine import fingerprint, host
+from stepfuse.engine.generate.machine import fingerprint
 from stepfuse.engine.generate.made import Made
 from stepfuse.engine.generate.pipeline import Written, write_shard
 from stepfuse.engine.generate.record import Record
@@ -119,7 +120,7 @@ def _finish(
         count=count,
         bytes=size,
         sha256=sha256,
-        fingerprint=fingerprint(worker.device, job.settings.threads or 1),
+        fingerprint=fingerprint(worker.device, job.settings.threads or 1, job.format.libraries()),
         host=host(),
         seconds=round(seconds, 3),
         writer_wait=round(written.waited, 3),

@@ -16,7 +16,7 @@ class WatchingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A `TorchDispatchMode` whose handler torch.compile leaves alone, once that is there.
 
     PyTorch sees to it for every mode by importing its compiler at the first operation: one to two
-    seconds and 170 MB for whoever never compiles anything.
+    seconds and 140 MB for whoever never compiles anything.
     """
 
     @classmethod

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from stepfuse.engine.files.reading import reason
+from stepfuse.engine.generate.arrow import arrow
 from stepfuse.engine.generate.conditions.records import BadRow, BadTable, Record, Start
 from stepfuse.engine.generate.conditions.values import COLUMNS
-from stepfuse.kernels.backends import BackendUnavailable
 
 ROWS = 4096  # that are decoded at a time
 
@@ -24,10 +23,10 @@ class Parquet:
 
     def records(self, file: BinaryIO, start: Start | None = None) -> Iterator[Record]:
         """Values are what pyarrow makes of them; columns of ours may have any type."""
-        pyarrow = _library("pyarrow")
+        pyarrow = arrow("reading Parquet")
         errors = (pyarrow.ArrowException, OSError)
         try:
-            table = _library("pyarrow.parquet").ParquetFile(file)
+            table = arrow("reading Parquet", "pyarrow.parquet").ParquetFile(file)
         except errors as error:
             raise BadTable(f"is no Parquet file: {reason(error)}") from None
         names = table.schema_arrow.names
@@ -84,13 +83,3 @@ def _check_json(name: str, value: Any) -> None:
             f"column {name!r} must hold text, finite numbers, true or false, or lists and structs "
             f"of them; got {value!r:.100}"
         )
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"reading Parquet needs {name}, which is not there ({error}); "
-            "`pip install 'stepfuse[parquet]'`"
-        ) from None

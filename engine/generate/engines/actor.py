@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stepfuse.engine.generate.machine import host
+from stepfuse.engine.files.owners import host
 from stepfuse.engine.generate.making import Answer, Maker
 
 

@@ -9,25 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from numpy.typing import NDArray
-
 from stepfuse.engine.generate.formats.encode import Encoder
 from stepfuse.engine.generate.formats.format import (
     NO_CLASS,
-    Shape,
-    Takes,
     canonical_json,
     counted,
     damaged,
     numbered,
 )
+from stepfuse.engine.generate.formats.pictures import Pictures
 from stepfuse.engine.generate.made import Made
 
 METADATA = "metadata.jsonl"  # the name that `datasets` looks for beside pictures
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(Pictures):
     """Pictures named by their numbers.
 
     Where an image has a label or an ``extra``, the folder has a file metadata.jsonl, too: a line
@@ -36,28 +33,7 @@ class Folder:
     """
 
     ending: ClassVar[str] = ""
-    takes: ClassVar[Takes] = "pixels"
     encoder: Encoder
-
-    @property
-    def name(self) -> str:
-        """The name of the encoder."""
-        return self.encoder.name
-
-    def settings(self) -> dict[str, Any]:
-        """Name and the encoder's options."""
-        return {"name": self.name, **self.encoder.settings()}
-
-    def libraries(self) -> dict[str, str]:
-        """Those of the encoder."""
-        return self.encoder.libraries()
-
-    def check(self) -> None:
-        """Nothing is missing: Pillow comes with this package."""
-
-    def encode(self, made: Made) -> bytes:
-        """The picture."""
-        return self.encoder.encode(made)
 
     def write(self, path: Path, encoded: Iterable[tuple[Made, bytes]], count: int) -> None:
         """Make the folder ``path``."""
@@ -112,7 +88,3 @@ class Folder:
                     yield NO_CLASS if label is None else int(label)
                 except (ValueError, TypeError, KeyError) as error:
                     raise damaged(metadata, n, f"its line: {error!r}") from error
-
-    def decode(self, encoded: bytes, shape: Shape) -> NDArray[Any]:
-        """The pixels [H, W, C]."""
-        return self.encoder.decode(encoded, shape)

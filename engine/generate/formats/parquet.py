@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-from numpy.typing import NDArray
-
+from stepfuse.engine.generate.arrow import arrow
 from stepfuse.engine.generate.formats.encode import Encoder, Png
 from stepfuse.engine.generate.formats.format import (
     NO_CLASS,
-    Shape,
-    Takes,
     canonical_json,
     counted,
     damaged,
     json_line,
     numbered,
 )
+from stepfuse.engine.generate.formats.pictures import Pictures
 from stepfuse.engine.generate.made import Made
-from stepfuse.kernels.backends import BackendUnavailable
 
 # A row group is held in memory, by us and by whoever reads one image of it.
 ROWS = 1000
 BYTES = 32 << 20
+_PURPOSE = "format parquet"
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(Pictures):
     """A column ``image``, struct {bytes, path}; ``label``, int64, where the model has classes, and
     ``extra``, the further values as a JSON string. "No class" and "nothing further" are null.
 
@@ -41,29 +38,20 @@ class Parquet:
 
     name: ClassVar[str] = "parquet"
     ending: ClassVar[str] = ".parquet"
-    takes: ClassVar[Takes] = "pixels"
     encoder: Encoder = field(default_factory=Png)
-
-    def settings(self) -> dict[str, Any]:
-        """Name and the encoder's options."""
-        return {"name": self.name, **self.encoder.settings()}
 
     def libraries(self) -> dict[str, str]:
         """Those of the encoder, and pyarrow, which writes its version into the file."""
-        version = str(_library("pyarrow").__version__)
-        return {**self.encoder.libraries(), "pyarrow": version}
+        version = str(arrow(_PURPOSE).__version__)
+        return {**super().libraries(), "pyarrow": version}
 
     def check(self) -> None:
         """Raise `BackendUnavailable` where pyarrow is missing."""
-        _library("pyarrow.parquet")
-
-    def encode(self, made: Made) -> bytes:
-        """The picture."""
-        return self.encoder.encode(made)
+        arrow(_PURPOSE, "pyarrow.parquet")
 
     def write(self, path: Path, encoded: Iterable[tuple[Made, bytes]], count: int) -> None:
         """Make the file ``path``. Raises ValueError where only some images have a label."""
-        parquet = _library("pyarrow.parquet")
+        parquet = arrow(_PURPOSE, "pyarrow.parquet")
         images = counted(encoded, count)
         head = next(images)
         labelled = head[0].label is not None
@@ -81,7 +69,7 @@ class Parquet:
         ):
             for group in _groups(chain([head], images)):
                 rows = [self._row(made, content, labelled) for made, content in group]
-                table = _library("pyarrow").Table.from_pylist(rows, schema=schema)
+                table = arrow(_PURPOSE).Table.from_pylist(rows, schema=schema)
                 writer.write_table(table, row_group_size=len(rows))
 
     def _row(self, made: Made, content: bytes, labelled: bool) -> dict[str, Any]:
@@ -116,27 +104,13 @@ class Parquet:
                 raise damaged(path, n, f"its label is {label!r}")
             yield NO_CLASS if label is None else int(label)
 
-    def decode(self, encoded: bytes, shape: Shape) -> NDArray[Any]:
-        """The pixels [H, W, C]."""
-        return self.encoder.decode(encoded, shape)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"format parquet needs pyarrow, which is not there ({error}); "
-            "`pip install 'stepfuse[parquet]'`"
-        ) from None
-
 
 def _schema(labelled: bool) -> Any:
-    arrow = _library("pyarrow")
+    pyarrow = arrow(_PURPOSE)
     fields = {
-        "image": arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]),
-        **({"label": arrow.int64()} if labelled else {}),
-        "extra": arrow.string(),
+        "image": pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+        **({"label": pyarrow.int64()} if labelled else {}),
+        "extra": pyarrow.string(),
     }
     features: dict[str, dict[str, str]] = {
         "image": {"_type": "Image"},
@@ -144,7 +118,7 @@ def _schema(labelled: bool) -> Any:
         "extra": {"dtype": "string", "_type": "Value"},
     }
     metadata = {"huggingface": json_line({"info": {"features": features}})}
-    return arrow.schema(list(fields.items()), metadata)
+    return pyarrow.schema(list(fields.items()), metadata)
 
 
 def _groups(images: Iterable[tuple[Made, bytes]]) -> Iterator[list[tuple[Made, bytes]]]:
@@ -165,7 +139,7 @@ def _cells(path: Path, first: int, column: str) -> Iterator[tuple[int, Any]]:
     """The values of a column, None for every row where there is no such column."""
     n = first
     with _blaming(path, first, None):
-        file = _library("pyarrow.parquet").ParquetFile(path, page_checksum_verification=True)
+        file = arrow(_PURPOSE, "pyarrow.parquet").ParquetFile(path, page_checksum_verification=True)
     with file:
         there = column in file.schema_arrow.names
         for group in range(file.num_row_groups):

@@ -9,26 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from numpy.typing import NDArray
-
 from stepfuse.engine.generate.formats.encode import Encoder, Png
 from stepfuse.engine.generate.formats.format import (
     NO_CLASS,
-    Shape,
-    Takes,
     canonical_json,
     counted,
     cut_off,
     damaged,
     numbered,
 )
+from stepfuse.engine.generate.formats.pictures import Pictures
 from stepfuse.engine.generate.made import Made
 
 _BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
-class WebDataset:
+class WebDataset(Pictures):
     """A USTAR archive, not compressed, of modes 0644 and of owner and time 0.
 
     Every image is a file named by its number. Behind it comes ``.cls``, its class in decimal
@@ -37,23 +34,7 @@ class WebDataset:
 
     name: ClassVar[str] = "webdataset"
     ending: ClassVar[str] = ".tar"
-    takes: ClassVar[Takes] = "pixels"
     encoder: Encoder = field(default_factory=Png)
-
-    def settings(self) -> dict[str, Any]:
-        """Name and the encoder's options."""
-        return {"name": self.name, **self.encoder.settings()}
-
-    def libraries(self) -> dict[str, str]:
-        """Those of the encoder."""
-        return self.encoder.libraries()
-
-    def check(self) -> None:
-        """Nothing is missing: Python reads and writes tar files."""
-
-    def encode(self, made: Made) -> bytes:
-        """The picture."""
-        return self.encoder.encode(made)
 
     def write(self, path: Path, encoded: Iterable[tuple[Made, bytes]], count: int) -> None:
         """Make the archive ``path``."""
@@ -98,10 +79,6 @@ class WebDataset:
                     yield dict(json.loads(text))
                 except (ValueError, TypeError) as error:
                     raise damaged(path, n, f"its .json: {error}") from error
-
-    def decode(self, encoded: bytes, shape: Shape) -> NDArray[Any]:
-        """The pixels [H, W, C]."""
-        return self.encoder.decode(encoded, shape)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -25,8 +25,8 @@ from tests.engine.generate.formats_case import (
     write,
 )
 
+from stepfuse.engine.generate import arrow as arrow_module
 from stepfuse.engine.generate.formats import FORMATS, Format, choose, from_settings
-from stepfuse.engine.generate.formats import parquet as parquet_module
 from stepfuse.engine.generate.formats.format import Shape, decoded
 from stepfuse.engine.generate.made import Made
 from stepfuse.kernels.backends import BackendUnavailable
@@ -213,7 +213,7 @@ def test_a_missing_pyarrow_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) ->
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(parquet_module.importlib, "import_module", missing)
+    monkeypatch.setattr(arrow_module.importlib, "import_module", missing)
     for name in FORMATS:
         if name != "parquet":
             choose(name).check()

@@ -200,7 +200,7 @@ def test_a_plan_of_another_job_is_refused(tmp_path: Path) -> None:
     assert job.n == 21
 
 
-def test_a_job_may_be_at_a_url() -> None:
+def test_a_job_may_be_at_a_url(tmp_path: Path) -> None:
     """Acceptance of remote places, with fsspec's own memory."""
     place = open_place("memory://bucket/run")
     job = create(case.settings(), 21, place).job
@@ -208,6 +208,7 @@ def test_a_job_may_be_at_a_url() -> None:
         run_shard(job, k)
     again = open_job("memory://bucket/run")
     assert todo(again) == []
+    assert case.hashes(again) == case.make_all(case.new_job(tmp_path / "run", 21))
     raised = raise_count(again, 30)
     assert todo(raised) == [2, 3]
     with pytest.raises(ValueError, match="no URL that fsspec knows"):
@@ -225,3 +226,13 @@ def test_a_folder_of_pictures_is_a_shard(tmp_path: Path) -> None:
         k: v for k, v in first.items() if "000002" not in k
     }
     assert len(list((tmp_path / "run" / "shards" / "000002").glob("*.png"))) == 8
+
+
+def test_the_libraries_of_the_format_are_in_the_fingerprint(tmp_path: Path) -> None:
+    """A shard's bytes depend on them: records of two versions are not compared byte for byte."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = run_shard(case.new_job(tmp_path / "table", format="parquet"), 0).fingerprint
+    archive = run_shard(case.new_job(tmp_path / "archive", image="webp"), 0).fingerprint
+    assert table["pyarrow"] == pyarrow.__version__
+    assert "libwebp" in archive
+    assert "pyarrow" not in archive

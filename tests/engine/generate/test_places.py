@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepfuse.engine.files import owners
 from stepfuse.engine.files.writing import remove_leftovers, staged, write_file
 from stepfuse.engine.generate import claims, crew, machine
 from stepfuse.engine.generate.claims import Claim
@@ -78,7 +79,7 @@ def test_the_rename_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_leftovers_of_the_dead_are_removed_and_of_the_living_are_not(tmp_path: Path) -> None:
-    here = machine.host()
+    here = owners.host()
     names = {
         "living": f".stepfuse-{here}-{os.getpid()}-00.tmp",
         "dead": f".stepfuse-{here}-{dead_process()}-00.tmp",
@@ -102,7 +103,7 @@ def test_a_claim_is_one_process_s(tmp_path: Path) -> None:
     assert not second.take()
     first.release()
     assert second.take()
-    (tmp_path / "claims" / "000001").write_text(f"{machine.host()} {dead_process()}\n")
+    (tmp_path / "claims" / "000001").write_text(f"{owners.host()} {dead_process()}\n")
     assert first.take()
     (tmp_path / "claims" / "000001").write_text("another-host 1\n")
     assert not second.take()
@@ -267,3 +268,29 @@ def test_either_side_may_fail(tmp_path: Path, side: str, monkeypatch: pytest.Mon
     with pytest.raises((RuntimeError, OSError, ValueError), match={"sampler": "sampler"}.get(side)):
         write_shard(format, tmp_path / "a.tar", batches(), 7)
     assert threading.active_count() == before
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged(tmp_path / "folder") as path:
+        path.mkdir()
+        (path / "old").write_bytes(b"old")
+    real, calls = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(source)
+        if len(calls) == 3:  # tried, moved aside, tried again
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    def fail() -> None:
+        with staged(tmp_path / "folder") as path:
+            path.mkdir()
+            (path / "new").write_bytes(b"new")
+            monkeypatch.setattr(os, "replace", replace)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["old"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tests.engine.generate import look_case as case
 
+from stepfuse.engine.files.owners import host
 from stepfuse.engine.generate.claims import Claim
 from stepfuse.engine.generate.job import Job
-from stepfuse.engine.generate.machine import host
 from stepfuse.engine.generate.status import status
 from stepfuse.engine.generate.work import note_failure, run_shard
 

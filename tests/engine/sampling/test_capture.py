@@ -338,7 +338,7 @@ def test_cuda_graph_equals_eager(graph: str) -> None:
 
 
 def test_a_checkpoint_is_sampled_without_pytorchs_compiler() -> None:
-    """Which takes seconds and 170 MB to import, and is there for whoever compiles."""
+    """Which takes seconds and 140 MB to import, and is there for whoever compiles."""
     code = (
         "import sys, torch, stepfuse as sf\n"
         "digits = sf.load('digits')\n"
