@@ -23,6 +23,7 @@ from stepfuse.engine.generate.reports.text import duration, per_second, plain
 from stepfuse.engine.generate.stats import check_widths, frechet, read_reference, stats
 from stepfuse.engine.generate.status import Machine, Status, status
 from stepfuse.engine.generate.verify import Verified, verify
+from stepfuse.engine.generate.words import many, size
 
 _SHOWN = 20  # lines about shards or images
 _HOSTS = 5
@@ -169,7 +170,7 @@ def status_lines(job: Job, found: Status) -> list[tuple[str, str]]:
         ("rows", _conditions(found.conditions)),
         ("images", f"{found.images_done:,} of {found.images:,} ({_share(found)})"),
         ("shards", f"{found.shards_done:,} of {found.shards:,} of {job.shards.size:,} images"),
-        ("size", f"{found.bytes / 1e9:,.3g} GB"),
+        ("size", size(found.bytes)),
     ]
     if found.images_done:
         share = found.writer_wait / found.seconds if found.seconds else 0.0
@@ -178,9 +179,9 @@ def status_lines(job: Job, found: Status) -> list[tuple[str, str]]:
         )
     if found.eta is not None:
         when = "" if found.images_done == found.images else f": {duration(found.eta)} left"
-        lines.append(("at work", f"{_many(found.at_work, 'worker')}{when}"))
+        lines.append(("at work", f"{many(found.at_work, 'worker')}{when}"))
     elif found.at_work:
-        lines.append(("at work", _many(found.at_work, "worker")))
+        lines.append(("at work", many(found.at_work, "worker")))
     if found.moved:
         lines.append(
             ("moved", f"{found.moved:,} records have no shard, or one of another size; "
@@ -217,7 +218,7 @@ def _machine(machine: Machine, found: Status) -> str:
         hosts.append(f"{len(machine.hosts) - _HOSTS:,} more")
     names = found.differing or ("processor", "isa", "threads", "torch")
     told = ", ".join(f"{name} {machine.fingerprint.get(name, 'unknown')}" for name in names)
-    return f"{machine.name}: {_many(machine.shards, 'shard')} by {', '.join(hosts)}; {told}"
+    return f"{machine.name}: {many(machine.shards, 'shard')} by {', '.join(hosts)}; {told}"
 
 
 def _conditions(settings: dict[str, Any]) -> str:
@@ -250,13 +251,9 @@ def _summarize(job: Job, found: Verified, records_only: bool) -> None:
         shown = list(map(str, found.missing[:_SHOWN]))
         if len(found.missing) > _SHOWN:
             shown.append(f"and {len(found.missing) - _SHOWN:,} more")
-        parts.append(f"{_many(len(found.missing), 'shard')} missing: {', '.join(shown)}")
-    parts.append(_many(found.found, "difference") if found.found else "no difference")
+        parts.append(f"{many(len(found.missing), 'shard')} missing: {', '.join(shown)}")
+    parts.append(many(found.found, "difference") if found.found else "no difference")
     _say(f"{job.place.url}: {'; '.join(parts)}")
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _rounding(job: Job) -> str:

@@ -38,6 +38,7 @@ from stepfuse.engine.generate.run import How, check_shared, reached
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried
 from stepfuse.engine.generate.watching import Watcher
+from stepfuse.engine.generate.words import many
 
 _SHOWN = 20  # numbers of failed shards in a line
 
@@ -211,7 +212,7 @@ def tell(job: Job, outcome: Outcome) -> None:
     if not outcome.status and not outcome.left:
         console.print(
             where.append(
-                f": {job.n:,} images in {len(job.shards):,} shards, complete "
+                f": {many(job.n, 'image')} in {many(len(job.shards), 'shard')}, complete "
                 f"({job.format.name}, batches of {job.settings.batch_size})",
                 style="not bold",
             ),
@@ -231,7 +232,7 @@ def tell(job: Job, outcome: Outcome) -> None:
         )
     done = len(job.shards) - outcome.left
     console.print(
-        where.append(f": {done:,} of {len(job.shards):,} shards are there", style="not bold"),
+        where.append(f": {done:,} of {many(len(job.shards), 'shard')} there", style="not bold"),
         soft_wrap=True,
     )
     console.print(_again(job.place.url), soft_wrap=True)

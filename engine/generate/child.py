@@ -1,4 +1,4 @@
-"""A process that makes shards, or tries out a batch size, for another one that asks it to.
+"""A process that makes shards, encodes images or tries out a batch size, for one that asks it to.
 
 Started as ``python -m stepfuse.engine.generate.child FD`` with one end of a pipe, and not by
 ``multiprocessing``: that would run the user's main script again in every child. A child hears only
@@ -13,36 +13,14 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
 from stepfuse.engine.generate.failures import describe, kind
+from stepfuse.engine.generate.order import DROP, Order
 
-DROP = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else signal.SIGTERM
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a child is started for.
-
-    Attributes:
-        task: "shards" or "trial".
-        paths: where modules are looked for, as the parent does.
-        cpus: to run on; empty for any.
-        threads: of PyTorch.
-        device: of the network.
-        arguments: of the task.
-    """
-
-    task: str
-    paths: tuple[str, ...]
-    cpus: tuple[int, ...]
-    threads: int
-    device: str
-    arguments: dict[str, Any]
 
 
 class Dropped(BaseException):
@@ -60,6 +38,9 @@ def main(descriptor: int, parent: int) -> int:
         if order.cpus and hasattr(os, "sched_setaffinity"):
             with contextlib.suppress(OSError):  # it was taken from us meanwhile
                 os.sched_setaffinity(0, order.cpus)
+        if order.task == "encode":
+            _encode(pipe, order)
+            return 0
         try:
             import torch
 
@@ -83,6 +64,19 @@ def _shards(pipe: Connection, order: Order) -> None:
     while answer[0] != "broken":
         k, attempt = pipe.recv()
         answer = maker.make(k, attempt, lambda count: pipe.send(("made", count)))
+        pipe.send(answer)
+
+
+def _encode(pipe: Connection, order: Order) -> None:
+    """Encode images in chunks until no more come; an error is an answer, too."""
+    format = order.arguments["format"]
+    while True:
+        images = pipe.recv()
+        answer: tuple[str, Any]
+        try:
+            answer = ("encoded", [format.encode(image) for image in images])
+        except Exception as error:
+            answer = ("raised", error)
         pipe.send(answer)
 
 

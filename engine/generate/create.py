@@ -12,24 +12,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate import claims
 from stepfuse.engine.generate import identity as identities
-from stepfuse.engine.generate.child import Order
 from stepfuse.engine.generate.claims import Claim
 from stepfuse.engine.generate.conditions.choosing import choose as choose_conditions
 from stepfuse.engine.generate.conditions.row import Conditions
 from stepfuse.engine.generate.crew import choose_crew, resolve_device
 from stepfuse.engine.generate.engines.start import Child, paths
 from stepfuse.engine.generate.features import load_features
+from stepfuse.engine.generate.formats.pictures import Pictures
 from stepfuse.engine.generate.job import INDEX, PLAN, Job, OtherJob, exists, open_job
 from stepfuse.engine.generate.machine import fingerprint
+from stepfuse.engine.generate.made import Made
+from stepfuse.engine.generate.order import Order
 from stepfuse.engine.generate.place import LocalPlace, Place
 from stepfuse.engine.generate.settings import Settings, check_count
 from stepfuse.engine.generate.source import Source, open_source
 from stepfuse.engine.generate.trial import Found, Tried
+from stepfuse.engine.generate.words import size
 from stepfuse.kernels.backends import resolve
 
 MANY = 10_000  # images, from which single files are too many
@@ -90,7 +94,9 @@ def create(
             if exists(place):  # another one was quicker
                 return Created(_found(place, settings, ready.identity, n), None, False)
             found = None
-            if not ready.nothing_open:
+            if ready.nothing_open:
+                check_disk(place, ready.known_bytes_per_image * n, force)
+            else:
                 found = try_out(ready, n, memory, tell)
                 check_disk(place, found.bytes_per_image * n, force)
             job = _write(place, ready, n, found, workers)
@@ -118,6 +124,17 @@ class Ready:
         """Whether a trial could choose nothing."""
         chosen = (self.settings.batch_size, self.settings.shard_size, self.settings.threads)
         return None not in chosen and self.settings.recipe.optimize == "off"
+
+    @property
+    def known_bytes_per_image(self) -> int:
+        """As it is written, without making one; 0 for pictures, which a trial or a shard shows."""
+        format, (channels, *sizes) = self.settings.output(), self.identity["sample_shape"]
+        if isinstance(format, Pictures):
+            return 0
+        of_pixels = format.takes == "pixels"
+        shape = (*sizes, channels) if of_pixels else (channels, *sizes)
+        blank = np.zeros(shape, np.uint8 if of_pixels else np.float32)
+        return len(format.encode(Made(0, blank)))
 
 
 @contextlib.contextmanager
@@ -202,7 +219,7 @@ def check_disk(place: Place, needed: float, force: bool) -> None:
     if free is not None and needed > free and not force:
         raise OSError(
             errno.ENOSPC,
-            f"about {needed / 1e9:.3g} GB are to be written and {free / 1e9:.3g} GB are free; "
+            f"about {size(needed)} are to be written and {size(free)} are free; "
             "accepted: fewer images (-n), another place (--out), or --force",
             place.url,
         )

@@ -8,7 +8,9 @@ from typing import overload
 
 import torch
 
-from stepfuse.engine.generate.machine import free_memory, groups, physical_cores
+from stepfuse.engine.generate.machine import free_memory, groups, physical_cores, usable_cores
+
+_MOST_ENCODERS = 8  # processes for one GPU
 
 
 class DeviceMissing(ValueError):
@@ -65,6 +67,17 @@ def choose_crew(
         if peak_bytes and room is not None:
             workers = max(1, min(workers, room // peak_bytes))
     return Crew([Berth(tuple(cpus), threads) for cpus in groups(workers, threads)])
+
+
+def choose_encoders(device: torch.device) -> int:
+    """How many processes encode images for one worker on this device.
+
+    On a CPU none: a picture is encoded in a small part of the time that its network takes, and
+    every core has a worker. On CUDA the cores that fall to one GPU, less the worker's own.
+    """
+    if device.type != "cuda":
+        return 0
+    return max(0, min(_MOST_ENCODERS, usable_cores() // len(_gpus()) - 1))
 
 
 def resolve_device(name: str) -> str:

@@ -11,6 +11,7 @@ from stepfuse.engine.generate.create import chosen, prepared, try_out
 from stepfuse.engine.generate.crew import choose_crew
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.trial import Tried
+from stepfuse.engine.generate.words import many, size
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Estimate:
     def lines(self, price_per_hour: float | None = None) -> list[tuple[str, str]]:
         """Names and values to print."""
         found = [
-            ("images", f"{self.images:,} in {self.shards:,} shards of {self.shard_size:,}"),
+            ("images", f"{self.images:,} in {many(self.shards, 'shard')} of {self.shard_size:,}"),
             ("batch", f"{self.batch_size} images at a time"),
             (
                 "speed",
-                f"{self.images_per_s * self.workers:.3g} images/s: {self.workers} workers, "
+                f"{self.images_per_s * self.workers:.3g} images/s: {many(self.workers, 'worker')}, "
                 f"{self.images_per_s:.3g} each",
             ),
             ("time", f"{self.hours:,.2f} hours"),
-            ("size", f"{self.bytes / 1e9:,.3g} GB"),
+            ("size", size(self.bytes)),
         ]
         if price_per_hour is not None:
             found.append(("price", f"{self.hours * price_per_hour:,.2f}"))

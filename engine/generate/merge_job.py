@@ -14,6 +14,7 @@ from stepfuse.engine.files.writing import check_file
 from stepfuse.engine.generate.formats import Format
 from stepfuse.engine.generate.job import Job
 from stepfuse.engine.generate.merge import merge_npz
+from stepfuse.engine.generate.words import many
 
 _CHANNELS = 3
 _OVERHEAD = 4096  # bytes of headers, at most
@@ -24,7 +25,7 @@ def check_merge(job: Job, out: str | os.PathLike[str], force: bool = False) -> N
     missing = len(job.shards) - sum(job.done())
     if missing:
         raise ValueError(
-            f"{job.place.url} lacks {missing} of {len(job.shards)} shards; "
+            f"{job.place.url} lacks {missing} of {many(len(job.shards), 'shard')}; "
             f"`stepfuse generate {job.place.url}` makes them"
         )
     if job.format.takes != "pixels":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepfuse.engine.generate.encoders import Encoders
 from stepfuse.engine.generate.formats.format import Format
 from stepfuse.engine.generate.made import Made
 
@@ -37,18 +38,19 @@ def write_shard(
     batches: Iterable[list[Made]],
     count: int,
     watch: Callable[[list[Made]], Any] | None = None,
+    encoders: Encoders | None = None,
 ) -> Written:
     """Make the file or folder ``path`` of ``count`` images; ``watch`` sees every list of them.
 
-    Sampling goes on in this thread, encoding and writing in another. Raises what either raises,
-    after both have ended.
+    Sampling goes on in this thread, writing in another, and encoding there too or by ``encoders``.
+    Raises what either raises, after both have ended.
     """
     made, written = _Handover(), Written()
 
     def write() -> None:
         def encoded() -> Iterator[tuple[Made, bytes]]:
-            for image in made:
-                content = format.encode(image)
+            encode = _encoded_by(format) if encoders is None else encoders.encoded
+            for image, content in encode(made):
                 written.checksums.append(zlib.crc32(content))
                 yield image, content
 
@@ -77,6 +79,10 @@ def write_shard(
     if made.failure is not None:
         raise made.failure
     return written
+
+
+def _encoded_by(format: Format) -> Callable[[Iterable[Made]], Iterator[tuple[Made, bytes]]]:
+    return lambda images: ((image, format.encode(image)) for image in images)
 
 
 class _Stopped(Exception):

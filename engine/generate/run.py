@@ -25,6 +25,7 @@ from stepfuse.engine.generate.slices import Slice
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.typed import settle
 from stepfuse.engine.generate.watching import Begun, Watcher
+from stepfuse.engine.generate.words import many, size
 from stepfuse.engine.generate.work import check_machine
 from stepfuse.kernels.checks import check_word
 
@@ -246,8 +247,8 @@ class _Careful:
         free = self.job.place.free()
         if free is not None and record.bytes * self.left > free:
             self.trouble = (
-                f"{self.job.place.url}: {self.left} shards like the first need "
-                f"{record.bytes * self.left / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; "
+                f"{self.job.place.url}: {many(self.left, 'shard')} like the first need "
+                f"{size(record.bytes * self.left)} and {size(free)} are free; "
                 "accepted: more room, or --force"
             )
             self.stop.ask()

@@ -22,6 +22,7 @@ from stepfuse.engine.files.reading import open_regular, reason
 from stepfuse.engine.generate.features import Moments
 from stepfuse.engine.generate.job import Job
 from stepfuse.engine.generate.record import Record
+from stepfuse.engine.generate.words import many
 
 Array = NDArray[np.float64]
 
@@ -63,7 +64,7 @@ def stats(job: Job) -> Stats:
     missing = len(job.shards) - sum(job.done(records_only=True))
     if missing:
         raise ValueError(
-            f"{job.place.url} lacks {missing} of {len(job.shards)} shards; "
+            f"{job.place.url} lacks {missing} of {many(len(job.shards), 'shard')}; "
             f"`stepfuse generate {job.place.url}` makes them"
         )
     n, total, outer = 0, np.zeros(0), np.zeros((0, 0))

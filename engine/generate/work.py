@@ -10,12 +10,13 @@ same bytes, and takes its own place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ import torch
 
 from stepfuse.engine.files.owners import host
 from stepfuse.engine.generate import record as records
+from stepfuse.engine.generate.crew import choose_encoders
+from stepfuse.engine.generate.encoders import Encoders
 from stepfuse.engine.generate.features import Moments
+from stepfuse.engine.generate.formats.format import Format
+from stepfuse.engine.generate.formats.pictures import Pictures
 from stepfuse.engine.generate.job import Job
 from stepfuse.engine.generate.machine import fingerprint
 from stepfuse.engine.generate.made import Made
@@ -35,6 +40,7 @@ from stepfuse.kernels.checks import as_device, as_integer, check_flag
 
 _CHUNK = 1 << 20
 _workers: dict[tuple[str, str], Worker] = {}
+_encoders: dict[tuple[Format, int], Encoders] = {}
 _turn = threading.Lock()
 
 
@@ -53,6 +59,7 @@ def run_shard(
     device: str | torch.device = "cpu",
     allow_other_isa: bool = False,
     made: Callable[[int], Any] | None = None,
+    encoders: int | None = None,
 ) -> Record:
     """Make shard k and say what came of it; a shard that is done is not made again.
 
@@ -65,6 +72,8 @@ def run_shard(
         allow_other_isa: go on where instruction set or versions are not those of the job; the
             images may differ in the last bits then.
         made: called with the number of images that were finished, several times.
+        encoders: processes beside this one that encode pictures, kept for the next call; None for
+            none on a CPU and, on CUDA, for the cores that fall to the GPU.
 
     Raises IndexError for a number that is none, ValueError where the weights, the plan or this
     machine are not those of the job, OSError where nothing can be written, and whatever the network
@@ -75,6 +84,10 @@ def run_shard(
     check_flag("allow_other_isa", allow_other_isa)
     if made is not None:
         check_callable("made", made, "a function of the number of images")
+    if encoders is not None:
+        encoders = as_integer("encoders", encoders)
+        if encoders < 0:
+            raise ValueError(f"encoders must be at least 0; got {encoders}")
     if attempt < 1:
         raise ValueError(f"attempt must be at least 1; got {attempt}")
     device = as_device("device", device)
@@ -96,7 +109,9 @@ def run_shard(
                 made(len(batch))
 
         with job.place.staged(job.shard_name(k)) as path:
-            written = write_shard(job.format, path, worker.images(rows, first, count), count, watch)
+            images = worker.images(rows, first, count)
+            with _encoding(job, device, encoders) as helpers:
+                written = write_shard(job.format, path, images, count, watch, helpers)
             size, sha256 = measured(path)
     if moments is not None:
         job.place.write(moments.name(k), moments.content())
@@ -142,10 +157,35 @@ def worker_of(job: Job, device: torch.device, allow_other_isa: bool = False) -> 
     return _workers[key]
 
 
+@contextlib.contextmanager
+def _encoding(job: Job, device: torch.device, count: int | None) -> Iterator[Encoders | None]:
+    """The processes that encode for a job, kept as long as nothing goes wrong with them."""
+    if count is None:
+        count = choose_encoders(device)
+    if count == 0 or not isinstance(job.format, Pictures):  # other formats only copy
+        yield None
+        return
+    key = job.format, count
+    if key not in _encoders:
+        _end_encoders()
+        _encoders[key] = Encoders(*key)
+    try:
+        yield _encoders[key]
+    except BaseException:
+        _end_encoders()
+        raise
+
+
+def _end_encoders() -> None:
+    while _encoders:
+        _encoders.popitem()[1].end()
+
+
 def forget() -> None:
-    """Free the network that `run_shard` keeps in this process."""
+    """Free the network that `run_shard` keeps in this process, and let its encoders end."""
     with _turn:
         _workers.clear()
+        _end_encoders()
 
 
 def check_machine(job: Job, allow_other_isa: bool = False) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-from stepfuse.engine.generate.child import Order
 from stepfuse.engine.generate.crew import Crew
 from stepfuse.engine.generate.engines.foreman import GRACE, TICK, Foreman, Hand
 from stepfuse.engine.generate.engines.start import Child, paths
 from stepfuse.engine.generate.job import Job
+from stepfuse.engine.generate.order import Order
 from stepfuse.engine.generate.stopping import Stop
 from stepfuse.engine.generate.watching import Watcher
 

@@ -11,7 +11,7 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-from stepfuse.engine.generate.child import DROP, Order
+from stepfuse.engine.generate.order import DROP, Order
 
 _WAIT = 10.0  # seconds for a child to end by itself
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from stepfuse.engine.generate import shards
 from stepfuse.engine.generate.reports.meter import Reading
 from stepfuse.engine.generate.watching import Begun
+from stepfuse.engine.generate.words import many
 
 NAMED = 8  # more workers than these are summarised
 _LONGEST = 500  # characters of an error
@@ -35,9 +36,9 @@ def conclusion(reading: Reading, width: int | None = None) -> str:
 def beginning(begun: Begun) -> str:
     """What a run is about to do."""
     return (
-        f"{plain(begun.url)}: {begun.images_done:,} of {_many(begun.images, 'image')} done, "
-        f"{begun.shards_asked:,} of {_many(begun.shards, 'shard')} to be made by "
-        f"{_many(begun.workers, 'worker')} of {_many(begun.threads, 'thread')}"
+        f"{plain(begun.url)}: {begun.images_done:,} of {many(begun.images, 'image')} done, "
+        f"{begun.shards_asked:,} of {many(begun.shards, 'shard')} to be made by "
+        f"{many(begun.workers, 'worker')} of {many(begun.threads, 'thread')}"
     )
 
 
@@ -106,7 +107,3 @@ def _summary(reading: Reading) -> str | None:
     who = f"{len(rates):,} of {everybody:,}" if len(rates) < everybody else f"{everybody:,}"
     spread = f" {per_second(min(rates))} .. {per_second(max(rates))}" if rates else ""
     return f" ({who} workers{spread})"
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

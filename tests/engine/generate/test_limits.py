@@ -65,6 +65,20 @@ def test_a_disk_that_will_not_do_is_noticed_after_the_first_shard(
     assert sf.generate(out=job.place.url, workers=1, force=True).status == 0
 
 
+@pytest.mark.parametrize(("format", "bytes_each"), [("npz", 3 * 64), ("npy", 4 * 64)])
+def test_arrays_that_will_not_fit_are_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, bytes_each: int
+) -> None:
+    """How large they are is known without a trial; 8x8 pixels in three colours, or as floats."""
+    monkeypatch.setattr(
+        "stepfuse.engine.generate.place.LocalPlace.free", lambda self: 100 * bytes_each
+    )
+    with pytest.raises(OSError, match="are to be written"):
+        case.new_job(tmp_path / "run", 101, format=format)
+    assert not (tmp_path / "run").exists()
+    assert case.new_job(tmp_path / "run", 100, format=format).n == 100
+
+
 def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
     """Acceptance 12: at shard 50 a worker holds no more than 20 MB beyond what it held at 5."""
     job = case.new_job(tmp_path / "run", 51 * 64, shard_size=64)
