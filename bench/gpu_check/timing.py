@@ -110,8 +110,8 @@ def captured(context: Context, run: Call, warm_up: int = WARM_UP) -> Call:
     """``run`` as a CUDA graph: the call that replays it. On the stand-in, ``run`` itself.
 
     It is warmed up on the stream of the capture, the last time with every wait for the device an
-    error, since a capture that fails halfway leaves the process unusable for others. Whatever the
-    work reads must be kept by the caller as long as the replays are. Raises what ``run`` raises.
+    error. After a capture that fails the stream and the allocator are what they were, so that
+    others can be tried. Raises what ``run`` raises.
     """
     if context.stands_in:
         for _ in range(warm_up):
@@ -129,12 +129,31 @@ def captured(context: Context, run: Call, warm_up: int = WARM_UP) -> Call:
                 run()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
+            context.synchronize()
+            graph = _capture(run)
         torch.cuda.current_stream().wait_stream(stream)
-        context.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run()
     return functools.partial(_replay, graph, run)
+
+
+def _capture(run: Call) -> Any:
+    """The graph of ``run`` on the current stream; on failure its pool is given back."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    done = False
+    try:
+        with undisturbed():  # what is collected inside could free memory, which is refused
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        done = True
+    finally:
+        if not done:
+            native: Any = torch._C
+            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(Exception):  # it may have been given back already
+                    getattr(native, give_back)(torch.cuda.current_device(), pool)
+    return graph
 
 
 def _replay(graph: Any, run: Call) -> None:

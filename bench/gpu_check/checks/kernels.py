@@ -229,6 +229,6 @@ CHECK = Check(
     "speed",
     75.0,
     run,
-    "Every kernel in a CUDA graph of many launches over buffers larger than the cache: GB/s as a "
-    "share of a copy, against PyTorch's operators and torch.compile, and the host's cost of a call.",
+    "Every kernel in a CUDA graph of many launches over buffers larger than the cache, in GB/s and "
+    "shares of a copy, against PyTorch's operators and torch.compile; the host's cost of a call.",
 )
