@@ -1,8 +1,7 @@
-"""Work in a process of its own that may be ended: candidates that compile for as long as they like.
+"""Work in a process of its own that may be ended: what takes as long as it likes.
 
-The child is ``python -m stepfuse.bench.gpu_check.network_child JOB`` in a process group of its own,
-with the processes that it starts. It writes its facts to a file as it goes, so that those of one
-that is ended are known up to there.
+The child has a process group of its own, which is killed with whatever it started. One that is
+asked writes its facts to a file as it goes, so that those of one that is ended are known.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +22,48 @@ LINES = 12  # of what a failed child wrote last
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
+def run(command: Sequence[str], cap_s: float) -> tuple[int | None, str]:
+    """(exit status, what it wrote to both its outputs); None for one that was killed.
+
+    It is killed after ``cap_s`` seconds, and with this process.
+    """
+    with tempfile.TemporaryFile() as written:
+        child = subprocess.Popen(
+            [sys.executable, "-m", __name__, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=written,
+            stderr=written,
+            start_new_session=True,
+        )
+        status: int | None = None
+        try:
+            status = child.wait(cap_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        written.seek(0)
+        return status, written.read().decode("utf-8", "replace")
+
+
 def ask(module: str, job: dict[str, Any], cap_s: float) -> dict[str, Any]:
     """The facts and what was wrong, by `answer` in ``module``; ``ended`` says how it ended.
 
-    It is killed, with whatever it started, after ``cap_s`` seconds.
+    ``module`` is run with the job in JSON, which has the path to answer to.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path, text = Path(folder, "facts.json"), Path(folder, "stderr")
-        with text.open("wb") as stderr:
-            child = subprocess.Popen(
-                [sys.executable, "-m", module, json.dumps({**job, "path": str(path)})],
-                stdout=stderr,
-                stderr=stderr,
-                start_new_session=True,
-            )
-            try:
-                ended = f"exit status {child.wait(cap_s)}"
-            except subprocess.TimeoutExpired:
-                ended = f"killed after {cap_s:.0f} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        found = {"facts": {}, "wrong": []}
+        path = Path(folder, "facts.json")
+        text = json.dumps({**job, "path": str(path)})
+        status, written = run([sys.executable, "-m", module, text], cap_s)
+        found: dict[str, Any] = {"facts": {}, "wrong": []}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-        found["ended"] = ended
-        if ended != "exit status 0":
-            lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
-            found["last_lines"] = lines[-LINES:]
-        return found
+    found["ended"] = f"killed after {cap_s:.0f} s" if status is None else f"exit status {status}"
+    if status != 0:
+        found["last_lines"] = written.splitlines()[-LINES:]
+    return found
 
 
 def answer(path: str, facts: dict[str, Any], wrong: list[str]) -> None:
@@ -62,7 +74,12 @@ def answer(path: str, facts: dict[str, Any], wrong: list[str]) -> None:
     part.replace(whole)
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, which no group of theirs would."""
+def main(command: Sequence[str]) -> None:
+    """Become ``command``, which the kernel kills when the parent ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

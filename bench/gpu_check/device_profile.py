@@ -22,13 +22,14 @@ CALLS, TOP, LETTERS = 3, 15, 110
 OUR_KERNELS = frozenset(
     ("_apply", "_statistics", "_kernel", "_fill", "_sums", "_finish", "_dx", "_parameters")
 )
-# the first kind of which a word stands in the name, in small letters
+ATTENTION = ("flash", "fmha", "attention", "sdpa")
+CONVOLUTION = ("fprop", "implicit_gemm", "implicit_convolve", "winograd", "::_conv")
+# after those two, the first kind of which a word stands in the name, in small letters
 KINDS = (
-    ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("norm", ("layernorm", "layer_norm", "groupnorm", "group_norm", "rowwise", "fusedparam")),
     ("layout", ("memcpy", "memset", "catarray", "nchw", "nhwc", "transpose", "copy", "convert")),
     ("layout", ("aten::cat", "aten::clone", "aten::contiguous")),
-    ("conv", ("conv", "fprop", "winograd", "dgrad")),
+    ("conv", ("conv", "dgrad")),
     ("gemm", ("gemm", "nvjet", "splitk", "cutlass", "cublas", "linear", "addmm", "::mm", "bmm")),
     ("pointwise", ("elementwise", "vectorized", "reduce", "triton_", "gelu", "silu")),
     ("pointwise", ("aten::add", "aten::mul")),
@@ -38,15 +39,14 @@ KINDS = (
 def kind_of(kernel: str) -> str:
     """The kind of a kernel or operator, by its name.
 
-    cuDNN names the layout of the images in its convolutions: they are no turned layouts.
+    cuDNN names the layout of the images in its convolutions: they turn no layouts.
     """
     if kernel.partition("(")[0] in OUR_KERNELS or kernel.startswith("stepfuse::"):
         return "ours"
     name = kernel.lower()
-    if any(
-        word in name
-        for word in ("fprop", "implicit_gemm", "implicit_convolve", "winograd", "::_conv")
-    ):
+    if any(word in name for word in ATTENTION):
+        return "attention"
+    if any(word in name for word in CONVOLUTION):
         return "conv"
     return next((kind for kind, words in KINDS if any(w in name for w in words)), "other")
 

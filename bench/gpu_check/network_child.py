@@ -37,5 +37,4 @@ def main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    capped.end_with_parent()
     main(json.loads(sys.argv[1]))
