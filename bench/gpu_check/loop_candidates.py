@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.bench.gpu_check.network_candidates import makes_graphs
+from stepfuse.bench.gpu_check.network_candidates import without_graph
 from stepfuse.engine.compile.optimize import Optimized, optimize
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
@@ -127,6 +127,6 @@ class Subject:
             dtype = next(self.model.parameters()).dtype
             time = torch.full((batch,), self.timesteps[0], device=self.device)
             example = (self.x_T(batch).to(dtype), time, self.condition(batch))
-            more: dict[str, Any] = {"graph": None} if makes_graphs() else {}
-            self.own = optimize(copy.deepcopy(self.model), example, self.lower, **more)
+            model = copy.deepcopy(self.model)
+            self.own = optimize(model, example, self.lower, **without_graph())
         return self.own

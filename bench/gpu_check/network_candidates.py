@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +25,19 @@ SIDE, TINY_SIDE = 64, 8
 
 @dataclass
 class Workload:
-    """The network and its inputs, on one device, in one dtype and batch size."""
+    """The network and its inputs, on one device, in one dtype and batch size.
+
+    Attributes:
+        own: the network compiled by us without a graph, made when it is first asked for; what is
+            captured and what is not share it.
+    """
 
     context: Context
     model: SDUNet
     x: Tensor
     t: Tensor
     text: Tensor
+    own: Optimized | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, context: Context, batch: int, dtype: torch.dtype) -> Workload:
@@ -86,13 +92,17 @@ class Workload:
         return lambda: model(x, self.t, self.text)
 
     def _ours(self, by_default: bool) -> Evaluate:
-        """`optimize`, with whatever graph it makes by itself, or, where it can be told so, none."""
-        fast = self.optimized(by_default)
+        """`optimize` without a graph of its own; by default, with what it makes by itself."""
+        fast = self._optimize() if by_default else self.optimized()
         return lambda: fast(self.x, self.t, encoder_hidden_states=self.text)
 
-    def optimized(self, by_default: bool = True) -> Optimized:
-        """The network compiled by us."""
-        more: dict[str, Any] = {"graph": None} if makes_graphs() and not by_default else {}
+    def optimized(self) -> Optimized:
+        """`own`."""
+        if self.own is None:
+            self.own = self._optimize(**without_graph())
+        return self.own
+
+    def _optimize(self, **more: Any) -> Optimized:
         example = (self.x, self.t, {"encoder_hidden_states": self.text})
         timesteps = [int(self.t[0])]
         return optimize(copy.deepcopy(self.model), example, timesteps=timesteps, **more)
@@ -121,3 +131,8 @@ class Workload:
 def makes_graphs() -> bool:
     """Whether `optimize` captures by itself."""
     return "graph" in inspect.signature(optimize).parameters
+
+
+def without_graph() -> dict[str, Any]:
+    """What tells `optimize` to capture nothing, where it would."""
+    return {"graph": None} if makes_graphs() else {}

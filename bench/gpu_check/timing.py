@@ -130,6 +130,7 @@ def captured(context: Context, run: Call, warm_up: int = WARM_UP) -> Call:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
             context.synchronize()
+            torch.cuda.empty_cache()  # the graph's memory is its own
             graph = _capture(run)
         torch.cuda.current_stream().wait_stream(stream)
     return functools.partial(_replay, graph, run)

@@ -87,6 +87,24 @@ def test_the_network_is_compiled_on_cuda_in_half_precision() -> None:
     assert not {"aten::native_group_norm", "aten::group_norm"} & set(names.seen)
 
 
+@torch.no_grad()
+def test_the_network_and_the_native_operators_compile_without_a_break() -> None:
+    """By PyTorch's own tracer; its compiler is left out."""
+    model = sd_unet.build(sd_unet.TINY, CPU, torch.float32)
+    inputs = sd_unet.inputs(sd_unet.TINY, 2, 8, CPU, torch.float32)
+    fast = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(fast(*inputs), model(*inputs))
+    for case in kernel_cases.cases(CPU):
+        if case.dtype == "fp16" and case.shape[0] == 2:
+            torch.compiler.reset()
+            fast_case = torch.compile(case.native, backend="eager", fullgraph=True, dynamic=False)
+            buffers = case.make()
+            if case.drawn:
+                assert fast_case(buffers).shape == case.native(buffers).shape
+            else:
+                torch.testing.assert_close(fast_case(buffers), case.native(buffers))
+
+
 def test_kernels(context: Context) -> None:
     kernels.CHECK.run(context)
     assert context.wrong == []

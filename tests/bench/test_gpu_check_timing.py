@@ -115,6 +115,7 @@ class Device:
             "current_stream": lambda: default,
             "current_device": lambda: 0,
             "synchronize": lambda chosen=None: device.log.append("synchronize"),
+            "empty_cache": lambda: device.log.append("empty_cache"),
             "graph_pool_handle": lambda: (0, 1),
             "get_sync_debug_mode": lambda: device.mode,
             "set_sync_debug_mode": self._set,

@@ -6,7 +6,6 @@ import functools
 import os
 import statistics
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
 
@@ -32,7 +31,7 @@ from stepfuse.bench.gpu_check.timing import (
 LAUNCHES, MOST_LAUNCHES = 100, 512  # of a graph: more where the buffers have to exceed the cache
 ROUNDS, SECONDS = 9, 1.0
 COPIED = 256 << 20  # bytes of the large copy
-WORKERS = 14
+WORKERS, AHEAD_S = 14, 35.0  # processes that compile ahead, and the seconds they have at most
 LEAST_S = 12.0  # seconds that must be left for another case
 HOST_CALLS, HOST_ROUNDS = 200, 7
 EXPECTED_HOST_US = {"denoise_step": 43, "group_norm_silu split": 101}  # by simulation
@@ -42,7 +41,7 @@ def run(context: Context) -> None:
     """Host costs, then the cases in the order of their weight until time is short."""
     clock = Clock(context)
     _note_large_copy(context, clock)
-    _note_host_costs(context)
+    _note_host_costs(context, clock)
     cases = list(kernel_cases.cases(context.device))
     if not context.stands_in:
         _compile_all(context, [case.name for case in cases])
@@ -61,7 +60,7 @@ def _measured(context: Context, clock: Clock, case: KernelCase) -> dict[str, Any
     """Verified and timed: microseconds of a launch, GB/s of the bytes it has to move."""
     runs: dict[str, Run] = {"ours": case.ours, "native": case.native}
     if context.sized(True, False):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         runs["compile"] = torch.compile(case.native, dynamic=False)
     facts: dict[str, Any] = {}
     able: dict[str, Run] = {}
@@ -152,7 +151,7 @@ def _note_large_copy(context: Context, clock: Clock) -> None:
     context.note("large copy GB/s", found)
 
 
-def _note_host_costs(context: Context) -> None:
+def _note_host_costs(context: Context, clock: Clock) -> None:
     """Microseconds until an un-captured call returns: launches are waited for outside."""
     dtype = context.sized("fp16", "fp32")
     images = context.sized(kernel_cases.IMAGES, kernel_cases.TINY_IMAGES)
@@ -166,7 +165,7 @@ def _note_host_costs(context: Context) -> None:
         inputs = case.make()
         for who, candidate in (("ours", case.ours), ("native", case.native)):
             call = functools.partial(candidate, inputs)
-            measure = functools.partial(_host_us, context, call)
+            measure = functools.partial(_host_us, context, clock, call)
             found = attempt(context, f"host us {name} {who}", measure)
             if found is not None:
                 facts.setdefault(name, {})[who] = found
@@ -174,9 +173,8 @@ def _note_host_costs(context: Context) -> None:
     context.note("host us of an un-captured call", facts)
 
 
-def _host_us(context: Context, call: Call) -> float:
+def _host_us(context: Context, clock: Clock, call: Call) -> float:
     count = context.sized(HOST_CALLS, 3)
-    clock = Clock(context)
 
     def block() -> None:
         with torch.no_grad():
@@ -193,17 +191,15 @@ def _compile_all(context: Context, names: list[str]) -> None:
     """Fill the compilers' caches on disk from several processes, each on a part of the cases."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read where Inductor is first imported
     workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1))
-    parts = [names[first::workers] for first in range(workers)]
+    jobs = [(str(context.device), names[first::workers]) for first in range(workers)]
     failed: list[str] = []
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        jobs = [pool.submit(compile_cases, str(context.device), part) for part in parts if part]
-        for job in as_completed(jobs, timeout=max(1.0, context.seconds_left / 2)):
-            failed += job.result()
+        # on leaving, workers that still compile are ended
+        with get_context("spawn").Pool(workers) as pool:
+            for found in pool.starmap_async(compile_cases, jobs, chunksize=1).get(AHEAD_S):
+                failed += found
     except Exception as error:  # the cases compile for themselves then
         failed.append(described(error))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     elapsed = context.limit_s - context.seconds_left
     context.note("compiled ahead", {"processes": workers, "s": rounded(elapsed), "failed": failed})
 
@@ -217,7 +213,7 @@ def compile_cases(device: str, names: list[str]) -> list[str]:
             try:
                 inputs = case.make()
                 case.ours(inputs)
-                torch._dynamo.reset()
+                torch.compiler.reset()
                 torch.compile(case.native, dynamic=False)(inputs)
             except Exception as error:  # told where the case is measured, too
                 failed.append(f"{case.name}: {described(error)}")

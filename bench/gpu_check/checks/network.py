@@ -39,8 +39,8 @@ def run(context: Context) -> None:
         parameters = sum(p.numel() for p in work.model.parameters())
         context.note("network", {"parameters": parameters, "x": list(work.x.shape)})
         _at_home(context, work, names)
-        _at_home(context, work.of_batch(second), names)
         _passes(context, work)
+        _at_home(context, work.of_batch(second), names)
         _child(context, "compile reduce-overhead", dtype, [first, second])
         _child(context, "cudnn.benchmark", dtype, [first])
         if context.seconds_left > CAP_S["compile max-autotune"] + BFLOAT16_S:
@@ -70,6 +70,7 @@ def _at_home(context: Context, work: Workload, names: list[str]) -> None:
 def _passes(context: Context, work: Workload) -> None:
     """Which passes matched, and that the network was traced at all."""
     text = attempt(context, "passes", lambda: work.optimized().explain())
+    work.own = None
     if text is not None:
         context.note("passes", text.splitlines())
         context.expect("remove_no_ops" in text, f"the network was not traced: {text}")
