@@ -52,7 +52,7 @@ def kind_of(kernel: str) -> str:
 
 
 def breakdown(context: Context, call: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds of a call by kind, and its longest kernels."""
+    """Of a call: milliseconds and kernels "by kind", and its "longest" kernels."""
     activities = [context.sized(ProfilerActivity.CUDA, ProfilerActivity.CPU)]
     call()
     context.synchronize()
@@ -70,20 +70,19 @@ def summary(kernels: Sequence[tuple[str, float, int]]) -> dict[str, Any]:
     for name, us, count in kernels:
         kinds[kind_of(name)] += us / 1e3 / CALLS
         counts[kind_of(name)] += count
+    kinds["all"], counts["all"] = sum(kinds.values()), sum(counts.values())
     longest = sorted(kernels, key=lambda kernel: -kernel[1])[:TOP]
     return {
-        "sum_ms": rounded(sum(kinds.values())),
-        "kernels": sum(counts.values()) // CALLS,
-        "by_kind": {
+        "by kind": {
             kind: {"ms": rounded(ms), "kernels": counts[kind] // CALLS}
             for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])
         },
         "longest": [
             {
-                "kernel": name[:LETTERS],
-                "kind": kind_of(name),
                 "ms": rounded(us / 1e3 / CALLS),
                 "count": count // CALLS,
+                "kind": kind_of(name),
+                "kernel": name[:LETTERS],
             }
             for name, us, count in longest
         ],

@@ -110,13 +110,13 @@ def test_kernels(context: Context) -> None:
     assert context.wrong == []
     cases = [case.name for case in kernel_cases.cases(CPU)]
     assert len(set(cases)) == len(cases)
-    for name in cases:
-        facts = context.facts[name]
+    assert list(context.facts["kernels"]) == cases
+    for name, row in context.facts["kernels"].items():
         for who in ("ours", "native"):
-            assert facts[who]["GB/s"] > 0, (name, who)
-            assert facts[who]["of_copy"] > 0
-        assert facts["ours"]["error"] <= kernel_cases.TOLERANCE["bf16"]
-        assert facts["native_over_ours"] > 0
+            assert row[f"{who} GB/s"] > 0, (name, who)
+            assert row[f"{who} of copy"] > 0
+        assert row["ours error"] <= kernel_cases.TOLERANCE["bf16"]
+        assert row["native / ours"] > 0
     costs = context.facts["host us of an un-captured call"]
     assert {"denoise_step", "group_norm_silu split"} <= set(costs)
     assert all(costs[name]["ours"] > 0 and costs[name]["native"] > 0 for name in costs)
@@ -141,16 +141,18 @@ def test_a_kernel_that_fails_is_named_and_not_timed(
     assert len(context.wrong) == 1
     assert bad.name in context.wrong[0]
     assert what in context.wrong[0]
-    assert "us" not in context.facts[bad.name]["ours"]
-    assert context.facts[bad.name]["native"]["us"] > 0
-    assert all(context.facts[case.name]["ours"]["us"] > 0 for case in good)
+    rows = context.facts["kernels"]
+    assert "ours us" not in rows[bad.name]
+    assert rows[bad.name]["native us"] > 0
+    assert all(rows[case.name]["ours us"] > 0 for case in good)
 
 
 def test_kernels_stop_where_time_is_short(context: Context) -> None:
     context.limit_s = 0.0
     kernels.CHECK.run(context)
-    notes = [context.facts[case.name] for case in kernel_cases.cases(CPU)]
-    assert set(notes) == {"left out: no time was left"}
+    names = [case.name for case in kernel_cases.cases(CPU)]
+    assert context.facts["left out, no time was left"] == names
+    assert "kernels" not in context.facts
 
 
 def test_a_worker_compiles_the_cases_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,8 @@ def test_network(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ask(module: str, job: dict[str, Any], cap_s: float) -> dict[str, Any]:
         asked.append({**job, "cap_s": cap_s})
-        return {"facts": {}, "wrong": [f"wrong in {job['names'][-1]}"], "ended": "exit status 0"}
+        facts = {"batch 1": {"compile": {"device_ms": 1.0}}}
+        return {"facts": facts, "wrong": [f"wrong in {job['names'][-1]}"], "ended": "exit status 0"}
 
     monkeypatch.setattr(capped, "ask", ask)
     network.CHECK.run(context)
@@ -188,9 +191,11 @@ def test_network(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
             assert facts[name]["error"] < FLOAT32
             assert min(facts[name][f"{kind}_ms"] for kind in ("device", "host", "wall")) > 0
         assert facts["ours graph"][f"times {BASE}"] > 0
-        kinds = context.facts[f"fp32 batch {batch}: kernels of ours graph"]["by_kind"]
-        assert {"conv", "gemm", "attention", "ours"} <= set(kinds)
-    assert any("fuse_group_norm_silu" in line for line in context.facts["passes"])
+        title = f"fp32 batch {batch}: ours graph, kernels"
+        assert {"conv", "gemm", "attention", "ours"} <= set(context.facts[f"{title} by kind"])
+        assert context.facts[f"{title} longest"][0]["ms"] > 0
+    assert context.facts["passes"]["fuse_group_norm_silu"].startswith("21 of 21")
+    assert context.facts["compile reduce-overhead: batch 1"] == {"compile": {"device_ms": 1.0}}
     assert context.facts["bf16 batch 1"]["ours"]["error"] > FLOAT32
 
 
@@ -287,7 +292,8 @@ def test_kinds_of_kernels(kernel: str, kind: str) -> None:
 
 def test_a_breakdown_is_of_one_call() -> None:
     found = summary([("_apply", 600.0, 2 * CALLS), ("gemm_a", 900.0, CALLS), ("gemm_b", 300.0, 3)])
-    assert found["sum_ms"] == pytest.approx(1.8 / CALLS)
-    assert found["by_kind"]["gemm"] == {"ms": pytest.approx(1.2 / CALLS), "kernels": 2}
+    kinds = found["by kind"]
+    assert kinds["all"] == {"ms": pytest.approx(1.8 / CALLS), "kernels": 4}
+    assert kinds["gemm"] == {"ms": pytest.approx(1.2 / CALLS), "kernels": 2}
     assert [kernel["kernel"] for kernel in found["longest"]] == ["gemm_a", "_apply", "gemm_b"]
     assert found["longest"][1]["count"] == 2

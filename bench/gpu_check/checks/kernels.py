@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
+import time
 from collections.abc import Mapping
 from multiprocessing import get_context
 from typing import Any
@@ -45,39 +46,27 @@ def run(context: Context) -> None:
     cases = list(kernel_cases.cases(context.device))
     if not context.stands_in:
         _compile_all(context, [case.name for case in cases])
-    for case in cases:
+    rows: dict[str, dict[str, Any]] = {}
+    for number, case in enumerate(cases):
         if context.seconds_left < LEAST_S:
-            context.note(case.name, "left out: no time was left")
-            continue
+            context.note("left out, no time was left", [case.name for case in cases[number:]])
+            break
         try:
-            context.note(case.name, _measured(context, clock, case))
+            rows[case.name] = _measured(context, clock, case)
         except Exception as error:  # of whatever candidate: the others are still to be seen
-            context.note(case.name, f"failed: {described(error)}")
+            rows[case.name] = {"failed": described(error)}
             context.expect(False, f"{case.name}: {described(error)}")
+        context.note("kernels", rows)
 
 
 def _measured(context: Context, clock: Clock, case: KernelCase) -> dict[str, Any]:
-    """Verified and timed: microseconds of a launch, GB/s of the bytes it has to move."""
+    """Verified and timed: microseconds of a launch, and GB/s of the bytes it has to move."""
     runs: dict[str, Run] = {"ours": case.ours, "native": case.native}
-    if context.sized(True, False):
+    if not context.stands_in:
         torch.compiler.reset()
         runs["compile"] = torch.compile(case.native, dynamic=False)
-    facts: dict[str, Any] = {}
-    able: dict[str, Run] = {}
-    first = case.make()
-    for name, candidate in runs.items():
-        try:
-            with torch.no_grad():
-                error = _error(case, name, candidate(first), first)
-        except Exception as raised:  # one of them; the others go on
-            facts[name] = {"failed": described(raised)}
-            context.expect(name != "ours", f"{case.name}: ours: {described(raised)}")
-            continue
-        facts[name] = {"error": error}
-        right = error is not None and error <= kernel_cases.TOLERANCE[case.dtype]
-        text = f"{case.name}: {name} is off by {error}"
-        if context.expect(right or name != "ours", text) and right:
-            able[name] = candidate
+    row: dict[str, Any] = {}
+    able = {name: run for name, run in runs.items() if _is_right(context, case, name, run, row)}
     sets = max(2, min(MOST_LAUNCHES, -(-2 * cache_bytes(context) // case.nbytes)))
     sets = context.sized(sets, 2)
     count = max(sets, context.sized(LAUNCHES, 3))
@@ -88,15 +77,39 @@ def _measured(context: Context, clock: Clock, case: KernelCase) -> dict[str, Any
         try:
             graphs[name] = captured(context, launches)
         except Exception as raised:
-            facts[name]["failed"] = described(raised)
+            row[f"{name} failed"] = described(raised)
+            context.expect(name != "ours", f"{case.name}: ours: {described(raised)}")
     times = clock.alternate(graphs, context.sized(ROUNDS, 2), SECONDS, device_only=True)
-    copy = times["copy"]
     for name, found in times.items():
-        facts.setdefault(name, {}).update(_rates(found, case.nbytes, count))
-        if name != "copy":
-            facts[name]["of_copy"] = ratio(copy, found)
-    facts |= {f"{name}_over_ours": _over(times, name) for name in ("native", "compile")}
-    return facts | {"launches": count, "buffers": sets}
+        if found.failed or not found.device:
+            row[f"{name} failed"] = found.failed
+            continue
+        seconds = statistics.median(found.device) / count
+        row[f"{name} us"] = rounded(1e6 * seconds)
+        row[f"{name} GB/s"] = rounded(case.nbytes / seconds / 1e9)
+    for name in able:
+        row[f"{name} of copy"] = _ratio(times, "copy", name)
+    for name in ("native", "compile"):
+        row[f"{name} / ours"] = _ratio(times, name, "ours")
+    return row | {"launches": count, "buffers": sets}
+
+
+def _is_right(
+    context: Context, case: KernelCase, name: str, candidate: Run, row: dict[str, Any]
+) -> bool:
+    """Whether a candidate gives what it should; how far off it is goes into the row."""
+    inputs = case.make()
+    try:
+        with torch.no_grad():
+            error = _error(case, name, candidate(inputs), inputs)
+    except Exception as raised:  # one of them; the others go on
+        row[f"{name} failed"] = described(raised)
+        context.expect(name != "ours", f"{case.name}: ours: {described(raised)}")
+        return False
+    row[f"{name} error"] = error
+    right = error is not None and error <= kernel_cases.TOLERANCE[case.dtype]
+    context.expect(right or name != "ours", f"{case.name}: ours is off by {error}")
+    return right
 
 
 def _launches(candidate: Run, buffers: list[Inputs], count: int) -> list[Any]:
@@ -130,15 +143,8 @@ def _error(case: KernelCase, name: str, got: Any, inputs: Inputs) -> float | Non
     return rounded(error) if error == error else None
 
 
-def _rates(times: Times, nbytes: int, count: int) -> dict[str, Any]:
-    if times.failed or not times.device:
-        return {"failed": times.failed}
-    seconds = statistics.median(times.device) / count
-    return {"us": rounded(1e6 * seconds), "GB/s": rounded(nbytes / seconds / 1e9)}
-
-
-def _over(times: Mapping[str, Times], name: str) -> float | None:
-    return ratio(times[name], times["ours"]) if {name, "ours"} <= times.keys() else None
+def _ratio(times: Mapping[str, Times], slower: str, faster: str) -> float | None:
+    return ratio(times[slower], times[faster]) if {slower, faster} <= times.keys() else None
 
 
 def _note_large_copy(context: Context, clock: Clock) -> None:
@@ -147,8 +153,8 @@ def _note_large_copy(context: Context, clock: Clock) -> None:
     out = torch.empty_like(source)
     ways = {"neg": lambda: torch.neg(source, out=out), "copy_": lambda: out.copy_(source)}
     times = clock.alternate(ways, context.sized(ROUNDS, 2), SECONDS, device_only=True)
-    found = {name: _rates(t, 2 * size, 1).get("GB/s") for name, t in times.items()}
-    context.note("large copy GB/s", found)
+    found = {name: 2 * size / statistics.median(t.device) for name, t in times.items() if t.device}
+    context.note("large copy GB/s", {name: rounded(speed / 1e9) for name, speed in found.items()})
 
 
 def _note_host_costs(context: Context, clock: Clock) -> None:
@@ -191,6 +197,7 @@ def _compile_all(context: Context, names: list[str]) -> None:
     """Fill the compilers' caches on disk from several processes, each on a part of the cases."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read where Inductor is first imported
     workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1))
+    started = time.perf_counter()
     jobs = [(str(context.device), names[first::workers]) for first in range(workers)]
     failed: list[str] = []
     try:
@@ -200,8 +207,8 @@ def _compile_all(context: Context, names: list[str]) -> None:
                 failed += found
     except Exception as error:  # the cases compile for themselves then
         failed.append(described(error))
-    elapsed = context.limit_s - context.seconds_left
-    context.note("compiled ahead", {"processes": workers, "s": rounded(elapsed), "failed": failed})
+    seconds = rounded(time.perf_counter() - started)
+    context.note("compiled ahead", {"processes": workers, "s": seconds, "failed": failed})
 
 
 def compile_cases(device: str, names: list[str]) -> list[str]:

@@ -59,10 +59,10 @@ def _at_home(context: Context, work: Workload, names: list[str]) -> None:
     ours = OURS[0] if OURS[0] in able else OURS[1]
     for name in (ours, "eager NHWC"):
         if name in able:
-            fact = f"{title}: kernels of {name}"
-            found = attempt(context, fact, functools.partial(breakdown, context, able[name]))
-            if found is not None:
-                context.note(fact, found)
+            profiled = functools.partial(breakdown, context, able[name])
+            found = attempt(context, f"{title}: {name}, kernels", profiled)
+            for what, table in (found or {}).items():
+                context.note(f"{title}: {name}, kernels {what}", table)
     able.clear()
     _free(context)
 
@@ -72,7 +72,8 @@ def _passes(context: Context, work: Workload) -> None:
     text = attempt(context, "passes", lambda: work.optimized().explain())
     work.own = None
     if text is not None:
-        context.note("passes", text.splitlines())
+        parts = [line.split(maxsplit=1) for line in text.splitlines() if line]
+        context.note("passes", {name: " ".join(rest) for name, *rest in parts})
         context.expect("remove_no_ops" in text, f"the network was not traced: {text}")
     _free(context)
 
@@ -94,10 +95,13 @@ def _child(context: Context, name: str, dtype: torch.dtype, batches: list[int]) 
     }
     before = context.seconds_left
     found = attempt(context, name, lambda: capped.ask(CHILD, job, cap_s))
-    if found is not None:
-        for wrong in found.pop("wrong"):
-            context.expect(False, f"{name}: {wrong}")
-        context.note(name, {**found, "s": rounded(before - context.seconds_left)})
+    if found is None:
+        return
+    for wrong in found.pop("wrong"):
+        context.expect(False, f"{name}: {wrong}")
+    for title, facts in found.pop("facts").items():
+        context.note(f"{name}: {title}", facts)
+    context.note(name, {**found, "s": rounded(before - context.seconds_left)})
 
 
 def _short(dtype: torch.dtype) -> str:
