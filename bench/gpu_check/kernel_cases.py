@@ -157,7 +157,7 @@ def backward(device: torch.device, shape: tuple[int, ...], dtype: str) -> Kernel
 def noising(device: torch.device, shape: tuple[int, ...], dtype: str, drawn: bool) -> KernelCase:
     """x_t of x_0 and noise, given or drawn inside."""
     kind, count = DTYPES[dtype], shape[0]
-    abar = Schedule.linear().alphas_cumprod.to(device)
+    abar = abar_on_cpu().to(device)
     signal, sigma = abar.sqrt().to(kind), (1 - abar).sqrt().to(kind)
     counters = {"seed": torch.full((count,), 7, device=device)}
     counters["sample"] = torch.arange(count, device=device)
@@ -196,11 +196,7 @@ def stepping(device: torch.device, shape: tuple[int, ...], dtype: str, variant: 
     """One update: "ddim", "ddpm" with its noise drawn inside, or "cfg": ddim of a batch of 2N."""
     kind, count = DTYPES[dtype], shape[0]
     guided, noisy = variant == "cfg", variant == "ddpm"
-    update = Update("ddpm" if noisy else "ddim", rederive_epsilon=False)
-    wide = step_table(Schedule.linear(), spaced_timesteps(1000, STEPS), update)
-    wide[:, Column.GUIDANCE] = GUIDANCE if guided else 1.0
-    # read where the row is on the host, so that PyTorch's has constants and looks nothing up
-    p_x, p_o, c_x, c_o, c_0, sigma, clip = wide[ROW, :7].tolist()
+    wide, (p_x, p_o, c_x, c_o, c_0, sigma, clip) = rows_on_cpu(noisy, guided)
     wide = wide.to(device)
     table, step = wide.float(), torch.full((1,), ROW, device=device)
     counters: Inputs = {}
@@ -256,6 +252,24 @@ def drawing(device: torch.device, shape: tuple[int, ...], dtype: str) -> KernelC
 
     nbytes = torch.Size(shape).numel() * kind.itemsize
     return KernelCase("philox", "", shape, dtype, nbytes, make, ours, native, exact, True)
+
+
+@functools.cache
+def abar_on_cpu() -> Tensor:
+    """float64 [T]."""
+    return Schedule.linear().alphas_cumprod
+
+
+@functools.cache
+def rows_on_cpu(noisy: bool, guided: bool) -> tuple[Tensor, list[float]]:
+    """A step table, float64, and the first numbers of its row `ROW`.
+
+    With those on the host, PyTorch's operators have constants and look nothing up.
+    """
+    update = Update("ddpm" if noisy else "ddim", rederive_epsilon=False)
+    table = step_table(Schedule.linear(), spaced_timesteps(1000, STEPS), update)
+    table[:, Column.GUIDANCE] = GUIDANCE if guided else 1.0
+    return table, table[ROW, : Column.CLIP + 1].tolist()
 
 
 LATENT_CASES: tuple[Callable[[torch.device, tuple[int, ...], str], KernelCase], ...] = (

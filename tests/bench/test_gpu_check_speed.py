@@ -20,6 +20,7 @@ from stepfuse.bench.gpu_check.loop_candidates import OURS, PLAIN
 from stepfuse.bench.gpu_check.network_candidates import BASE, Workload
 from stepfuse.engine.compile.network import CompiledNetwork, Settings
 from stepfuse.engine.compile.optimize import optimize
+from stepfuse.engine.sampling.lint import _Watch
 from stepfuse.engine.sampling.plain_loop import plain_loop
 
 CPU = torch.device("cpu")
@@ -120,6 +121,29 @@ def test_kernels(context: Context) -> None:
     costs = context.facts["host us of an un-captured call"]
     assert {"denoise_step", "group_norm_silu split"} <= set(costs)
     assert all(costs[name]["ours"] > 0 and costs[name]["native"] > 0 for name in costs)
+
+
+def test_the_cases_of_full_size_are_on_the_gpu_from_end_to_end() -> None:
+    """On a device that computes shapes, where an operand on the CPU is an error."""
+    kernel_cases.abar_on_cpu()
+    for noisy, guided in ((False, False), (True, False), (False, True)):
+        kernel_cases.rows_on_cpu(noisy, guided)
+    with fake_cuda():
+        for case in kernel_cases.cases(DEVICE):
+            inputs = case.make()
+            with _Watch() as seen:
+                results = [case.ours(inputs), case.native(inputs)]
+            assert seen.problems == [], case.name  # it waits for the device, say
+            dtypes = [kernel_cases.DTYPES[case.dtype]] * 2
+            if "backward" not in case.op:  # autograd of a PyTorch without CUDA has no such device
+                results.append(case.exact(inputs))
+                dtypes.append(torch.float64)
+            assert [result.dtype for result in results] == dtypes, case.name
+            assert {result.device for result in results} == {DEVICE}, case.name
+            assert {tuple(result.shape) for result in results} == {case.shape}, case.name
+            last = "NHWC" in case.variant
+            layout = torch.channels_last if last else torch.contiguous_format
+            assert results[0].is_contiguous(memory_format=layout), case.name
 
 
 def failing(inputs: Any) -> Tensor:
