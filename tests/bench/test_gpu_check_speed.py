@@ -12,7 +12,13 @@ from tests.engine.compile.fake_cuda import DEVICE, fake_cuda, module_on_cuda
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepfuse.bench.gpu_check import capped, kernel_cases, network_compare, sd_unet
+from stepfuse.bench.gpu_check import (
+    capped,
+    kernel_cases,
+    network_candidates,
+    network_compare,
+    sd_unet,
+)
 from stepfuse.bench.gpu_check.check import Context
 from stepfuse.bench.gpu_check.checks import kernels, loop, network
 from stepfuse.bench.gpu_check.device_profile import CALLS, kind_of, summary
@@ -254,6 +260,26 @@ def test_a_candidate_that_fails_or_is_wrong_is_left_out(
     assert "device_ms" not in facts["ours"]
     (wrong,) = context.wrong  # a peer that fails is no fault of ours
     assert wrong.startswith("all: ours:")
+
+
+@torch.no_grad()
+def test_ours_is_asked_for_no_graph_where_it_would_make_one(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is captured as the others are; what it does by itself is a candidate of its own."""
+    asked: list[Any] = []
+
+    def capturing(model: Any, example: Any, *, timesteps: Any = (), graph: Any = "auto") -> Any:
+        asked.append(graph)
+        return optimize(model, example, timesteps=timesteps)
+
+    monkeypatch.setattr(network_candidates, "optimize", capturing)
+    work = Workload.of(context, 1, torch.float32)
+    for name in ("ours", "ours graph", "ours by default"):
+        assert work.candidate(name)().shape == work.x.shape
+    assert asked == [None, "auto"]
+    with pytest.raises(ValueError, match="name must begin with eager, ours, compile; got 'fast'"):
+        work.candidate("fast")
 
 
 def test_loop(context: Context) -> None:

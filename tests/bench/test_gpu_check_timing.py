@@ -204,7 +204,7 @@ def test_a_child_past_its_time_is_killed_with_its_own(
 
 
 def test_a_child_that_fails_says_why() -> None:
-    found = capped.ask("stepfuse.bench.gpu_check.no_such_module", {}, 60.0)
+    found = capped.ask("no_such_module", {}, 60.0)
     assert found["ended"] == "exit status 1"
     assert "no_such_module" in found["last_lines"][-1]
     assert found["facts"] == {}
