@@ -51,8 +51,8 @@ def compare(
             facts[name]["failed"] = found.failed
         for other in dict.fromkeys((BASE, OURS[0])):
             if other in times and other != name:
-                facts[name][f"times {other}"] = ratio(times[other], found)
-                facts[name][f"times {other}, wall"] = ratio(times[other], found, "wall")
+                facts[name][f"{other} / this"] = ratio(times[other], found)
+                facts[name][f"{other} / this, wall"] = ratio(times[other], found, "wall")
     context.note(title, facts)
     return able
 

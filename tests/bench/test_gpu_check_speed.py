@@ -220,7 +220,7 @@ def test_network(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in network.FIRST:
             assert facts[name]["error"] < FLOAT32
             assert min(facts[name][f"{kind}_ms"] for kind in ("device", "host", "wall")) > 0
-        assert facts["ours graph"][f"times {BASE}"] > 0
+        assert facts["ours graph"][f"{BASE} / this"] > 0
         title = f"fp32 batch {batch}: ours graph, kernels"
         assert {"conv", "gemm", "attention", "ours"} <= set(context.facts[f"{title} by kind"])
         assert context.facts[f"{title} longest"][0]["ms"] > 0
@@ -233,7 +233,7 @@ def test_a_child_of_the_network_check_answers(context: Context) -> None:
     job = {"device": "cpu", "dtype": "float32", "batches": [1], "tuned": False, "limit_s": 100.0}
     found = capped.ask(network.CHILD, {**job, "names": [BASE, "eager NCHW"]}, 100.0)
     assert (found["ended"], found["wrong"]) == ("exit status 0", [])
-    assert found["facts"]["batch 1"]["eager NCHW"][f"times {BASE}"] > 0
+    assert found["facts"]["batch 1"]["eager NCHW"][f"{BASE} / this"] > 0
 
 
 @torch.no_grad()

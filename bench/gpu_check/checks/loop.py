@@ -141,7 +141,7 @@ def _compared(context: Context, title: str, subject: Subject, batch: int) -> Non
             1e6 * host / replays
         )
         if PLAIN in times and name != PLAIN:
-            facts[name][f"times {PLAIN}, wall"] = ratio(times[PLAIN], found, "wall")
+            facts[name][f"{PLAIN} / this, wall"] = ratio(times[PLAIN], found, "wall")
     context.note(title, facts)
 
 
