@@ -34,13 +34,18 @@ class DeviceOrder:
             self._event.record(self._api.current_stream(self.device))
 
     def wait(self, *tensors: Tensor) -> None:
-        """Go on after what was `done`; ``tensors`` of another stream are not reused before this."""
+        """Go on after what was `done`.
+
+        The memory of ``tensors`` goes to nobody else before what this stream does with them is
+        over, on whatever stream they were made.
+        """
         if self._event is None:
             return
         stream = self._api.current_stream(self.device)
         stream.wait_event(self._event)
         for tensor in tensors:
-            tensor.record_stream(stream)
+            if tensor.device == self.device:
+                tensor.record_stream(stream)
 
     def finish(self) -> None:
         """Let the host wait until the stream is idle: memory that its work reads may be freed then.
