@@ -26,7 +26,7 @@ class DeviceOrder:
 
     def done(self) -> None:
         """Everything so far is to be waited for."""
-        if self.device.type != "cuda":
+        if not self._has_work():
             return
         with self._api.device(self.device):
             if self._event is None:
@@ -53,5 +53,8 @@ class DeviceOrder:
         The allocator gives freed memory to the stream that asked for it first, which may not be the
         one that reads it.
         """
-        if self.device.type == "cuda":
+        if self._has_work():
             self._api.current_stream(self.device).synchronize()
+
+    def _has_work(self) -> bool:
+        return self.device.type == "cuda" and bool(self._api.is_initialized())

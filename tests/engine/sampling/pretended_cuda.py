@@ -209,6 +209,9 @@ class PretendedCuda:
         pools = (set(self.underway), used, self.generator_captures)
         return self._current, streams, self._sync_mode, pools
 
+    def is_initialized(self) -> bool:
+        return True
+
     def current_device(self) -> int:
         return self._current
 
