@@ -226,7 +226,13 @@ class Runner:
                 )
             # another timestep than the one recorded: a frozen branch shows there
             program.step.fill_(program.rows - repeat)
-            check_replay(captured, steps, program.state(), (program.x, program.x0))
+            try:
+                check_replay(captured, steps, program.state(), (program.x, program.x0))
+            except torch.OutOfMemoryError as error:
+                raise CaptureRefused(
+                    "no memory to compare a replay with the eager step, which needs as much as the "
+                    f"graph: {error}"
+                ) from error
             return captured
 
     def _graph(self, step: Step, repeat: int) -> CudaGraph:

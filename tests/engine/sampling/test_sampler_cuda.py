@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import stepfuse as sf
 from stepfuse.engine.sampling import program_cache
 from stepfuse.engine.sampling import sampler as sampler_module
-from stepfuse.engine.sampling.cuda_graph import CudaGraph
+from stepfuse.engine.sampling.cuda_graph import WARM_UPS, CudaGraph
 from stepfuse.engine.sampling.device_order import DeviceOrder
 
 SCHEDULE = sf.Schedule.linear()
@@ -114,6 +114,22 @@ def test_a_refused_capture_is_no_end_of_captures(api: PretendedCuda, graph: str)
     sampler.reset()
     assert torch.equal(sampler.sample((2, 1, 4, 4), x_T=x_T), expected)
     assert sampler.stats()["captures"] == 1
+
+
+def test_a_graph_that_leaves_no_memory_for_eager_steps_is_dropped(api: PretendedCuda) -> None:
+    calls, short = [], WARM_UPS + 3  # the rehearsal, the capture, and then the eager step
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == short:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.5 * x
+
+    sampler = sf.Sampler(model, SCHEDULE, steps=3)
+    expected = sf.Sampler(lambda x, t: 0.5 * x, SCHEDULE, steps=3, graph=None)
+    assert torch.equal(sampler.sample((1, 1, 4, 4)), expected.sample((1, 1, 4, 4)))
+    assert "no memory to compare a replay" in sampler.explain()
+    assert not any(api.users.values()), "the graph has gone"
 
 
 def test_a_few_loops_of_other_lengths_are_kept(api: PretendedCuda) -> None:
