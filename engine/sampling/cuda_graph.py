@@ -95,9 +95,9 @@ class CudaGraph:
         except CaptureRefused:
             raise
         except RuntimeError as error:  # it ran before: this comes of being watched
-            raise CaptureRefused(f"the step waits for the device: {error}, {origin(error)}") from (
-                error
-            )
+            raise CaptureRefused(
+                f"the step fails where the host may not wait: {error}, {origin(error)}"
+            ) from error
 
     def _capture(self, step: Step, repeat: int, side: Any) -> TensorsRead:
         self._api.synchronize(self.device)
@@ -107,7 +107,7 @@ class CudaGraph:
         rehearsal = _Rehearsal()
         try:
             with self._api.stream(side):
-                self._begin()
+                self._begin(side)
                 try:
                     with NoCopies(), rehearsal:
                         for _ in range(repeat):
@@ -126,11 +126,11 @@ class CudaGraph:
             _drop_workspaces()
         return rehearsal.read
 
-    def _begin(self) -> None:
+    def _begin(self, side: Any) -> None:
         try:
             self.graph.capture_begin(pool=self.pool, capture_error_mode=_ERROR_MODE)
         except BaseException:
-            self._give_up()
+            self._give_up(side)
             raise
 
     def _end(self, side: Any) -> None:
@@ -139,17 +139,17 @@ class CudaGraph:
             with self._api.device(self.device), self._api.stream(side):
                 self.graph.capture_end()
         except BaseException:
-            self._give_up()
-            self._restore_generator(side)
+            self._give_up(side)
             raise
 
-    def _give_up(self) -> None:
+    def _give_up(self, side: Any) -> None:
         """Let go of the memory pool where the capture is over and PyTorch has not."""
         with contextlib.suppress(RuntimeError):  # where PyTorch had got that far
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
         with contextlib.suppress(RuntimeError):
             self.graph.reset()
+        self._restore_generator(side)
 
     def _restore_generator(self, side: Any) -> None:
         """Capture one operation and drop it.

@@ -144,7 +144,10 @@ class Graph:
         assert self._pool not in api.dead, "a pool without graphs is used again"
         api.underway.add(self._pool)
         api.users[self._pool] += 1
-        api.generator_captures, self.stream.capturing = True, True
+        api.generator_captures = True
+        if api.refusals:
+            raise RuntimeError(api.refusals.pop())
+        self.stream.capturing = True
         api.log.append(("capture", self.stream, capture_error_mode))
         self._launches.__enter__()
 
@@ -179,6 +182,7 @@ class PretendedCuda:
 
     Attributes:
         failures: messages with which the next captures fail at their end.
+        refusals: messages with which they do not even begin.
         log: what was done, in order.
         underway: pools that a capture allocates from.
         users: graphs of each pool; ``dead`` are those that lost all of them.
@@ -189,6 +193,7 @@ class PretendedCuda:
         self.default = [Stream(self, i) for i in range(devices)]
         self._current, self._streams = 0, list(self.default)
         self.failures: list[str] = []
+        self.refusals: list[str] = []
         self.log: list[tuple[Any, ...]] = []
         self.underway: set[Any] = set()
         self.users: Counter[Any] = Counter()

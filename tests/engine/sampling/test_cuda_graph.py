@@ -129,10 +129,15 @@ def failing(api: PretendedCuda) -> dict[str, tuple[Doubling, type[Exception], st
         "wait": (
             Doubling(REHEARSAL, raises(RuntimeError("a synchronizing operation"))),
             CaptureRefused,
-            r"waits for the device: a synchronizing operation, at .*test_cuda_graph\.py",
+            r"the host may not wait: a synchronizing operation, at .*test_cuda_graph\.py",
         ),
         "host read": (Doubling(REHEARSAL, value.item), CaptureRefused, "_local_scalar_dense"),
         "copy": (Doubling(REHEARSAL, value.tolist), CaptureRefused, "copies a tensor"),
+        "begin": (
+            Doubling(REHEARSAL, lambda: api.refusals.append("operation not supported")),
+            CaptureRefused,
+            "could not be captured: operation not supported",
+        ),
         "middle": (
             Doubling(CAPTURE, raises(RuntimeError("out of memory"))),
             CaptureRefused,
@@ -150,7 +155,17 @@ def failing(api: PretendedCuda) -> dict[str, tuple[Doubling, type[Exception], st
 
 @pytest.mark.parametrize(
     "name",
-    ["warm-up", "wait", "host read", "copy", "middle", "interrupt", "end", "middle and end"],
+    [
+        "warm-up",
+        "wait",
+        "host read",
+        "copy",
+        "begin",
+        "middle",
+        "interrupt",
+        "end",
+        "middle and end",
+    ],
 )
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_capture_that_fails_leaves_nothing_behind(
