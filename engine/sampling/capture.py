@@ -180,24 +180,27 @@ def _compiling() -> bool:
 
 
 class Reading(WatchingMode):
-    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before."""
+    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before.
+
+    ``made`` has those made inside, as long as they live.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read = TensorsRead()
-        self._made = WeakIdKeyDictionary()
+        self.made = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf not in self._made:
+            if isinstance(leaf, Tensor) and leaf not in self.made:
                 self.read.add(leaf)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._made[leaf] = True
+                self.made[leaf] = True
         return result
 
 

@@ -90,7 +90,7 @@ class CudaGraph:
 
     def _rehearse(self, step: Step) -> None:
         try:
-            with _refusing_waits(self._api), NoCopies(), _Rehearsal():
+            with _refusing_waits(self._api), NoCopies(), _Rehearsal(self.device):
                 step()
         except CaptureRefused:
             raise
@@ -104,7 +104,7 @@ class CudaGraph:
         gc.collect()  # a cycle may hold memory of the device
         self._api.empty_cache()
         _drop_workspaces()
-        rehearsal = _Rehearsal()
+        rehearsal = _Rehearsal(self.device)
         try:
             with self._api.stream(side):
                 self._begin(side)
@@ -168,20 +168,38 @@ class CudaGraph:
 
 
 class _Rehearsal(Reading):
-    """Collects in ``read`` what is read, and refuses what a replay would not do again."""
+    """Collects in ``read`` what is read, and refuses what a replay would not do again.
+
+    Tensors on the host that the step makes are no reason: attention has some, for random numbers
+    that it does not draw, and has them on the device where it is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         refuse_host_reads(func, args)
+        leaves = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        kinds = {leaf.device.type for leaf in leaves}
+        before = {leaf.device.type for leaf in leaves if leaf not in self.made}
+        on_host = self._device.type != "cpu" and "cpu" in before
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        used = [v for v in tree_leaves((args, kwargs, result)) if isinstance(v, Tensor)]
-        if len({tensor.device.type for tensor in used}) > 1:
+        if func is torch.ops.aten._to_copy.default:
+            kinds.add(result.device.type)
+        if len(kinds) > 1 and func in _COPIES:
+            raise CaptureRefused(f"{func} copies between the host and the device, {calling_line()}")
+        if on_host and func is not torch.ops.aten.lift_fresh.default:
             raise CaptureRefused(
-                f"{func} has tensors on the host and on the device, whose values a replay would "
-                f"not copy again, {calling_line()}"
+                f"{func} reads a tensor on the host, whose value a replay would not read again, "
+                f"{calling_line()}"
             )
         return result
+
+
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ class _Made:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+    has_one = tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    return tensor.data_ptr() if has_one else 0
 
 
 class _Launches(WatchingMode):

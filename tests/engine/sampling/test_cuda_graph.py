@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.compile.fake_cuda import fake_cuda
 from tests.engine.sampling.pretended_cuda import Freed, PretendedCuda, pretend
 from torch import Tensor
 
@@ -225,18 +226,55 @@ def test_everything_happens_on_the_devices_own_streams(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     api = pretend(monkeypatch, devices=2)
-    device, at, x = torch.device("cuda", number), [], torch.ones(1)
+    device, at = torch.device("cuda", number), []
+    own = api.Stream(device)
+    with fake_cuda():
+        x = torch.ones(1, device=device)
 
-    def step() -> None:
-        at.append((api.current_device(), api.current_stream().device))
-        x.add_(1)
+        def step() -> None:
+            at.append((api.current_device(), api.current_stream().device))
+            x.add_(1)
 
-    graph = CudaGraph(step, device, api=api)
+        graph = CudaGraph(step, device, api=api)
+        with api.stream(own), api.device(0):
+            graph.replay()
     assert at == [(number, number)] * (WARM_UPS + 2)
     (begun,) = [entry for entry in api.log if entry[0] == "capture"]
     assert begun[1].device == number
-    own = api.Stream(device)
-    with api.stream(own), api.device(0):
-        graph.replay()
     assert api.log[-1] == ("replay", own), "the current stream of the graph's device"
     assert api.current_device() == 0
+
+
+ON_DEVICE = torch.device("cuda", 0)
+
+
+def on_the_host(api: PretendedCuda, use: Any) -> CudaGraph:
+    """A step on CUDA that uses a tensor on the host, too."""
+    host = torch.tensor(2.0)
+    with fake_cuda():
+        x = torch.ones(2, device=ON_DEVICE)
+        return CudaGraph(lambda: use(x, host), ON_DEVICE, api=api)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (
+            lambda x, host: x * host,
+            r"aten\.mul\.Tensor reads a tensor on the host, .*at .*test_cuda",
+        ),
+        (lambda x, host: x * (host + 1), r"aten\.add\.Tensor reads a tensor on the host"),
+        (lambda x, host: x.copy_(host), r"aten\.copy_\.default copies between the host and"),
+        (lambda x, host: x + torch.tensor(2.0).to(ON_DEVICE), "copies between the host and"),
+    ],
+)
+def test_values_on_the_host_are_refused(api: PretendedCuda, use: Any, message: str) -> None:
+    with pytest.raises(CaptureRefused, match=message):
+        on_the_host(api, use)
+    assert [entry for entry in api.log if entry[0] == "capture"] == []
+
+
+def test_tensors_that_a_step_makes_on_the_host_are_no_reason(api: PretendedCuda) -> None:
+    """As attention makes some, which its backward reads."""
+    graph = on_the_host(api, lambda x, host: x.mul_(torch.zeros(()) + 1))
+    assert all(tensor.device == ON_DEVICE for tensor in graph.read.tensors)

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.compile.fake_cuda import fake_cuda
 from tests.engine.compile.networks import own
 from tests.engine.sampling.pretended_cuda import PretendedCuda, pretend
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine.sampling import program_cache
+from stepfuse.engine.sampling import lint, program_cache
 from stepfuse.engine.sampling import sampler as sampler_module
-from stepfuse.engine.sampling.cuda_graph import WARM_UPS, CudaGraph
+from stepfuse.engine.sampling.cuda_graph import WARM_UPS, CudaGraph, _Rehearsal
 from stepfuse.engine.sampling.device_order import DeviceOrder
 
 SCHEDULE = sf.Schedule.linear()
@@ -236,3 +237,25 @@ def test_threads_on_their_own_streams_have_their_own_images(api: PretendedCuda) 
     assert all(torch.equal(found[seed], image) for seed, image in enumerate(expected))
     kinds = [entry[0] for entry in api.log if entry[0] in ("wait_event", "record")]
     assert kinds[-6:] == ["wait_event", "record"] * 3, "one after the other"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ddpm"},
+        {"guidance": sf.CFG(2.0, {"labels": None})},
+        {"guidance": sf.CFG(2.0, {"labels": torch.tensor(1)}, batched=True), "optimize": True},
+    ],
+)
+def test_nothing_of_our_own_steps_is_on_the_host(settings: dict[str, Any]) -> None:
+    """Seen on CUDA tensors without data, as a rehearsal looks at them."""
+    sampler = sf.Sampler(unet(), SCHEDULE, steps=2, **settings)
+    conditions = lint._conditions(sampler, 2, labels(2))
+    with fake_cuda():
+        program = lint._fake_program(sampler, (2, 3, 8, 8), conditions)
+        program.advance(True)
+        with _Rehearsal(CUDA) as rehearsal:
+            program.advance(True)
+    read = rehearsal.read.tensors
+    assert {tensor.device for tensor in read} == {CUDA}
+    assert {id(program.x), id(program.table), id(program.step)} <= {id(tensor) for tensor in read}
