@@ -115,7 +115,10 @@ def compare_images(found: list[Candidate], model: nn.Module, x: Tensor) -> None:
     """PSNR of 50-step DDIM images to those of eager float32."""
 
     def images(call: Call) -> Tensor:
-        sampler = sf.Sampler(lambda x, t: call(x, t), sf.Schedule.linear(), steps=50, graph=None)
+        schedule = sf.Schedule.linear()
+        sampler = sf.Sampler(
+            lambda x, t: call(x, t), schedule, steps=50, graph=None, device=x.device
+        )
         return sampler.sample(x.shape, seed=0)
 
     exact = images(model)

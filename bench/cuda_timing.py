@@ -29,10 +29,13 @@ WARM_UP = 3  # calls
 
 
 class CudaTimer:
-    """`timing.Timer` by CUDA events on the current stream.
+    """`timing.Timer` by CUDA events on the current stream of a device.
+
+    That device is the current one while the work is launched: an event belongs to the device that
+    was current when it was recorded first, and only a stream of the same can pass it.
 
     Args:
-        device: index or name of the device.
+        device: index or name of the device; without a number, the one that is current now.
         api: ``torch.cuda``, or what stands in for it.
         flush: returns a callable that overwrites so many bytes of the device's memory.
     """
@@ -44,25 +47,28 @@ class CudaTimer:
         flush: Callable[[int], Callable[[], Any]] | None = None,
     ) -> None:
         self.api = torch.cuda if api is None else api
-        self.device = device
-        self.l2_bytes = l2_bytes(self.api.get_device_properties(device))
+        named = device if isinstance(device, int) else torch.device(device or "cuda").index
+        self.device: int = self.api.current_device() if named is None else named
+        self.l2_bytes = l2_bytes(self.api.get_device_properties(self.device))
         self._flush = (flush or self._buffer)(FLUSH * self.l2_bytes)
 
     def __call__(self, run: Callable[[], Any]) -> float:
         """Seconds of ``run``, which finds nothing of its data in the cache."""
-        start = self.api.Event(enable_timing=True)
-        end = self.api.Event(enable_timing=True)
-        self.api.synchronize(self.device)
-        self._flush()
-        start.record()
-        run()
-        end.record()
+        with self.api.device(self.device):
+            stream = self.api.current_stream(self.device)
+            start = self.api.Event(enable_timing=True)
+            end = self.api.Event(enable_timing=True)
+            self.api.synchronize(self.device)
+            self._flush()
+            start.record(stream)
+            run()
+            end.record(stream)
         # elapsed_time is only known once the device has passed both events
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
     def _buffer(self, size: int) -> Callable[[], Any]:
-        return torch.empty(size, dtype=torch.uint8, device=self.device or "cuda").zero_
+        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", self.device)).zero_
 
 
 def l2_bytes(properties: Any) -> int:

@@ -14,7 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @dataclass(frozen=True)
 class Ran:
-    """A network of an `Optimized` that ran, out of its cache, and what the call was like."""
+    """A network of an `Optimized` that ran, out of its cache, and what the call was like.
+
+    While somebody who listened holds this, the network stays in the cache.
+    """
 
     optimized: Any
     cache: Any
@@ -51,6 +54,7 @@ def tell(network: Ran) -> None:
     """Say that a network is about to run."""
     for heard in _listeners.lists:
         if network not in heard:
+            network.cache.pin(network)
             heard.append(network)
 
 

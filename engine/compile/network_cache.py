@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from stepfuse.engine.compile import calls
 from stepfuse.engine.compile.compiled import Compiled, compiled
 from stepfuse.engine.compile.held_memory import released_weights
-from stepfuse.engine.compile.listening import unseen
+from stepfuse.engine.compile.listening import Ran, unseen
 from stepfuse.engine.compile.network import Settings
 from stepfuse.engine.compile.numbered import Numbered, numbered
 from stepfuse.engine.compile.state.python_state import PythonState
@@ -34,7 +35,8 @@ class NetworkCache:
     Whoever looks for one holds ``lock``; their results lie in one ``workspace``.
 
     Args:
-        most: how many are kept, the least recently used one going first.
+        most: how many are kept, the least recently used one going first; those that are pinned stay
+            beside them.
         timesteps: announced to each; a list that may grow.
         ignored: paths of `PythonState` that do not tell one state from another.
     """
@@ -55,6 +57,7 @@ class NetworkCache:
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
+        self._pins: list[weakref.ref[Ran]] = []
         # of each kind of call, those of other settings that came
         self._settings: dict[Any, set[Any]] = {}
 
@@ -150,9 +153,23 @@ class NetworkCache:
             network = self.build(state, call[1], args, kwargs)
         key = (self._state(new=True), *call)
         self._networks[key] = network
-        while len(self._networks) > self.most:
-            self._networks.popitem(last=False)
+        self._evict()
         return network
+
+    def pin(self, ran: Ran) -> None:
+        """Keep a network as long as ``ran`` lives: a captured step reads its constants and rows."""
+        with self.lock:
+            self._pins = [ref for ref in self._pins if ref() is not None]
+            self._pins.append(weakref.ref(ran))
+
+    def _evict(self) -> None:
+        """Drop what is more than ``most``, but nothing that is pinned, nor the last."""
+        pinned = {id(ran.network) for ref in self._pins if (ran := ref()) is not None}
+        for key in list(self._networks)[:-1]:
+            if len(self._networks) <= self.most:
+                return
+            if id(self._networks[key]) not in pinned:
+                del self._networks[key]
 
     def _state(self, new: bool = False) -> int:
         """The number of the state that the model is in, a new one where it was in none of them.

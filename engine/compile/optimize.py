@@ -67,7 +67,8 @@ def optimize(
             function ``mine(gm, context) -> PassReport`` (docs/extending.md).
         without: names of passes to leave out.
         timesteps: to be announced at once, see `Optimized.prepare`.
-        max_networks: how many shapes stay compiled, the least recently used one going first.
+        max_networks: how many shapes stay compiled, the least recently used one going first. Those
+            that run in a captured step of a sampler stay beside them, as long as the step does.
         weights: what becomes of a weight of ``model`` once it is packed, so that it is not held
             twice.
 

@@ -1,8 +1,9 @@
 """Turn one sampler step into something that can be replayed without running its Python.
 
-On CUDA that is a CUDA graph. On the CPU it is a `Recording`: the operations of one step, taken down
-below the modules and autograd, called again on the same buffers. Both freeze whatever the step
-decided in Python, so that a mistake in a captured step shows on a machine without a GPU too.
+On CUDA that is a CUDA graph (`cuda_graph`). On the CPU it is a `Recording`: the operations of one
+step, taken down below the modules and autograd, called again on the same buffers. Both freeze
+whatever the step decided in Python, so that a mistake in a captured step shows on a machine without
+a GPU too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _QUIET = (
     __file__,
     watching_mode.__file__,
     str(Path(__file__).with_name("lint.py")),
+    str(Path(__file__).with_name("cuda_graph.py")),
 )
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -54,20 +56,21 @@ class Captured(Protocol):
 
 
 class TensorsRead:
-    """Tensors that a step was given, and where each of them lies.
+    """Tensors that a step was given, of every kind, and where each plain one lies.
 
     A captured step goes on reading there: the views and the addresses that it keeps do not follow a
-    tensor to other memory (``weight.data = ...``).
+    tensor to other memory (``weight.data = ...``). The tensors are held.
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[Tensor, int]] = {}  # by id; held, so that no id is used twice
+        # by id, which nothing else can have while they are held; None for packed ones
+        self._found: dict[int, tuple[Tensor, int | None]] = {}
 
     def add(self, tensor: Tensor) -> None:
         """One that existed before the step."""
-        plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
-        if plain and id(tensor) not in self._found:
-            self._found[id(tensor)] = tensor, home(tensor)
+        if id(tensor) not in self._found:
+            plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+            self._found[id(tensor)] = tensor, home(tensor) if plain else None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -76,7 +79,7 @@ class TensorsRead:
 
     def holds(self) -> bool:
         """Whether all are where they were; one that was parked counts as where it was before."""
-        return all(home(tensor) == address for tensor, address in self._found.values())
+        return all(at is None or home(tensor) == at for tensor, at in self._found.values())
 
 
 class Recording(WatchingMode):
@@ -96,7 +99,7 @@ class Recording(WatchingMode):
         self._alive: list[Tensor] = []  # so that no such id is used twice
         self._writer = Writer({}, lambda value: self._names.get(id(value)))
         self.read = TensorsRead()
-        with _NoCopies(), self:
+        with NoCopies(), self:
             step()
         self.replay: Step = self._writer.function("replay", "<recorded step>", memory="own")
         self.operations = len(self._writer.lines)
@@ -150,38 +153,7 @@ def _is_view_of(result: Any, read: Sequence[Tensor]) -> bool:
     return all(any(alias(out, source) for source in read) for out in made)
 
 
-class CudaGraph:
-    """``step``, done ``repeat`` times in one CUDA graph; warmed up on a side stream first.
-
-    The graphs of one sampler share a memory pool. Capturing does not run the step's kernels, the
-    warm-up does.
-    """
-
-    def __init__(self, step: Step, repeat: int = 1, pool: Any = None) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        reading = Reading()
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-            with reading:
-                step()
-        self.holds = reading.read.holds
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, pool=pool):
-                for _ in range(repeat):
-                    step()
-        except RuntimeError as error:
-            raise CaptureRefused(f"the CUDA graph could not be captured: {error}") from error
-
-    def replay(self) -> None:
-        """Launch the graph on the current stream."""
-        self.graph.replay()
-
-
-class _NoCopies(TorchFunctionMode):
+class NoCopies(TorchFunctionMode):
     """Refuses what copies a tensor to Python without an operator: a replay would keep the copy."""
 
     def __torch_function__(
@@ -208,24 +180,27 @@ def _compiling() -> bool:
 
 
 class Reading(WatchingMode):
-    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before."""
+    """Collects in ``read`` the tensors that are read in its ``with`` block and existed before.
+
+    ``made`` has those made inside, as long as they live.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read = TensorsRead()
-        self._made = WeakIdKeyDictionary()
+        self.made = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf not in self._made:
+            if isinstance(leaf, Tensor) and leaf not in self.made:
                 self.read.add(leaf)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._made[leaf] = True
+                self.made[leaf] = True
         return result
 
 
@@ -248,6 +223,15 @@ def calling_line() -> str:
     return "at an unknown line"
 
 
+def origin(error: BaseException) -> str:
+    """The deepest line of an error's traceback outside PyTorch and this file."""
+    where = "at an unknown line"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(_QUIET):
+            where = f"at {frame.filename}:{frame.lineno}: {frame.line}"
+    return where
+
+
 def check_replay(
     captured: Captured, step: Step, state: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> None:
@@ -264,8 +248,7 @@ def check_replay(
         for run in (step, captured.replay):
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with _seeded(state[0].device):
                 run()
             results.append([out.clone() for out in outputs])
     for eager, replayed in zip(*results, strict=True):
@@ -274,6 +257,19 @@ def check_replay(
                 "a replay differs from the eager step: the model depends on something that is "
                 "decided in Python (a branch, a NumPy value, a counter), or is not repeatable"
             )
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers of the CPU and of ``device`` begin anew; no other device is touched,
+    as ``torch.manual_seed`` would.
+    """
+    on_cuda = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_cuda):
+        torch.default_generator.manual_seed(0)
+        for index in on_cuda:
+            torch.cuda.default_generators[index].manual_seed(0)
+        yield
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.sampling.condition import Kept
 from stepfuse.kernels.arguments import check_callable
+from stepfuse.kernels.checks import as_device
 
 Model = nn.Module | Callable[..., Any]
 Condition = Mapping[str, Any]
@@ -43,6 +45,30 @@ class Denoiser:
                 f"tensor; got {type(output).__name__}"
             )
         return prediction
+
+    def place(self, device: torch.device | str | None) -> torch.device:
+        """Where x lies for this model: ``device``, with its number, or by default as the weights.
+
+        Raises TypeError or ValueError for what names no device of this machine, and for another
+        than that of the weights.
+        """
+        if device is None:
+            return self.device or torch.device("cpu")
+        asked = as_device("device", device)
+        own = self.device
+        if own is not None:
+            if asked.type != own.type or asked.index not in (None, own.index):
+                raise ValueError(f"device must be that of the model's weights, {own}; got {asked}")
+            return own
+        if asked.type == "meta":
+            raise ValueError("device must be one that computes, 'cpu' or 'cuda:0' say; got 'meta'")
+        try:
+            return torch.empty(0, device=asked).device
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+            why = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"device must be one that this machine has; got '{asked}': {why}"
+            ) from None
 
     def parameters(self) -> list[Tensor]:
         """Weights and buffers of the model, none for a plain function."""

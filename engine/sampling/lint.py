@@ -21,7 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
+from stepfuse.engine.sampling.capture import (
+    CaptureRefused,
+    calling_line,
+    origin,
+    refuse_host_reads,
+)
 from stepfuse.engine.sampling.condition import Staged, check_condition
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser
 from stepfuse.engine.sampling.program import Layout, Program
@@ -128,7 +133,7 @@ def check_capturable(
             except CaptureRefused as reason:
                 problems.append(str(reason))
             except Exception as error:
-                problems.append(f"{type(error).__name__}: {_first_line(error)}, {_origin(error)}")
+                problems.append(f"{type(error).__name__}: {_first_line(error)}, {origin(error)}")
             else:
                 problems += [*watch.problems, *watch.outliving()]
     if problems:
@@ -299,15 +304,3 @@ def _fake(tensor: Tensor) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _origin(error: Exception) -> str:
-    """The deepest line of the traceback outside PyTorch."""
-    where = "at an unknown line"
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and name != __file__:
-            where = f"at {name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
@@ -16,11 +17,13 @@ from stepfuse.engine.compile.state.values import setting_key
 from stepfuse.engine.sampling.capture import (
     Captured,
     CaptureRefused,
-    CudaGraph,
     Recording,
+    Step,
     check_replay,
 )
+from stepfuse.engine.sampling.cuda_graph import CudaGraph
 from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.engine.sampling.device_order import DeviceOrder
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.checks import as_integer, shown
@@ -28,10 +31,22 @@ from stepfuse.kernels.checks import as_integer, shown
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]
 _RESTLESS = 8  # changes of one thing after which steps that read it are not captured any more
+_MOST_LOOPS = 4  # unrolled graphs of a program
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A captured step, and the networks in it, which it pins."""
+
+    step: Captured
+    networks: list[Ran]
 
 
 class Runner:
-    """A program with its captured steps, at most one with and one without guidance.
+    """A program with its captured steps: one with and one without guidance, and whole loops.
+
+    Of the loops, each of another length, the least recently used goes where there are more than
+    four.
 
     A captured step keeps what Python decided when it was captured. Before it is replayed after
     others could change something, `check` compares: the Python state that the step reads, which
@@ -45,16 +60,16 @@ class Runner:
         graph: GraphMode | None,
         counts: Counter[str],
         optimized: WeakSet[Any],
+        order: DeviceOrder,
     ) -> None:
-        self._optimized = optimized
+        self._optimized, self._order = optimized, order
         self.program, self.graph, self.counts = program, graph, counts
-        self.captured: dict[tuple[bool, int], Captured] = {}
+        self._captured: dict[tuple[bool, int], _Kept] = {}  # the one used last at the end
         self.refused = "" if graph is not None else "not asked for (graph=None)"
         if program.guidance is not None and not program.guidance.capturable:
             self.refused = self.refused or "the guidance asks for it (capturable=False)"
-        self.networks: list[Ran] = []  # in the captured steps
         self._changes: Counter[str] = Counter()
-        self._pool: Any = None
+        self._pool: Any = None  # of memory, which the graphs share
 
     def _look(self) -> None:
         """Picture what the step decides from, beside tensors, which are read at every replay."""
@@ -88,12 +103,13 @@ class Runner:
 
         What changes again and again is not captured any more.
         """
-        if not self.captured:
+        if not self._captured:
             return
         changed = self._different()
-        if not all(captured.holds() for captured in self.captured.values()):
+        kept = self._captured.values()
+        if not all(captured.step.holds() for captured in kept):
             changed.append("where tensors of the model lie")
-        if not all(network.holds() for network in self.networks):
+        if not all(network.holds() for captured in kept for network in captured.networks):
             changed.append("what an optimised model in the step computes with")
         if not changed:
             return
@@ -104,12 +120,13 @@ class Runner:
                 self.refused = f"{name} changed {self._changes[name]} times between captured steps"
 
     def _forget(self) -> None:
-        self.captured.clear()
-        self.networks.clear()
+        if self._captured:
+            self._order.finish()
+        self._captured.clear()
 
     def run_step(self, guided: bool) -> None:
         """One step: replayed where it could be captured, eager where not."""
-        captured = self._capture(guided)
+        captured = self._step(guided)
         self._count(captured, 1)
         if captured is None:
             with self._listening():
@@ -123,11 +140,11 @@ class Runner:
         That is so without graph="loop" and CUDA graphs, with a caller's noise, which is handed over
         between the steps, and where only some steps are guided.
         """
-        if self.graph != "loop" or self.program.x.device.type != "cuda":
+        if self.graph != "loop" or not _has_graphs(self.program.layout.device):
             return False
         if part.noise is not None or len(set(guided)) != 1 or self.refused:
             return False
-        captured = self._capture(guided[0], repeat=len(guided))
+        captured = self._step(guided[0], repeat=len(guided))
         if captured is None:
             return False
         self._count(captured, len(guided))
@@ -137,17 +154,30 @@ class Runner:
     def _count(self, captured: Captured | None, steps: int) -> None:
         self.counts["eager_steps" if captured is None else "replays"] += steps
 
-    def _capture(self, guided: bool, repeat: int = 1) -> Captured | None:
+    def _step(self, guided: bool, repeat: int = 1) -> Captured | None:
+        """What does so many steps at once, captured where there is none; None if it is refused."""
         key = (guided, repeat)
-        if key not in self.captured and not self.refused:
+        kept = self._captured.pop(key, None)
+        if kept is None and not self.refused:
             try:
-                self.captured[key] = self._captured(guided, repeat)
+                kept = self._capture(guided, repeat)
                 self.counts["captures"] += 1
             except CaptureRefused as reason:
                 self.refused = str(reason)
-        return self.captured.get(key)
+        if kept is None:
+            return None
+        self._captured[key] = kept
+        self._evict_loops()
+        return kept.step
 
-    def _captured(self, guided: bool, repeat: int) -> Captured:
+    def _evict_loops(self) -> None:
+        loops = [key for key in self._captured if key[1] > 1]
+        if len(loops) > _MOST_LOOPS:
+            self._order.finish()
+            del self._captured[loops[0]]
+            self.counts["evictions"] += 1
+
+    def _capture(self, guided: bool, repeat: int) -> _Kept:
         """A capture in which nothing changed that the step decides from.
 
         What is built at a first call and kept is there when the step is captured again.
@@ -155,14 +185,13 @@ class Runner:
         Raises `CaptureRefused` where the step changes its state then, too: a replay would not.
         """
         for _ in range(2):
-            if not self.captured:  # what was captured before was compared with the last picture
+            if not self._captured:  # what was captured before was compared with the last picture
                 self._look()
             with self._listening() as networks:
                 captured = self._recorded(guided, repeat)
             changed = self._different()
             if not changed:
-                self.networks += [network for network in networks if network not in self.networks]
-                return captured
+                return _Kept(captured, networks)
             self._forget()
         raise CaptureRefused(
             f"the step itself changes {', '.join(dict.fromkeys(changed))}, which a replay would not"
@@ -183,16 +212,39 @@ class Runner:
         def step() -> None:
             program.advance(guided)
 
+        def steps() -> None:
+            for _ in range(repeat):
+                step()
+
         with program.kept(), _without_cast_weights():
-            if program.x.device.type == "cuda":
-                graph = CudaGraph(step, repeat, self._pool)
-                self._pool = graph.graph.pool()
-                return graph
-            recording = Recording(step)
+            captured: Captured
+            with program.kept():
+                captured = (
+                    self._graph(step, repeat)
+                    if _has_graphs(program.layout.device)
+                    else Recording(step)
+                )
             # another timestep than the one recorded: a frozen branch shows there
-            program.step.fill_(program.rows - 1)
-            check_replay(recording, step, program.state(), (program.x, program.x0))
-            return recording
+            program.step.fill_(program.rows - repeat)
+            try:
+                check_replay(captured, steps, program.state(), (program.x, program.x0))
+            except torch.OutOfMemoryError as error:
+                raise CaptureRefused(
+                    "no memory to compare a replay with the eager step, which needs as much as the "
+                    f"graph: {error}"
+                ) from error
+            return captured
+
+    def _graph(self, step: Step, repeat: int) -> CudaGraph:
+        # a pool that has lost its last graph cannot be used again
+        pool = self._pool if self._captured else None
+        graph = CudaGraph(step, self.program.layout.device, repeat, pool)
+        self._pool = graph.pool
+        return graph
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @contextmanager
@@ -212,7 +264,12 @@ class Programs:
     """At most ``limit`` runners, least recently used thrown out first, each with its own graphs."""
 
     def __init__(
-        self, build: Build, denoiser: Denoiser, graph: GraphMode | None, limit: int
+        self,
+        build: Build,
+        denoiser: Denoiser,
+        graph: GraphMode | None,
+        limit: int,
+        order: DeviceOrder,
     ) -> None:
         limit = as_integer("max_programs", limit)
         modes = get_args(GraphMode)
@@ -221,6 +278,7 @@ class Programs:
         if limit < 1:
             raise ValueError(f"max_programs must be at least 1; got {limit}")
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit
+        self._order = order
         self._runners: dict[Layout, Runner] = {}  # the one used last at the end
         self._counts: Counter[str] = Counter()
         self.optimized: WeakSet[Any] = WeakSet()  # models that ran in a step
@@ -231,15 +289,18 @@ class Programs:
         runner = self._runners.pop(layout, None)
         if runner is None:
             program = self._build(layout, part)
-            runner = Runner(program, self._graph, self._counts, self.optimized)
+            runner = Runner(program, self._graph, self._counts, self.optimized, self._order)
         self._runners[layout] = runner
-        while len(self._runners) > self._limit:
+        if len(self._runners) > self._limit:
+            self._order.finish()
             del self._runners[next(iter(self._runners))]
             self._counts["evictions"] += 1
         return runner
 
     def clear(self) -> None:
         """Drop every runner."""
+        if self._runners:
+            self._order.finish()
         self._runners.clear()
 
     def stats(self) -> dict[str, int]:

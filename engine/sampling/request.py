@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.sampling.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.sampling.denoiser import Condition
@@ -90,6 +91,10 @@ class Request:
         self.image = self._like_x("image", image, self.shape)
         self.mask = self._mask(mask)
         self.first_row = self._first_row(start, strength)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [leaf for leaf in tree_leaves(vars(self)) if isinstance(leaf, Tensor)]
 
     def parts(self, batch_size: int | None) -> Iterator[Part]:
         """Batches of at most ``batch_size`` samples, in order."""

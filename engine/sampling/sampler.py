@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
+from stepfuse.engine.sampling.device_order import DeviceOrder
 from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method
@@ -68,6 +69,8 @@ class Sampler(Planned):
             more settings give ``optimize(model, ...)`` as the model.
         dtype: of x between the steps; float64 needs the reference backend.
         max_programs: how many shapes keep their buffers and captured step.
+        device: where x lies, by default where the model's weights are, and the CPU for a model
+            without any. A function around networks on CUDA needs it.
 
     Raises ValueError, TypeError or `BackendUnavailable` here, not while sampling, for settings that
     do not fit together.
@@ -101,6 +104,7 @@ class Sampler(Planned):
         optimize: bool | torch.dtype = False,
         dtype: torch.dtype = torch.float32,
         max_programs: int = 4,
+        device: torch.device | str | None = None,
     ) -> None:
         check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
         check_dtype("dtype", dtype)
@@ -118,7 +122,7 @@ class Sampler(Planned):
             final_alpha_one,
         )
         self.denoiser = Denoiser(_optimized(model, optimize, self.max_programs))
-        self.device = self.denoiser.device or torch.device("cpu")
+        self.device = self.denoiser.place(device)
         self.backend = resolve(backend, self.device, dtype)
         self._renew()
         self._plan(update, self._chosen(steps, spacing, steps_offset, timesteps), guidance)
@@ -133,8 +137,9 @@ class Sampler(Planned):
             vars(self).update(planned, _guidance=guidance)
 
     def _renew(self) -> None:
-        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs)
-        self._lock = Turn()
+        order = DeviceOrder(self.device)
+        self._programs = Programs(self._build, self.denoiser, self.graph, self.max_programs, order)
+        self._lock = Turn(order)
 
     @torch.no_grad()
     def sample(
@@ -208,14 +213,19 @@ class Sampler(Planned):
         request = self._request(
             shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
         )
-        return self._walk(request, self.plan)
+        asked = DeviceOrder(self.device)
+        asked.done()
+        return self._walk(request, self.plan, asked)
 
-    def _walk(self, request: Request, plan: Plan) -> Iterator[Step]:
+    def _walk(self, request: Request, plan: Plan, asked: DeviceOrder) -> Iterator[Step]:
         with self._lock:
+            asked.wait(*request.tensors())  # the first step may be on another stream
             (part,) = request.parts(None)
             runner = self._load(part, plan)
             for i in self._steps(runner, part, plan):
-                yield Step.of(i, plan, runner.program)
+                step = Step.of(i, plan, runner.program)
+                with self._lock.lent():
+                    yield step
                 runner.check()  # whoever had the step may have changed the model
 
     @torch.no_grad()
@@ -312,7 +322,8 @@ class Sampler(Planned):
                     for i in self._steps(runner, part, plan):
                         bar.update()
                         if callback is not None:
-                            callback(Step.of(i, plan, runner.program))
+                            with self._lock.lent():
+                                callback(Step.of(i, plan, runner.program))
                             runner.check()  # it may have changed the model
                 result[part.start : part.stop].copy_(runner.program.x)
         return result

@@ -53,6 +53,7 @@ def constructor() -> Call:
         instead={
             "timesteps": [9, 5, 1], "clip_sample": 1.0, "max_programs": 4,
             "guidance": sf.CFG(2.0), "variance_type": "fixed_large", "graph": "step",
+            "device": "cpu",
         },
     )  # fmt: skip
 

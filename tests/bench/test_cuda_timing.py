@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from stepfuse.bench.cuda_timing import FLUSH, L2_BYTES, CudaTimer, l2_bytes
 from stepfuse.bench.timing import Turns, Work
@@ -18,7 +20,8 @@ LAUNCH, KERNEL, WRITE = 0.004, 0.250, 0.080  # milliseconds
 class Device:
     """Work is queued when it is launched and done when somebody waits."""
 
-    def __init__(self, l2: int | None = L2) -> None:
+    def __init__(self, l2: int | None = L2, current: int = 0) -> None:
+        self.current = current
         self.queue: list[tuple[str, Any]] = []
         self.log: list[str] = []
         self.clock = 0.0
@@ -29,7 +32,8 @@ class Device:
                 assert enable_timing, "an event without a time"
                 self.at: float | None = None
 
-            def record(self) -> None:
+            def record(self, stream: int) -> None:
+                assert stream == device.current, "a stream of another device"
                 device.launch("event", self)
 
             def synchronize(self) -> None:
@@ -43,10 +47,24 @@ class Device:
         self.Event = Event
         self.properties = SimpleNamespace(**({} if l2 is None else {"L2_cache_size": l2}))
 
-    def get_device_properties(self, device: Any) -> Any:
+    def get_device_properties(self, device: int) -> Any:
         return self.properties
 
+    def current_device(self) -> int:
+        return self.current
+
+    def current_stream(self, device: int) -> int:
+        """Each device has one, of its own number."""
+        return device
+
+    @contextmanager
+    def device(self, device: int) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
     def synchronize(self, device: Any = None) -> None:
+        assert device == self.current, "the work is on another device"
         self.wait()
         self.log.append("synchronize")
 
@@ -108,6 +126,29 @@ def test_every_time_has_events_of_its_own(device: Device) -> None:
     found = [calls(lambda n=n: [device.launch("kernel") for _ in range(n)]) for n in (1, 3)]
     assert found == pytest.approx([KERNEL / 1e3, 3 * KERNEL / 1e3])
     assert device.log.count("event") == 4
+
+
+@pytest.mark.parametrize("named", [1, "cuda:1", torch.device("cuda", 1)])
+def test_work_runs_on_the_device_that_is_timed(device: Device, named: Any) -> None:
+    """Where another is the current one, that is back afterwards."""
+    calls, at = CudaTimer(named, device, device.flush), []
+
+    def run() -> None:
+        at.append(device.current)
+        device.launch("kernel")
+
+    assert calls(run) == pytest.approx(KERNEL / 1e3)
+    assert at == [1]
+    assert device.current == 0
+
+
+@pytest.mark.parametrize("named", [None, "cuda", torch.device("cuda")])
+def test_a_device_without_a_number_is_the_one_that_was_current(named: Any) -> None:
+    device = Device(current=1)
+    calls = CudaTimer(named, device, device.flush)
+    device.current = 0
+    calls(lambda: device.launch("kernel"))
+    assert calls.device == 1
 
 
 def test_a_device_that_does_not_say_has_a_large_cache() -> None:

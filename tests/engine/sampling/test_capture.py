@@ -290,6 +290,19 @@ def test_check_replay_sees_a_wrong_recording() -> None:
     assert torch.equal(x, torch.ones(3)), "state is put back"
 
 
+def test_comparing_a_replay_draws_from_no_other_devices_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.zeros(3)
+    recording = Recording(lambda: x.copy_(torch.rand(3)))
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    check_replay(recording, lambda: x.copy_(torch.rand(3)), (x,), (x,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
 def test_two_samplers_in_two_threads_and_one_in_both(unet: UNet) -> None:
     samplers = [sf.Sampler(unet, SCHEDULE, steps=5, graph="step") for _ in range(2)]
     expected = [samplers[0].sample(SHAPE, seed=s, condition=LABELS) for s in range(4)]
