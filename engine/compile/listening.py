@@ -20,12 +20,15 @@ class Ran:
     cache: Any
     call: Any
     network: Any
+    moves: int  # of the network when it ran
 
     def holds(self) -> bool:
-        """Whether such a call would run it again, and to the same result."""
+        """Whether such a call would run it again, on the same tensors and to the same result."""
         with self.cache.lock:
             known = self.cache.known(self.call)
-            return bool(known is self.network and known.changed() is None)
+            if known is not self.network or known.moves != self.moves:
+                return False
+            return known.changed() is None
 
 
 class _Listeners(threading.local):

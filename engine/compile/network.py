@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -21,6 +22,7 @@ from stepfuse.engine.compile.stages import STAGES, Stage, time_frontier
 from stepfuse.engine.compile.stopwatch import reading
 from stepfuse.engine.compile.timetable import TimeTable
 from stepfuse.engine.compile.tracing.trace import Traced, trace
+from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.compile.weights.watched import Holding, Weights
 from stepfuse.engine.replay.emit import emit
 from stepfuse.engine.replay.workspace import Workspace
@@ -62,6 +64,7 @@ class CompiledNetwork:
             self.reports = _rewritten(traced, settings, left_out, careful)
         self.out_spec = traced.out_spec
         self.written = traced.written
+        self._moves = 0
         self._traced_constants = traced.constants
         self._compile(traced, model, settings.weights)
         del traced
@@ -99,6 +102,13 @@ class CompiledNetwork:
 
     def _evict(self) -> None:
         self.weights.evict(self._placeholders[name] for name in self._time_only_weights)
+
+    @property
+    def moves(self) -> int:
+        """How often something that a recorded step reads was put elsewhere: the table, constants,
+        weights that are read as they are.
+        """
+        return self._moves + (0 if self.table is None else self.table.moves)
 
     def nbytes(self) -> int:
         """Bytes of the constants and of the table, beside the weights themselves."""
@@ -197,7 +207,9 @@ class CompiledNetwork:
         """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
-            self._bound[name] = current[target]
+            weight = current[target]
+            self._moves += name in self._direct and _is_elsewhere(self._bound[name], weight)
+            self._bound[name] = weight
         owned = {_memory(tensor) for tensor in current.values()}
         del current
         # what a constant needs on the way grows with it: the largest come last, when most is freed
@@ -234,6 +246,7 @@ class CompiledNetwork:
         if old is not None and _alike(old, new):
             old.copy_(new)  # a recorded step holds the tensor itself
         else:
+            self._moves += old is not None
             # constants are copies: those of the next refresh are written over them
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
@@ -277,6 +290,13 @@ def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> Fold:
 def _memory(tensor: Tensor) -> int | None:
     """The identity of a tensor's memory; None for packed weights, which own theirs."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _is_elsewhere(old: Tensor | None, new: Tensor) -> bool:
+    """Whether a weight that was read as ``old`` lies in other memory now."""
+    if old is None or isinstance(new, FakeTensor) or new.layout is not torch.strided:
+        return False
+    return home(old) != home(new)
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:

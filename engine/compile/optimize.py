@@ -169,7 +169,7 @@ class Optimized(nn.Module):
             return self.original(*args, **kwargs)
         with torch.no_grad():
             call, network, leaves = self._cache.find(args, kwargs)
-            tell(Ran(self, self._cache, call, network))
+            tell(Ran(self, self._cache, call, network, network.moves))
             self._check(network)
             return network(leaves)
 
@@ -181,9 +181,11 @@ class Optimized(nn.Module):
     def prepare(self, timesteps: Iterable[int]) -> None:
         """Announce timesteps: what depends on them alone becomes a row of a table.
 
-        Other timesteps still work, by computing it. A step that was recorded (a captured sampler)
-        after this call reads the table only: there, a timestep that was not announced raises
-        IndexError on the CPU and gives NaN on CUDA.
+        On the CPU other timesteps still work, by computing it, except in a step that was recorded
+        (a captured sampler) after this call: that reads the table only, and raises IndexError for a
+        timestep that was not announced. On CUDA nobody looks at the timestep: once some were
+        announced, any other gives NaN. The table there has the announced rows, twice as many at
+        least when it has to grow; what was captured is captured again then.
 
         Raises TypeError for what is no whole number, ValueError for a timestep that is negative or
         above 4095.
