@@ -42,19 +42,24 @@ _listeners = _Listeners()
 @contextmanager
 def listening() -> Iterator[list[Ran]]:
     """A list of what runs inside, in this thread, in its order; each network once."""
-    heard: list[Ran] = []
-    _listeners.lists.append(heard)
+    networks: list[Ran] = []
+    _listeners.lists.append(networks)
     try:
-        yield heard
+        yield networks
     finally:
         _listeners.lists.pop()
 
 
 def tell(network: Ran) -> None:
     """Say that a network is about to run."""
-    for heard in _listeners.lists:
-        if network not in heard:
-            heard.append(network)
+    for networks in _listeners.lists:
+        if network not in networks:
+            networks.append(network)
+
+
+def heard() -> bool:
+    """Whether somebody listens to this thread: a step runs here that may be recorded."""
+    return bool(_listeners.lists)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from stepfuse.engine.compile.effects import effect
 from stepfuse.engine.compile.graph import Pass, PassContext, PassReport, finish, stage, value
 from stepfuse.engine.compile.graph_text import graph_text
 from stepfuse.engine.compile.heap import trim
@@ -44,6 +45,8 @@ class CompiledNetwork:
     constant_i = fold_i(weights)                when built, and by ``refresh``, one by one
     e_1 .. e_k = time_stage(t)                  per evaluation, or a row of ``table``
     results = main(leaves, e_1 .. e_k)          per evaluation
+
+    ``effect`` says what another evaluation would do beside that, "" where nothing.
     """
 
     alone = False  # it takes the model's place
@@ -121,6 +124,11 @@ class CompiledNetwork:
         """What was computed from weights alone, by the name of its node."""
         return {fold.name: self._bound[fold.name] for fold in self.folds}
 
+    @property
+    def unwatched(self) -> list[Tensor]:
+        """Tensors of the model that it reads and that are none of its parameters and buffers."""
+        return [v for v in self._traced_constants.values() if v.layout is torch.strided]
+
     def listed(self, stage: Stage) -> str:
         """The calls of one stage, a line each."""
         return self._texts[stage]
@@ -174,6 +182,7 @@ class CompiledNetwork:
         named = [t for t in self._placeholders.values() if t not in traced.constants]
         self.weights = Weights(model, dict.fromkeys(named), holding)
         called = [n for n in nodes if n.op == "call_function"]
+        self.effect = effect(called)
         stages = {s: [n for n in called if stage(n) == s] for s in STAGES}
         folded = [n for n in stages["weights"] if any(stage(u) != "weights" for u in n.users)]
         # the globals of all functions: every name they read must be there when they are made
