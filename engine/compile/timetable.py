@@ -22,7 +22,7 @@ class TimeTable:
 
     Both gathers run on the device and read nothing on the host, so that a recorded step works for
     every announced timestep. A timestep that was not announced has no row: on the CPU the gather
-    raises IndexError, on CUDA it reads a row of NaN.
+    raises IndexError, on CUDA it reads a row of NaN, whatever number it is.
 
     On the CPU the table never moves: a page of it that was never written takes no memory. Where
     every byte that is asked for is taken, it has the announced rows, and ``grows`` to at least
@@ -72,6 +72,8 @@ class TimeTable:
         """(e_1, ..., e_k) for t int [N], every entry announced before."""
         assert self.table is not None
         assert self.rows is not None
+        if self.grows:  # nobody refuses another timestep here
+            t = (t + 1).clamp_(0, CAPACITY + 1)
         found = self.table.index_select(0, self.rows.index_select(0, t))
         parts = found.split_with_sizes(self.widths, 1)
         if self.plain:
@@ -98,8 +100,8 @@ class TimeTable:
         self._make_room(count, line)
         assert self.table is not None
         assert self.rows is not None
-        if self.grows:
-            row += 1  # the first is of NaN, for timesteps without one
+        if self.grows:  # the first row is of NaN, the first and last entry of what has none
+            row, t = row + 1, t + 1
         self.table[row].copy_(line)
         self.rows[t] = row
         return True
@@ -121,8 +123,8 @@ class TimeTable:
             return
         if self.grows:
             table[0].fill_(float("nan"))
-        absent = 0 if self.grows else CAPACITY  # beyond the end: the gather raises IndexError
-        self.table, self.rows = table, torch.full((CAPACITY,), absent, device=self.device)
+        entries, absent = (CAPACITY + 2, 0) if self.grows else (CAPACITY, CAPACITY)  # no such row
+        self.table, self.rows = table, torch.full((entries,), absent, device=self.device)
 
 
 def _rows_differ(result: Tensor) -> bool:
