@@ -13,7 +13,16 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.effects import effect
-from stepfuse.engine.compile.graph import Pass, PassContext, PassReport, finish, stage, value
+from stepfuse.engine.compile.graph import (
+    Pass,
+    PassContext,
+    PassReport,
+    aten,
+    finish,
+    is_call,
+    stage,
+    value,
+)
 from stepfuse.engine.compile.graph_text import graph_text
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.pass_order import PASSES
@@ -68,11 +77,17 @@ class CompiledNetwork:
         self.out_spec = traced.out_spec
         self.written = traced.written
         self._moves = 0
+        self.turned: dict[str, int] = {}  # constants that are weights themselves, and their bytes
+        self.left: dict[str, int] = {}  # why others are copies, and how many
         self._traced_constants = traced.constants
         self._compile(traced, model, settings.weights)
         del traced
         trim()
-        self._bind_weights()
+        try:
+            self._bind_weights()
+        except BaseException:
+            self.discard()
+            raise
         trim()
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -113,10 +128,18 @@ class CompiledNetwork:
         """
         return self._moves + (0 if self.table is None else self.table.moves)
 
+    def discard(self) -> None:
+        """Leave the weights as they were; this network cannot run any more."""
+        for name in self._bound:
+            if isinstance(self._bound[name], Tensor):
+                self._bound[name] = None
+        turned = [fold.reads[0] for fold in self.folds if fold.name in self.turned]
+        self.weights.turn_back(self._placeholders[name] for name in turned)
+
     def nbytes(self) -> int:
         """Bytes of the constants and of the table, beside the weights themselves."""
         table = 0 if self.table is None else self.table.nbytes()
-        held = self.constants.values()
+        held = [v for name, v in self.constants.items() if name not in self.turned]
         return table + sum(v.numel() * v.element_size() for v in held if isinstance(v, Tensor))
 
     @property
@@ -216,11 +239,12 @@ class CompiledNetwork:
         """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
-            weight = current[target]
-            self._moves += name in self._direct and _is_elsewhere(self._bound[name], weight)
-            self._bound[name] = weight
-        owned = {_memory(tensor) for tensor in current.values()}
+            if name in self._direct:
+                self._moves += _is_elsewhere(self._bound[name], current[target])
+            self._bound[name] = current[target]
         del current
+        self._turn_filters()
+        owned = {_memory(self._bound[name]) for name in self._placeholders}
         # what a constant needs on the way grows with it: the largest come last, when most is freed
         size = {
             fold.name: sum(self._bound[name].nbytes for name in fold.reads) for fold in self.folds
@@ -248,11 +272,35 @@ class CompiledNetwork:
                     done = 0
                     trim()
 
+    def _turn_filters(self) -> None:
+        """Let weights that are read in another layout lie in it, instead of having copies.
+
+        On the CPU they are packed, which no layout of the weight replaces.
+        """
+        before, self.turned, self.left = self.turned, {}, {}
+        for fold in self.folds if self.weights.holding == "parked" else ():
+            if fold.layout is None:
+                continue
+            (name,) = fold.reads
+            self._bound[name] = None
+            weight, reason = self.weights.turn(self._placeholders[name], fold.layout)
+            self._bound[name] = weight
+            if reason:
+                self.left[reason] = self.left.get(reason, 0) + 1
+            else:
+                self.turned[fold.name] = weight.nbytes
+        for name in before.keys() - self.turned.keys():
+            self._bound[name] = None  # it was the weight, and will be a copy
+            self._moves += 1
+
     def _bind_constant(self, fold: Fold, owned: set[int | None]) -> None:
         """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""
         (new,) = fold.run()
         old = self._bound[fold.name]
-        if old is not None and _alike(old, new):
+        if fold.name in self.turned:
+            self._moves += _is_elsewhere(old, new)
+            self._bound[fold.name] = new  # the weight itself
+        elif old is not None and _alike(old, new) and _memory(old) not in owned:
             old.copy_(new)  # a recorded step holds the tensor itself
         else:
             self._moves += old is not None
@@ -277,11 +325,15 @@ def _rewritten(
 
 @dataclass(frozen=True)
 class Fold:
-    """How a constant is computed, and the placeholders of the weights it is made of."""
+    """How a constant is computed, and the placeholders of the weights it is made of.
+
+    ``layout`` is that in which it has the values of its weight, where it is that and no more.
+    """
 
     name: str
     run: Callable[[], tuple[Any, ...]]
     reads: tuple[str, ...]
+    layout: torch.memory_format | None = None
 
 
 def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> Fold:
@@ -293,7 +345,16 @@ def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> Fold:
             stack += one.all_input_nodes
     run = emit([n for n in weights if n in needed], [], [node], bound)
     reads = tuple(n.name for n in needed if n.op == "placeholder")
-    return Fold(node.name, run, reads)
+    return Fold(node.name, run, reads, _layout(node))
+
+
+def _layout(node: Node) -> torch.memory_format | None:
+    """The layout that a node asks of a weight, where it does nothing else."""
+    (source,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
+    asked = node.kwargs.get("memory_format")
+    if source is None or source.op != "placeholder" or not is_call(node, aten.contiguous.default):
+        return None
+    return asked if isinstance(asked, torch.memory_format) else None
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -77,14 +77,18 @@ def optimize(
             whatever asks for it reads it: the model itself, `Optimized.refresh`, state_dict, copies
             and new shapes work as ever. A tensor that somebody else holds, too, stays where it is,
             and all do where no folder has twice the space; `Optimized.explain` tells. Linux.
+            On CUDA weights stay where they are, and filters that are read channels-last are laid
+            out so in place of having a copy beside them: the values are the same, the strides of
+            the parameter are not, and the model itself may take another kernel for it.
 
             "released" frees it. Only these shapes run then; whatever needs a freed weight raises
             `WeightsReleased`.
 
-            "kept" leaves it in memory, and gives packed weights as much more of it as makes them
-            faster: that saves up to a seventh of the time in float32, next to nothing in bfloat16.
-            With the other two the process peaks no higher than where the model itself runs
-            (measured in bench/NOTES.md).
+            "kept" leaves it in memory as it is, and gives packed weights as much more of it as
+            makes them faster: that saves up to a seventh of the time in float32, next to nothing in
+            bfloat16. With the other two the process peaks no higher than where the model itself
+            runs (measured on the CPU, in bench/NOTES.md); on CUDA, "parked" holds what ``dtype``
+            lowers twice.
         graph: "auto" captures a network on CUDA as one CUDA graph when it is first called, and
             replays it: the host launches it as a whole, on copies of the arguments, and the results
             are copies too. It holds the memory that one evaluation takes. A network that draws
@@ -92,7 +96,8 @@ def optimize(
             run operator by operator; `Optimized.explain` tells. None captures nothing. On the CPU
             nothing is captured.
 
-    The model stays bitwise what it is, whatever happens: a mirror of it is traced. A change of its
+    The values of the model stay bitwise what they are, whatever happens, and a mirror of it is
+    traced. Strides that were changed are put back where compiling fails. A change of its
     weights is noticed, and so is one of the Python state that its forward reads (the scale of an
     adapter, which one is active, a method put over another): each such state has its networks.
 

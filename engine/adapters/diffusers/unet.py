@@ -10,6 +10,7 @@ are. The only change is the instance attribute ``forward``.
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,6 +24,7 @@ from stepfuse.engine.adapters.diffusers.listed import Listed
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
 from stepfuse.engine.compile.state.python_state import PythonState
 from stepfuse.engine.compile.timetable import CAPACITY
+from stepfuse.engine.compile.weights.watched import turn_back
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
@@ -117,6 +119,8 @@ def remove(unet: nn.Module) -> None:
     del vars(unet)["forward"]
     if found.hidden is not None:
         vars(unet)["forward"] = found.hidden
+    found.forget()
+    turn_back(unet)
 
 
 class Forward:
@@ -166,6 +170,12 @@ class Forward:
         """Read the weights again; changes that can be seen are read without this."""
         if self._fast is not None:
             self._fast.refresh()
+
+    def forget(self) -> None:
+        """Let go of what was compiled, and of every tensor of the U-Net that it holds."""
+        if self._fast is not None:
+            self._fast = None
+            gc.collect()
 
     def explain(self) -> str:
         """What was compiled, and which calls ran the original forward and why."""
