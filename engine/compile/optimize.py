@@ -79,7 +79,8 @@ def optimize(
             and all do where no folder has twice the space; `Optimized.explain` tells. Linux.
             On CUDA weights stay where they are, and filters that are read channels-last are laid
             out so in place of having a copy beside them: the values are the same, the strides of
-            the parameter are not, and the model itself may take another kernel for it.
+            the parameter are not. The model itself may take another kernel for it, and a file
+            format may ask for its ``contiguous()``, as safetensors' ``save_file`` does.
 
             "released" frees it. Only these shapes run then; whatever needs a freed weight raises
             `WeightsReleased`.

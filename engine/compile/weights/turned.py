@@ -5,7 +5,7 @@
 
 The parameter stays what it is: its shape, dtype and values, state_dict, copies, pickles and
 ``load_state_dict`` work as ever. Only strides change, by which the model itself may get another
-kernel, which adds in another order. A weight whose memory somebody else holds, a state_dict or a
+kernel, which adds in another order, and which a file format may refuse to write. A weight whose memory somebody else holds, a state_dict or a
 view, stays: theirs and the model's would be two from then on.
 
 As with `parked`, nothing moves while other threads run Python.
