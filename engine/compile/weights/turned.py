@@ -5,8 +5,9 @@
 
 The parameter stays what it is: its shape, dtype and values, state_dict, copies, pickles and
 ``load_state_dict`` work as ever. Only strides change, by which the model itself may get another
-kernel, which adds in another order, and which a file format may refuse to write. A weight whose memory somebody else holds, a state_dict or a
-view, stays: theirs and the model's would be two from then on.
+kernel, which adds in another order, and which a file format may refuse to write. A weight whose
+memory somebody else holds, a state_dict or a view, stays: theirs and the model's would be two from
+then on.
 
 As with `parked`, nothing moves while other threads run Python.
 """
@@ -30,8 +31,11 @@ def obstacle(weight: Tensor) -> str:
     """Why ``weight``, of which nobody here may hold a tensor, cannot be turned, or ""."""
     if type(weight) not in (*PLAIN, FakeTensor) or weight.layout is not torch.strided:
         return "it is no ordinary tensor"
-    if weight.is_conj() or weight.is_neg() or weight.untyped_storage().is_shared():
-        return "its memory is shared"
+    if weight.is_conj() or weight.is_neg():
+        return "it is no ordinary tensor"
+    # of memory on other devices it is always said that it is shared
+    if weight.device.type == "cpu" and weight.untyped_storage().is_shared():
+        return "its memory is shared by processes"
     if weight.untyped_storage().nbytes() != weight.nbytes or not is_alone(weight):
         return "its memory is held by others too"
     others = other_threads()

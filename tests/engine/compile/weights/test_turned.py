@@ -259,7 +259,17 @@ def test_training_files_and_copies_work_as_before() -> None:
     assert distance(model(*inputs), expected) > 0
 
 
-def test_stable_diffusion_on_cuda_holds_its_filters_once() -> None:
+def test_memory_that_processes_share_is_not_replaced() -> None:
+    model, inputs = own()
+    model.share_memory()
+    fast = compiled(model, inputs)
+    assert turned(model) == 0
+    assert f"{len(wide(model))} copied: its memory is shared by processes" in fast.explain()
+    assert all(w.is_shared() for w in wide(model))
+
+
+def test_stable_diffusion_on_cuda_holds_its_filters_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.UntypedStorage, "is_shared", lambda _: True)  # as CUDA says
     half, results = torch.float16, {}
     with fake_cuda():
         x = torch.empty(2, 4, 64, 64, dtype=half, device=DEVICE)
