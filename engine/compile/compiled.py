@@ -71,11 +71,13 @@ def _network(
     careful = False  # to find out which pass it was
     while True:
         reports: list[PassReport] = []
+        network: CompiledNetwork | None = None
         try:
             network = CompiledNetwork(model, args, kwargs, settings, workspace, left_out, careful)
             reports = network.reports
             _try(network, leaves)
-            return network
+            done, network = network, None
+            return done
         except (CannotTrace, WeightsReleased):
             raise
         except PassFailed as failure:
@@ -91,6 +93,9 @@ def _network(
                 continue
             name, reason = maker(error), str(PassFailed("", error))
             name = name or _suspect(reports, settings, left_out)
+        finally:
+            if network is not None:
+                network.discard()
         if not name or name in left_out:
             raise PassFailed("", RuntimeError(reason))
         left_out[name] = reason

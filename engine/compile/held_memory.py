@@ -22,8 +22,13 @@ def held_memory(model: nn.Module, network: Compiled | Numbered) -> str:
     text += f", {filed / _MB:.1f} MB in a file" if filed else ""
     text += f", {freed / _MB:.1f} MB released" if freed else ""
     inner = network.network if isinstance(network, Numbered) else network
-    note = inner.weights.note if isinstance(inner, CompiledNetwork) else ""
-    return f"{text} ({note})" if note else text
+    if not isinstance(inner, CompiledNetwork):
+        return text
+    text += f" ({inner.weights.note})" if inner.weights.note else ""
+    if inner.turned:
+        megabytes = sum(inner.turned.values()) / _MB
+        text += f"; {len(inner.turned)} filters, {megabytes:.1f} MB, turned where they lie"
+    return text + "".join(f"; {n} copied: {why}" for why, n in sorted(inner.left.items()))
 
 
 def released_weights(model: nn.Module) -> list[Tensor]:

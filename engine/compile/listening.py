@@ -23,12 +23,15 @@ class Ran:
     cache: Any
     call: Any
     network: Any
+    moves: int  # of the network when it ran
 
     def holds(self) -> bool:
-        """Whether such a call would run it again, and to the same result."""
+        """Whether such a call would run it again, on the same tensors and to the same result."""
         with self.cache.lock:
             known = self.cache.known(self.call)
-            return bool(known is self.network and known.changed() is None)
+            if known is not self.network or known.moves != self.moves:
+                return False
+            return known.changed() is None
 
 
 class _Listeners(threading.local):
@@ -42,20 +45,25 @@ _listeners = _Listeners()
 @contextmanager
 def listening() -> Iterator[list[Ran]]:
     """A list of what runs inside, in this thread, in its order; each network once."""
-    heard: list[Ran] = []
-    _listeners.lists.append(heard)
+    networks: list[Ran] = []
+    _listeners.lists.append(networks)
     try:
-        yield heard
+        yield networks
     finally:
         _listeners.lists.pop()
 
 
 def tell(network: Ran) -> None:
     """Say that a network is about to run."""
-    for heard in _listeners.lists:
-        if network not in heard:
+    for networks in _listeners.lists:
+        if network not in networks:
             network.cache.pin(network)
-            heard.append(network)
+            networks.append(network)
+
+
+def heard() -> bool:
+    """Whether somebody listens to this thread: a step runs here that may be recorded."""
+    return bool(_listeners.lists)
 
 
 @contextmanager

@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from stepfuse.engine.compile.graph import Pass, PassContext, PassReport, finish, stage, value
+from stepfuse.engine.compile.effects import effect
+from stepfuse.engine.compile.graph import (
+    Pass,
+    PassContext,
+    PassReport,
+    aten,
+    finish,
+    is_call,
+    stage,
+    value,
+)
 from stepfuse.engine.compile.graph_text import graph_text
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.pass_order import PASSES
@@ -21,6 +32,7 @@ from stepfuse.engine.compile.stages import STAGES, Stage, time_frontier
 from stepfuse.engine.compile.stopwatch import reading
 from stepfuse.engine.compile.timetable import TimeTable
 from stepfuse.engine.compile.tracing.trace import Traced, trace
+from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.compile.weights.watched import Holding, Weights
 from stepfuse.engine.replay.emit import emit
 from stepfuse.engine.replay.workspace import Workspace
@@ -42,6 +54,8 @@ class CompiledNetwork:
     constant_i = fold_i(weights)                when built, and by ``refresh``, one by one
     e_1 .. e_k = time_stage(t)                  per evaluation, or a row of ``table``
     results = main(leaves, e_1 .. e_k)          per evaluation
+
+    ``effect`` says what another evaluation would do beside that, "" where nothing.
     """
 
     alone = False  # it takes the model's place
@@ -62,11 +76,18 @@ class CompiledNetwork:
             self.reports = _rewritten(traced, settings, left_out, careful)
         self.out_spec = traced.out_spec
         self.written = traced.written
+        self._moves = 0
+        self.turned: dict[str, int] = {}  # constants that are weights themselves, and their bytes
+        self.left: dict[str, int] = {}  # why others are copies, and how many
         self._traced_constants = traced.constants
         self._compile(traced, model, settings.weights)
         del traced
         trim()
-        self._bind_weights()
+        try:
+            self._bind_weights()
+        except BaseException:
+            self.discard()
+            raise
         trim()
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -100,16 +121,36 @@ class CompiledNetwork:
     def _evict(self) -> None:
         self.weights.evict(self._placeholders[name] for name in self._time_only_weights)
 
+    @property
+    def moves(self) -> int:
+        """How often something that a recorded step reads was put elsewhere: the table, constants,
+        weights that are read as they are.
+        """
+        return self._moves + (0 if self.table is None else self.table.moves)
+
+    def discard(self) -> None:
+        """Leave the weights as they were; this network cannot run any more."""
+        for name in self._bound:
+            if isinstance(self._bound[name], Tensor):
+                self._bound[name] = None
+        turned = [fold.reads[0] for fold in self.folds if fold.name in self.turned]
+        self.weights.turn_back(self._placeholders[name] for name in turned)
+
     def nbytes(self) -> int:
         """Bytes of the constants and of the table, beside the weights themselves."""
         table = 0 if self.table is None else self.table.nbytes()
-        held = self.constants.values()
+        held = [v for name, v in self.constants.items() if name not in self.turned]
         return table + sum(v.numel() * v.element_size() for v in held if isinstance(v, Tensor))
 
     @property
     def constants(self) -> dict[str, Any]:
         """What was computed from weights alone, by the name of its node."""
         return {fold.name: self._bound[fold.name] for fold in self.folds}
+
+    @property
+    def unwatched(self) -> list[Tensor]:
+        """Tensors of the model that it reads and that are none of its parameters and buffers."""
+        return [v for v in self._traced_constants.values() if v.layout is torch.strided]
 
     def listed(self, stage: Stage) -> str:
         """The calls of one stage, a line each."""
@@ -164,6 +205,7 @@ class CompiledNetwork:
         named = [t for t in self._placeholders.values() if t not in traced.constants]
         self.weights = Weights(model, dict.fromkeys(named), holding)
         called = [n for n in nodes if n.op == "call_function"]
+        self.effect = effect(called)
         stages = {s: [n for n in called if stage(n) == s] for s in STAGES}
         folded = [n for n in stages["weights"] if any(stage(u) != "weights" for u in n.users)]
         # the globals of all functions: every name they read must be there when they are made
@@ -197,9 +239,12 @@ class CompiledNetwork:
         """
         current = self.weights.read() | self._traced_constants
         for name, target in self._placeholders.items():
+            if name in self._direct:
+                self._moves += _is_elsewhere(self._bound[name], current[target])
             self._bound[name] = current[target]
-        owned = {_memory(tensor) for tensor in current.values()}
         del current
+        self._turn_filters()
+        owned = {_memory(self._bound[name]) for name in self._placeholders}
         # what a constant needs on the way grows with it: the largest come last, when most is freed
         size = {
             fold.name: sum(self._bound[name].nbytes for name in fold.reads) for fold in self.folds
@@ -227,13 +272,38 @@ class CompiledNetwork:
                     done = 0
                     trim()
 
+    def _turn_filters(self) -> None:
+        """Let weights that are read in another layout lie in it, instead of having copies.
+
+        On the CPU they are packed, which no layout of the weight replaces.
+        """
+        before, self.turned, self.left = self.turned, {}, {}
+        for fold in self.folds if self.weights.holding == "parked" else ():
+            if fold.layout is None:
+                continue
+            (name,) = fold.reads
+            self._bound[name] = None
+            weight, reason = self.weights.turn(self._placeholders[name], fold.layout)
+            self._bound[name] = weight
+            if reason:
+                self.left[reason] = self.left.get(reason, 0) + 1
+            else:
+                self.turned[fold.name] = weight.nbytes
+        for name in before.keys() - self.turned.keys():
+            self._bound[name] = None  # it was the weight, and will be a copy
+            self._moves += 1
+
     def _bind_constant(self, fold: Fold, owned: set[int | None]) -> None:
         """Compute one; ``owned`` is the memory of weights, which are not ours to write to."""
         (new,) = fold.run()
         old = self._bound[fold.name]
-        if old is not None and _alike(old, new):
+        if fold.name in self.turned:
+            self._moves += _is_elsewhere(old, new)
+            self._bound[fold.name] = new  # the weight itself
+        elif old is not None and _alike(old, new) and _memory(old) not in owned:
             old.copy_(new)  # a recorded step holds the tensor itself
         else:
+            self._moves += old is not None
             # constants are copies: those of the next refresh are written over them
             self._bound[fold.name] = new.clone() if _memory(new) in owned else new
 
@@ -255,11 +325,15 @@ def _rewritten(
 
 @dataclass(frozen=True)
 class Fold:
-    """How a constant is computed, and the placeholders of the weights it is made of."""
+    """How a constant is computed, and the placeholders of the weights it is made of.
+
+    ``layout`` is that in which it has the values of its weight, where it is that and no more.
+    """
 
     name: str
     run: Callable[[], tuple[Any, ...]]
     reads: tuple[str, ...]
+    layout: torch.memory_format | None = None
 
 
 def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> Fold:
@@ -271,12 +345,28 @@ def _fold(node: Node, weights: list[Node], bound: dict[str, Any]) -> Fold:
             stack += one.all_input_nodes
     run = emit([n for n in weights if n in needed], [], [node], bound)
     reads = tuple(n.name for n in needed if n.op == "placeholder")
-    return Fold(node.name, run, reads)
+    return Fold(node.name, run, reads, _layout(node))
+
+
+def _layout(node: Node) -> torch.memory_format | None:
+    """The layout that a node asks of a weight, where it does nothing else."""
+    (source,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
+    asked = node.kwargs.get("memory_format")
+    if source is None or source.op != "placeholder" or not is_call(node, aten.contiguous.default):
+        return None
+    return asked if isinstance(asked, torch.memory_format) else None
 
 
 def _memory(tensor: Tensor) -> int | None:
     """The identity of a tensor's memory; None for packed weights, which own theirs."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _is_elsewhere(old: Tensor | None, new: Tensor) -> bool:
+    """Whether a weight that was read as ``old`` lies in other memory now."""
+    if old is None or isinstance(new, FakeTensor) or new.layout is not torch.strided:
+        return False
+    return home(old) != home(new)
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:

@@ -62,6 +62,11 @@ class Numbered:
         """As `CompiledNetwork.alone`."""
         return self.network.alone
 
+    @property
+    def moves(self) -> int:
+        """As `CompiledNetwork.moves`."""
+        return self.network.moves
+
     def listed(self, stage: Stage) -> str:
         """As `CompiledNetwork.listed`."""
         return self.network.listed(stage)

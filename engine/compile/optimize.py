@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.compile import calls
+from stepfuse.engine.compile.captured import Captures, GraphMode
 from stepfuse.engine.compile.compiled import Compiled
 from stepfuse.engine.compile.graph import Pass, PassReport
 from stepfuse.engine.compile.held_memory import held_memory
@@ -27,7 +28,7 @@ from stepfuse.kernels.arguments import (
     check_precision,
     check_words,
 )
-from stepfuse.kernels.checks import as_integer, received
+from stepfuse.kernels.checks import as_integer, received, shown
 
 _NOTHING = "nothing compiled yet"
 
@@ -46,6 +47,7 @@ def optimize(
     timesteps: Iterable[int] = (),
     max_networks: int = 8,
     weights: Holding = "parked",
+    graph: GraphMode | None = "auto",
 ) -> Optimized:
     """Compile ``model(x, t, **condition)`` for inference: same arguments, same result, faster.
 
@@ -76,16 +78,28 @@ def optimize(
             whatever asks for it reads it: the model itself, `Optimized.refresh`, state_dict, copies
             and new shapes work as ever. A tensor that somebody else holds, too, stays where it is,
             and all do where no folder has twice the space; `Optimized.explain` tells. Linux.
+            On CUDA weights stay where they are, and filters that are read channels-last are laid
+            out so in place of having a copy beside them: the values are the same, the strides of
+            the parameter are not. The model itself may take another kernel for it, and a file
+            format may ask for its ``contiguous()``, as safetensors' ``save_file`` does.
 
             "released" frees it. Only these shapes run then; whatever needs a freed weight raises
             `WeightsReleased`.
 
-            "kept" leaves it in memory, and gives packed weights as much more of it as makes them
-            faster: that saves up to a seventh of the time in float32, next to nothing in bfloat16.
-            With the other two the process peaks no higher than where the model itself runs
-            (measured in bench/NOTES.md).
+            "kept" leaves it in memory as it is, and gives packed weights as much more of it as
+            makes them faster: that saves up to a seventh of the time in float32, next to nothing in
+            bfloat16. With the other two the process peaks no higher than where the model itself
+            runs (measured on the CPU, in bench/NOTES.md); on CUDA, "parked" holds what ``dtype``
+            lowers twice.
+        graph: "auto" captures a network on CUDA as one CUDA graph when it is first called, and
+            replays it: the host launches it as a whole, on copies of the arguments, and the results
+            are copies too. It holds the memory that one evaluation takes. A network that draws
+            random numbers or writes to a weight, and a call whose operators somebody else records,
+            run operator by operator; `Optimized.explain` tells. None captures nothing. On the CPU
+            nothing is captured.
 
-    The model stays bitwise what it is, whatever happens: a mirror of it is traced. A change of its
+    The values of the model stay bitwise what they are, whatever happens, and a mirror of it is
+    traced. Strides that were changed are put back where compiling fails. A change of its
     weights is noticed, and so is one of the Python state that its forward reads (the scale of an
     adapter, which one is active, a method put over another): each such state has its networks.
 
@@ -100,11 +114,13 @@ def optimize(
         raise ValueError(f"without must be empty where passes is; got {without!r}")
     without = check_words("without", without, [pass_.__name__ for pass_ in passes])
     check_literal("weights", weights, Holding)
+    if graph is not None and not (isinstance(graph, str) and graph in get_args(GraphMode)):
+        raise ValueError(f"graph must be 'auto' or None; got {shown(graph)}")
     max_networks = as_integer("max_networks", max_networks)
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
     lower = None if dtype is torch.float32 else dtype
-    fast = Optimized(model, lower, without, max_networks, weights, passes=passes)
+    fast = Optimized(model, lower, without, max_networks, weights, (), passes, graph)
     args, kwargs = as_call("example_inputs", example_inputs)
     fast.prepare(timesteps)
     fast.compile(*args, **kwargs)
@@ -127,10 +143,11 @@ class Optimized(nn.Module):
         weights: Holding = "parked",
         ignored: Collection[str] = (),
         passes: Sequence[Pass] = PASSES,
+        graph: GraphMode | None = "auto",
     ) -> None:
         super().__init__()
         self.original = model
-        self.weights, self.passes = weights, tuple(passes)
+        self.weights, self.passes, self.graph = weights, tuple(passes), graph
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
         self._never_counts = frozenset(ignored)  # paths of `PythonState`
@@ -142,6 +159,7 @@ class Optimized(nn.Module):
         self._cache = NetworkCache(
             self.original, settings, self.max_networks, self.timesteps, self._never_counts
         )
+        self._captures = Captures(self.graph)
 
     @property
     def networks(self) -> list[Compiled | Numbered]:
@@ -170,9 +188,9 @@ class Optimized(nn.Module):
             return self.original(*args, **kwargs)
         with torch.no_grad():
             call, network, leaves = self._cache.find(args, kwargs)
-            tell(Ran(self, self._cache, call, network))
+            tell(Ran(self, self._cache, call, network, network.moves))
             self._check(network)
-            return network(leaves)
+            return self._captures(network, leaves)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile for the shapes of these arguments, if that has not been done."""
@@ -182,9 +200,11 @@ class Optimized(nn.Module):
     def prepare(self, timesteps: Iterable[int]) -> None:
         """Announce timesteps: what depends on them alone becomes a row of a table.
 
-        Other timesteps still work, by computing it. A step that was recorded (a captured sampler)
-        after this call reads the table only: there, a timestep that was not announced raises
-        IndexError on the CPU and gives NaN on CUDA.
+        On the CPU other timesteps still work, by computing it, except in a step that was recorded
+        (a captured sampler) after this call: that reads the table only, and raises IndexError for a
+        timestep that was not announced. On CUDA nobody looks at the timestep: once some were
+        announced, any other gives NaN. The table there has the announced rows, twice as many at
+        least when it has to grow; what was captured is captured again then.
 
         Raises TypeError for what is no whole number, ValueError for a timestep that is negative or
         above 4095.
@@ -233,6 +253,9 @@ class Optimized(nn.Module):
         for inputs, network in self._cache.described():
             lines = [f"inputs                 {inputs}", *(str(r) for r in network.reports)]
             lines.append(f"memory                 {held_memory(self.original, network)}")
+            captured = self._captures.described(network)
+            if captured:
+                lines.append(f"graph                  {captured}")
             parts.append("\n".join(lines))
         if self.timesteps:
             parts.append(f"timesteps              {len(self.timesteps)} announced")
@@ -266,7 +289,8 @@ class Optimized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._cache.refuse_if_released("a copy or pickle compiles from the weights again")
-        state = {name: v for name, v in self.__dict__.items() if name != "_cache"}
+        own = ("_cache", "_captures")
+        state = {name: v for name, v in self.__dict__.items() if name not in own}
         return {**state, "passes": PickledPasses(self.passes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

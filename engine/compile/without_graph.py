@@ -67,6 +67,7 @@ class WithoutGraph:
         written: frozenset[str] = frozenset(),
     ) -> None:
         self._source, self._dtype = model, dtype
+        self.moves = 0  # nothing is read but what the original holds
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._twin: _Twin | None = None
         self.alone, self._passing = alone, False

@@ -139,7 +139,7 @@ def _exchange_forward(
         changes.notes["unet"] = reason
         return
     had = unets.forward_of(pipe.unet) is not None
-    unets.install(pipe.unet, dtype)
+    unets.install(pipe.unet, dtype).listed.add(pipe)
     if not had:
         changes.unet = pipe.unet
 

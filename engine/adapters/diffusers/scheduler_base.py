@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from stepfuse.engine.adapters.diffusers.listed import place_in, version
 from stepfuse.engine.adapters.diffusers.scheduler_rows import plain_step
 from stepfuse.engine.adapters.diffusers.scheduler_tables import betas_of, spaced
 from stepfuse.kernels.add_noise import add_noise
@@ -34,19 +35,6 @@ class Row(NamedTuple):
     table: Tensor  # [S, 16] on the sample's device
     step: Tensor | None  # int64 [1]; None where a coefficient is not finite, which no kernel takes
     numbers: list[float]
-
-
-def _version(x: Tensor) -> int:
-    """Grows with every change in place; tensors made in inference mode do not count them."""
-    return 0 if x.is_inference() else x._version
-
-
-def _place(t: Tensor, listed: Tensor) -> int | None:
-    """Where t is a view of one entry of ``listed``: which, without reading either."""
-    if t.dtype is not listed.dtype or t.numel() != 1 or not listed.is_contiguous():
-        return None
-    place, rest = divmod(t.data_ptr() - listed.data_ptr(), listed.element_size())
-    return place if rest == 0 and 0 <= place < len(listed) else None
 
 
 def _takes(x: Tensor) -> bool:
@@ -121,16 +109,16 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _take_timesteps(self, listed: Tensor, device: str | torch.device | None) -> None:
         self.timesteps = listed.to(device)
         self._listed: list[int] = listed.tolist()
-        self._listed_of, self._listed_version = self.timesteps, _version(self.timesteps)
+        self._listed_of, self._listed_version = self.timesteps, version(self.timesteps)
         self._tables: dict[Any, dict[int, Row]] = {}
         self._constants: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def _timestep_list(self) -> list[int]:
         """``timesteps`` on the host, also where the attribute was exchanged or written to."""
         listed = self.timesteps
-        if listed is not self._listed_of or _version(listed) != self._listed_version:
+        if listed is not self._listed_of or version(listed) != self._listed_version:
             self._listed, self._listed_of = listed.tolist(), listed
-            self._listed_version = _version(listed)
+            self._listed_version = version(listed)
             self._tables = {}
         return self._listed
 
@@ -141,7 +129,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not isinstance(timestep, Tensor):
             return operator.index(timestep)
         if not timestep.is_cpu and timestep.device == self.timesteps.device:
-            place = _place(timestep, self.timesteps)
+            place = place_in(timestep, self.timesteps)
             if place is not None:
                 return self._timestep_list()[place]
         return timestep.item()  # type: ignore[return-value]
@@ -171,7 +159,7 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             config.clip_sample,
             config.clip_sample_range,
             id(abar),
-            _version(abar),
+            version(abar),
             id(end),
             options,
         )
@@ -314,12 +302,12 @@ class NoisingScheduler(StepScheduler):
         """
         abar = self.alphas_cumprod = self.alphas_cumprod.to(like.device)
         kept, *now = self._forward_table
-        if kept is not abar or now[:3] != [_version(abar), like.dtype, self.strict]:
+        if kept is not abar or now[:3] != [version(abar), like.dtype, self.strict]:
             if self.strict:
                 table = abar.to(like.dtype).to(torch.float64)
             else:
                 table = self._abar().to(like.device)
-            self._forward_table = (abar, _version(abar), like.dtype, self.strict, table)
+            self._forward_table = (abar, version(abar), like.dtype, self.strict, table)
         return self._forward_table[-1]  # type: ignore[no-any-return]
 
     def _forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, target: str | None) -> Tensor:

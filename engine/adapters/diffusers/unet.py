@@ -10,18 +10,21 @@ are. The only change is the instance attribute ``forward``.
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.adapters.diffusers.listed import Listed
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
 from stepfuse.engine.compile.state.python_state import PythonState
 from stepfuse.engine.compile.timetable import CAPACITY
+from stepfuse.engine.compile.weights.watched import turn_back
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
@@ -34,6 +37,8 @@ _STATELESS = (
     "FusedAttnProcessor2_0",
     "SlicedAttnProcessor",
 )
+_MOST_LISTED = 256  # timesteps that are announced together: the training schedule is not
+_UNKNOWN = "a timestep that a table may not have, outside 0..4095 or while a graph is captured"
 # hooks of the U-Net itself, which run around its forward, whatever that is
 _AROUND = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -114,6 +119,8 @@ def remove(unet: nn.Module) -> None:
     del vars(unet)["forward"]
     if found.hidden is not None:
         vars(unet)["forward"] = found.hidden
+    found.forget()
+    turn_back(unet)
 
 
 class Forward:
@@ -130,6 +137,7 @@ class Forward:
         self._state: _State | None = None
         self._fast: Optimized | None = None
         self._announced: set[int] = set()
+        self.listed = Listed()  # schedulers whose timesteps may come
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # by torch.compile, which wants the network itself
@@ -141,6 +149,9 @@ class Forward:
         # these networks ask for no layout: one is compiled for all of them
         sample = given["sample"].contiguous()
         t = self._timesteps(fast, sample, given["timestep"])
+        if t is None:
+            self.originals[_UNKNOWN] += 1
+            return type(self.unet).forward(self.unet, *args, **kwargs)
         condition = {n: given[n].contiguous() for n in _CONDITION if given.get(n) is not None}
         try:
             result = fast(sample, t, **condition)
@@ -159,6 +170,12 @@ class Forward:
         """Read the weights again; changes that can be seen are read without this."""
         if self._fast is not None:
             self._fast.refresh()
+
+    def forget(self) -> None:
+        """Let go of what was compiled, and of every tensor of the U-Net that it holds."""
+        if self._fast is not None:
+            self._fast = None
+            gc.collect()
 
     def explain(self) -> str:
         """What was compiled, and which calls ran the original forward and why."""
@@ -204,20 +221,52 @@ class Forward:
             return "timestep is neither an integer nor a tensor of one or N"
         return None
 
-    def _timesteps(self, fast: Optimized, sample: Tensor, timestep: Any) -> Tensor:
-        """``timestep`` as [N] on the device of ``sample``, its row in the table filled."""
-        on_cpu = sample.device.type == "cpu"
+    def _timesteps(self, fast: Optimized, sample: Tensor, timestep: Any) -> Tensor | None:
+        """``timestep`` as [N] on the device of ``sample``, its row in the table filled.
+
+        None where there is a table and nobody can say whether it has a row of this timestep.
+        """
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
+        if sample.device.type != "cpu" and not t.is_floating_point():
+            if not self._have_rows(fast, t, sample.device):
+                return None
+        elif t.numel() == 1 and t.device.type == "cpu" and not t.is_floating_point():
+            value = int(t)
+            if 0 <= value < CAPACITY:
+                self._announce(fast, [value])
+            return torch.full((len(sample),), value, device="cpu")
         if t.numel() == 1:
-            # a value on the CPU costs nothing to read, one on another device a wait
-            if on_cpu and t.device.type == "cpu" and not t.is_floating_point():
-                value = int(t)
-                if 0 <= value < CAPACITY and value not in self._announced:
-                    fast.prepare([value])
-                    self._announced.add(value)
-                return torch.full((len(sample),), value, device="cpu")
             t = t.to(sample.device).reshape(1).repeat(len(sample))
         return t if t.is_floating_point() else t.long()
+
+    def _have_rows(self, fast: Optimized, t: Tensor, device: torch.device) -> bool:
+        """Whether a ``device`` that reads t will find it in the table, or there is none.
+
+        An entry of a scheduler's list is known, and announced with all of the list; any other that
+        is on the device is read back, once there is a table.
+        """
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        values = t.reshape(-1).tolist() if t.device.type == "cpu" else self.listed.values(t)
+        if values is None:
+            if not self._announced:
+                return True
+            if capturing:
+                return False
+            values = t.reshape(-1).tolist()
+        if not all(0 <= value < CAPACITY for value in values):
+            return not self._announced
+        new = not self._announced.issuperset(values)
+        if new and capturing:
+            return not self._announced
+        if new:
+            listed = self.listed.beside(values, _MOST_LISTED)
+            self._announce(fast, [*values, *(v for v in listed if 0 <= v < CAPACITY)])
+        return True
+
+    def _announce(self, fast: Optimized, values: Collection[int]) -> None:
+        if not self._announced.issuperset(values):
+            fast.prepare(values)
+            self._announced.update(values)
 
     def _output(self) -> Callable[..., Any]:
         from diffusers.models.unets.unet_2d import UNet2DOutput

@@ -3,8 +3,9 @@
     x [N, C, H, W] ──► contiguous(channels_last) ──► convolutions ... ──► contiguous ──► output
 
 A convolution then is a sum of plain matrix products on [H W, C], a GroupNorm reads channels side by
-side, and flattening to tokens [N, H W, C] is a view. On CUDA the filters are turned too, once; on
-the CPU packing does that. Values are unchanged; a different kernel may add in a different order
+side, and flattening to tokens [N, H W, C] is a view. On CUDA filters are read channels-last, too:
+the weight itself is turned where it lies (`weights.turned`), or a copy is made once; on the CPU
+packing does that. Values are unchanged; a different kernel may add in a different order
 (float32: relative 1e-5).
 """
 
@@ -56,7 +57,7 @@ def channels_last(gm: GraphModule, context: PassContext) -> PassReport:
             assert isinstance(image, Node)
             assert isinstance(filters, Node)
             _convert(gm, node, image, layout, converted)
-            if value(filters).device.type != "cpu" and stage(filters) == "weights":
+            if turns_filters(value(filters).device) and stage(filters) == "weights":
                 _convert(gm, node, filters, layout, {})
         try:
             infer(node)
@@ -66,6 +67,11 @@ def channels_last(gm: GraphModule, context: PassContext) -> PassReport:
     _restore_outputs(gm)
     report.note = f"{len(converted)} conversions, {dropped} contiguous() dropped"
     return report
+
+
+def turns_filters(device: torch.device) -> bool:
+    """Whether convolutions on such a device read their filters channels-last."""
+    return device.type != "cpu"
 
 
 def _make_plain(gm: GraphModule, node: Node) -> None:

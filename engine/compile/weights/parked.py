@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 FEW = 1 << 20  # bytes of weights that are not worth a file
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4: unlike MADV_DONTNEED it never loses what was written
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 _SERVANTS = ("tqdm", "ipykernel", "pydevd", "debugpy")  # whose threads call no model
 _homes: dict[int, int] = {}  # where a weight was before it was parked, by its address
 
@@ -68,7 +68,7 @@ class Files:
         return found is not None and found.private
 
     def _range(self, weight: Tensor) -> _Range | None:
-        if type(weight) not in _PLAIN or weight.device.type != "cpu":
+        if type(weight) not in PLAIN or weight.device.type != "cpu":
             return None
         if weight.layout is not torch.strided:
             return None
@@ -94,7 +94,7 @@ class Parking:
         self._file: Any = None
         self._end = 0
         movable = [w for w in weights if self._can_move(w)]
-        others = _other_threads()
+        others = other_threads()
         if movable and others:
             self.note = f"they stay in memory: thread {others[0]!r} may be reading them"
             return
@@ -118,7 +118,7 @@ class Parking:
         """Let ``weight`` leave memory: into the file, if nobody but itself holds its memory."""
         if weight in self.files:
             leave_memory(weight)
-        elif self._file is not None and self._can_move(weight) and _is_alone(weight):
+        elif self._file is not None and self._can_move(weight) and is_alone(weight):
             try:
                 self._move(weight)
             except OSError as error:
@@ -138,7 +138,7 @@ class Parking:
 
     def _can_move(self, weight: Tensor) -> bool:
         """It lies in ordinary memory of this process, a page of it at least."""
-        if type(weight) not in _PLAIN or weight.device.type != "cpu" or weight in self.files:
+        if type(weight) not in PLAIN or weight.device.type != "cpu" or weight in self.files:
             return False
         if weight.layout is not torch.strided or weight.is_conj() or weight.is_neg():
             return False
@@ -163,7 +163,7 @@ class Parking:
             )
 
 
-def _other_threads() -> list[str]:
+def other_threads() -> list[str]:
     """The names of threads beside this one that may call a model."""
     here = threading.get_ident()
     return [
@@ -179,7 +179,7 @@ def home(weight: Tensor) -> int:
     return _homes.get(address, address)
 
 
-def _is_alone(weight: Tensor) -> bool:
+def is_alone(weight: Tensor) -> bool:
     """Nobody else holds its memory: no state_dict, no view, no optimizer."""
     return _holders(weight) == _holders(torch.empty(1))
 

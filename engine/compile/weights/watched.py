@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stepfuse.engine.compile.weights import parked
+from stepfuse.engine.compile.weights import parked, turned
 from stepfuse.engine.compile.weights.released import Released
 
 Holding = Literal["parked", "kept", "released"]
@@ -47,6 +48,7 @@ class Weights:
         self._model, self.holding, self.note = model, holding, ""
         self._owners = {name: find(model, name) for name in names}
         self.read()
+        _all.add(self)
 
     def read(self) -> dict[str, Tensor]:
         """The weights as they are now, which from here on are the unchanged ones."""
@@ -86,6 +88,23 @@ class Weights:
                 parking.close(tensors)
                 self.note = parking.note
 
+    def turn(self, name: str, layout: torch.memory_format) -> tuple[Tensor, str]:
+        """Let a weight lie in ``layout``, if nobody holds a tensor of it; and why it does not."""
+        tensor = _held(*self._owners[name])
+        if tensor.is_contiguous(memory_format=layout):
+            return tensor.detach(), ""
+        with _moving([tensor]):
+            reason = turned.obstacle(tensor)
+            if not reason:
+                turned.turn(tensor, layout)
+        return tensor.detach(), reason
+
+    def turn_back(self, names: Iterable[str]) -> None:
+        """Let those of these weights that were turned lie as before."""
+        tensors = [_held(*self._owners[name]) for name in names]
+        with _moving(tensors):
+            turned.turn_back(tensors, forced=True)
+
     def evict(self, names: Iterable[str]) -> None:
         """Forget what was read back of those of ``names`` that are parked."""
         files = parked.Files()
@@ -123,8 +142,50 @@ class Weights:
         # others may hold the parameter itself
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
+    def _look_away(self, ids: set[int]) -> dict[str, Tensor]:
+        """Those of the tensors of these ids that are what they were: they are not watched now."""
+        found = {
+            name: watched[2]
+            for (name, watched), state in zip(self._watched.items(), self._state, strict=True)
+            if watched and id(watched[2]) in ids and _state(watched) == state
+        }
+        self._watched.update(dict.fromkeys(found, ()))  # a probe holds the memory, too
+        return found
+
+    def _watch_again(self, tensors: dict[str, Tensor]) -> None:
+        """What these weights are now is what they were."""
+        places = list(self._watched)
+        for name, tensor in tensors.items():
+            self._watched[name] = watched = _watch(*self._owners[name], tensor)
+            self._state[places.index(name)] = _state(watched)
+
     def _now(self) -> list[tuple[Any, ...]]:
         return [_state(watched) for watched in self._watched.values()]
+
+
+_all: WeakSet[Weights] = WeakSet()
+
+
+@contextlib.contextmanager
+def _moving(tensors: Collection[Tensor]) -> Iterator[None]:
+    """Inside, weights get other memory and stay what they are, for whatever network has them."""
+    ids = set(map(id, tensors))
+    unchanged = [(weights, weights._look_away(ids)) for weights in list(_all)]
+    try:
+        yield
+    finally:
+        for weights, watched in unchanged:
+            weights._watch_again(watched)
+
+
+def turn_back(model: nn.Module) -> None:
+    """Let the weights of a model lie as they did before networks of it turned them.
+
+    Those that somebody else holds by now stay.
+    """
+    tensors = [w for w in (*model.parameters(), *model.buffers()) if turned.is_turned(w)]
+    with _moving(tensors):
+        turned.turn_back(tensors)
 
 
 def _state(watched: tuple[Any, ...]) -> tuple[Any, ...]:

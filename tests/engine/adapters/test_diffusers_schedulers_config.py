@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from tests.engine.adapters.schedulers_case import ODD, OURS, assert_same, close, pair, run
 
-from stepfuse.engine.adapters.diffusers.scheduler_base import _place
+from stepfuse.engine.adapters.diffusers.listed import place_in
 
 NAMES = list(OURS)
 CONFIGS: list[dict[str, Any]] = [
@@ -340,11 +340,11 @@ def test_another_default_device_changes_nothing(name: str) -> None:
 def test_a_view_of_the_list_is_found_without_reading_it() -> None:
     """How a timestep on a GPU is looked up, where reading it would wait for the GPU."""
     listed = torch.arange(20).flip(0)
-    assert [_place(t, listed) for t in listed] == list(range(20))
-    assert [_place(t, listed) for t in listed[5:]] == list(range(5, 20))
-    assert _place(listed[3:4], listed) == 3
-    assert _place(listed[3:5], listed) is None
-    assert _place(listed[3].clone(), listed) is None
-    assert _place(listed[3].int(), listed) is None
-    assert _place(listed[3], listed[4:]) is None
-    assert _place(listed[0], listed[::2]) is None
+    assert [place_in(t, listed) for t in listed] == list(range(20))
+    assert [place_in(t, listed) for t in listed[5:]] == list(range(5, 20))
+    assert place_in(listed[3:4], listed) == 3
+    assert place_in(listed[3:5], listed) is None
+    assert place_in(listed[3].clone(), listed) is None
+    assert place_in(listed[3].int(), listed) is None
+    assert place_in(listed[3], listed[4:]) is None
+    assert place_in(listed[0], listed[::2]) is None

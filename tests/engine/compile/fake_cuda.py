@@ -28,19 +28,20 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def on_cuda(tensor: Tensor) -> Tensor:
-    """A fake tensor of the same shape, dtype and strides."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+def on_cuda(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A fake tensor of the same shape and strides, of another dtype where one is given."""
+    dtype = tensor.dtype if dtype is None else dtype
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=DEVICE)
 
 
-def module_on_cuda(make: Callable[[], nn.Module]) -> nn.Module:
+def module_on_cuda(make: Callable[[], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
     """The module that ``make`` builds, with fake weights: no memory is taken for them."""
     with torch.device("meta"):
         model = make().eval()
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(on_cuda(p), requires_grad=False)
+                module._parameters[name] = nn.Parameter(on_cuda(p, dtype), requires_grad=False)
         for name, b in module._buffers.items():
             module._buffers[name] = None if b is None else on_cuda(b)
     return model

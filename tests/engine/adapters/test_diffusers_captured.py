@@ -1,0 +1,33 @@
+"""A pipeline whose U-Net is replayed as a graph; graphs of CUDA are emulated on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.engine.adapters.diffusers_models import SAME, build, call, psnr, spread
+from tests.engine.compile.emulated_graphs import EmulatedGraphs
+
+from stepfuse.engine.adapters.diffusers import accelerate, explain, restore
+from stepfuse.engine.compile import captured
+
+
+@pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionPipeline"])
+def test_images_of_a_captured_unet(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = EmulatedGraphs()
+    pipe = build(name, tmp_path)
+    expected = call(pipe)
+    monkeypatch.setattr(captured, "GRAPHS", graphs)
+    accelerate(pipe)
+    assert spread(expected) > 0.01
+    for _ in range(2):
+        assert psnr(call(pipe), expected) > SAME
+    # four evaluations each: by one graph, of the table
+    assert [graph.replays for graph in graphs.made] == [8]
+    assert "captured 1 times, 8 replays" in explain(pipe)
+    call(pipe, num_inference_steps=3)
+    assert [graph.replays for graph in graphs.made] == [11]
+    restore(pipe)
+    assert psnr(call(pipe), expected) == float("inf")
