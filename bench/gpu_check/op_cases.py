@@ -70,7 +70,24 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them, in the order of the ops."""
-    return [*_add_noise(), *_denoise_step(), *_group_norm_silu(), *_gradients(), *_philox()]
+    return [
+        *_add_noise(),
+        *_denoise_step(),
+        *_group_norm_silu(),
+        *_gradients(),
+        *smallest(),
+        *_philox(),
+    ]
+
+
+def smallest() -> list[Case]:
+    """A group norm in two passes and an update with all its parts, for tools that take their time."""
+    shape, groups = SPLIT
+    norms = [norm_case(shape, groups, torch.bfloat16, layout, PARAMETERS) for layout in LAYOUTS]
+    shape, variant = IMAGES[0], VARIANTS[-1]
+    name = _label("small", variant.name, shape)
+    update = partial(_stepped, name, variant, shape, torch.bfloat16, "contiguous")
+    return [*norms, Case("denoise_step", name, update)]
 
 
 def seeded(name: str) -> torch.Generator:
@@ -92,7 +109,9 @@ def _add_noise() -> Iterator[Case]:
         how = "drawn" if drawn else "given"
         name = _label(shape, dtype, layout, how, target or "no target")
         if not (layout == "channels_last" and len(shape) < 3):
-            yield Case("add_noise", name, partial(_noised, name, shape, dtype, layout, drawn, target))
+            yield Case(
+                "add_noise", name, partial(_noised, name, shape, dtype, layout, drawn, target)
+            )
 
 
 def _noised(
@@ -222,7 +241,9 @@ def _differentiated(
     sent = moved(given, place.device)
     leaves = {k: v.requires_grad_() for k, v in sent.items() if isinstance(v, Tensor)}
     group_norm_silu(**sent, backend=place.backend).backward(dy.to(place.device))
-    wide = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in doubled(given).items()}
+    wide = {
+        k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in doubled(given).items()
+    }
     formula(**wide, eps=1e-5, silu=True).backward(dy.double())
     h = given["x"].double() + given["add"].double().view(*shape[:2], *[1] * (len(shape) - 2))
     variance = h.reshape(shape[0], groups, -1).var(-1, correction=0)

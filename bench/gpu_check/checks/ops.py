@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from stepfuse.bench.gpu_check.against import off
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.op_cases import NORMALISED, Case, Place, cases
+from stepfuse.bench.gpu_check.parts import each, in_a_line, sticky
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.group_norm_silu import group_norm_silu
 from stepfuse.kernels.reference.denoise_step import update
@@ -24,10 +27,9 @@ def run(context: Context) -> None:
     chosen = cases()[:: context.sized(1, STAND_IN)]
     for op in dict.fromkeys(case.op for case in chosen):
         _run_op(context, place, op, [case for case in chosen if case.op == op])
-    context.note("running", "")
     context.note("without a CUDA path", ["attention", "concatenate", "convolve"])
-    _large_step(context, place)
-    _large_norm(context, place)
+    large = {"large step": _large_step, "large norm": _large_norm}
+    each(context, {name: partial(part, context, place) for name, part in large.items()})
 
 
 def _run_op(context: Context, place: Place, op: str, chosen: list[Case]) -> None:
@@ -38,20 +40,15 @@ def _run_op(context: Context, place: Place, op: str, chosen: list[Case]) -> None
             problems = case.run(place)
             context.synchronize()
         except Exception as error:
-            if _sticky(error):
+            if sticky(error):
                 raise
-            problems = [f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}"]
+            problems = [in_a_line(error)]
         wrong += bool(problems)
         if problems and wrong <= SHOWN:
             context.expect(False, f"{op} {case.name}: {'; '.join(problems)}")
     if wrong > SHOWN:
         context.expect(False, f"{op}: {wrong - SHOWN} more cases are wrong")
     context.note(op, {"cases": len(chosen), "wrong": wrong})
-
-
-def _sticky(error: Exception) -> bool:
-    """Whether the device can do nothing more in this process."""
-    return "CUDA error" in str(error)
 
 
 def _fits(context: Context, name: str, size: int) -> bool:
