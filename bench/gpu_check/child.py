@@ -1,8 +1,10 @@
-"""One check in a process of its own: ``python -m stepfuse.bench.gpu_check.child NAME --out FOLDER``.
+"""One check in a process of its own.
+
+    python -m stepfuse.bench.gpu_check.child NAME --out FOLDER
 
 What is known so far lies in FOLDER/NAME.json at any moment, so that whoever waits for this process
-loses nothing when it dies. Where a check takes too long, the lines on which its threads stand are on
-the standard error before it is killed.
+loses nothing when it dies. Where a check takes too long, the lines on which its threads stand are
+on the standard error before it is killed.
 """
 
 from __future__ import annotations

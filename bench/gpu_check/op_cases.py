@@ -81,7 +81,7 @@ def cases() -> list[Case]:
 
 
 def smallest() -> list[Case]:
-    """A group norm in two passes and an update with all its parts, for tools that take their time."""
+    """A group norm in two passes and an update with all its parts, for tools that are slow."""
     shape, groups = SPLIT
     norms = [norm_case(shape, groups, torch.bfloat16, layout, PARAMETERS) for layout in LAYOUTS]
     shape, variant = IMAGES[0], VARIANTS[-1]

@@ -130,5 +130,5 @@ CHECK = Check(
     "correctness",
     15.0,
     run,
-    "Models that `check_capturable` allows are captured; those that it refuses fail or are refused.",
+    "Models that `check_capturable` allows are captured; those that it refuses are not.",
 )

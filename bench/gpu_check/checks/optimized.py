@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ def run(context: Context) -> None:
     """The network alone, then inside a sampler."""
     comparable()
     digits = Digits(context.device)
-    parts = {
+    parts: dict[str, Callable[[Context, Digits], None]] = {
         "float32": _evaluations,
         "weights": _weights,
         "table": _table,

@@ -44,9 +44,7 @@ def run(context: Context) -> None:
         rows = []
         for size in context.sized((1, 7, 32), (1, 2)):
             few = min(count, 8 * size)
-            call = {"condition": {"labels": there.condition(count)["labels"][:few]}}
-            sampler = there.sampler(steps=steps)
-            images = sampler.sample(there.shape(few), batch_size=size, **call)
+            images = there.draw(there.sampler(steps=steps), few, batch_size=size)
             whole = drawn["device"][:few]
             decibels = psnr(images.cpu(), whole.cpu())
             difference = largest(images, whole)
