@@ -72,7 +72,7 @@ class Run:
         stand_in: bool = False,
         budget_s: float | None = None,
     ) -> None:
-        self.folder, self.work = folder, folder / WORK
+        self.folder, self.work = folder, folder.resolve() / WORK
         self.machine, self.stand_in, self.budget_s = machine, stand_in, budget_s
         self.outcomes: list[Outcome] = []
         self._started = time.monotonic()

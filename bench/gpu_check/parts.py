@@ -31,7 +31,7 @@ def each(context: Context, parts: Mapping[str, Callable[[], None]]) -> None:
             context.expect(False, f"{name}: {in_a_line(error)}")
         seconds.setdefault(name, round(time.perf_counter() - began, 2))
         context.note("seconds", seconds)
-    context.note("running", "")
+    context.facts.pop("running", None)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -76,7 +76,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if value is None or value in ([], {}):
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from stepfuse.bench.cuda_timing import l2_bytes
 from stepfuse.bench.gpu_check import host
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.parts import each
+from stepfuse.kernels.backends import FLOAT_DTYPES, why_not
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 QUERIES = (
@@ -54,13 +56,16 @@ def _facts(context: Context) -> None:
     context.note("flags as torch sets them", flags)
     if context.stands_in:
         return
+    for dtype in FLOAT_DTYPES:
+        reason = why_not("triton", context.device, dtype)
+        context.expect(not reason, f"Triton cannot run {dtype}: {reason}")
     properties = torch.cuda.get_device_properties(context.device)
     free, total = torch.cuda.mem_get_info(context.device)
     card = {
         "name": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "L2 MB": round(properties.L2_cache_size / 1e6, 1),
+        "L2 MB": round(l2_bytes(properties) / 1e6, 1),
         "memory GB": round(total / 1e9, 1),
         "free GB": round(free / 1e9, 1),
         "devices": torch.cuda.device_count(),

@@ -26,6 +26,7 @@ class Model(nn.Module):
         super().__init__()
         self.does = does
         self.conv = nn.Conv2d(SHAPE[1], SHAPE[1], 3, padding=1)
+        self.rows: Tensor
         self.register_buffer("rows", torch.linspace(0.5, 1.5, 1000))
         self.scale = [torch.full((SHAPE[1], 1, 1), 0.5)]  # no buffer: stays on the CPU
 

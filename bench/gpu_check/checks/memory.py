@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+import stepfuse as sf
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.digits import Digits, comparable
 from stepfuse.bench.gpu_check.parts import each
@@ -47,17 +48,34 @@ def _turns(context: Context, digits: Digits, name: str, shapes: int, optimize: b
                 context.note(f"bytes, {name}", held)
     stats = sampler.stats()
     context.note(f"counts, {name}", stats)
+    before, after = (row for row in held if row["batch"] == shapes)
+    for field, slack in (("allocated", SLACK), ("reserved", RESERVED_SLACK)):
+        context.expect(
+            after[field] <= before[field] + slack,
+            f"{name}: {field} memory grew from {before[field]} to {after[field]} bytes while the "
+            "same shapes came again",
+        )
+    _causes(context, name, sampler)
     context.expect(stats["programs"] <= kept, f"{name}: {stats['programs']} programs are kept")
     context.expect(
         stats["eager_steps"] == 0, f"{name}: not captured ({sampler.explain().splitlines()[-1]})"
     )
-    for field, slack in (("allocated", SLACK), ("reserved", RESERVED_SLACK)):
-        before, after = (row[field] for row in held if row["batch"] == shapes)
-        context.expect(
-            after <= before + slack,
-            f"{name}: {field} memory grew from {before} to {after} bytes while the same shapes "
-            "came again",
-        )
+
+
+def _causes(context: Context, name: str, sampler: sf.Sampler) -> None:
+    """What is left when first the library's workspaces and then what nobody uses is given up."""
+    if context.stands_in:
+        return
+    left = {}
+    torch._C._cuda_clearCublasWorkspaces()
+    left["without the workspaces of cuBLAS"] = _held(context, sampler.stats()["bytes"])
+    torch.cuda.empty_cache()
+    left["after empty_cache()"] = _held(context, sampler.stats()["bytes"])
+    sampler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    left["after reset() and empty_cache()"] = _held(context, sampler.stats()["bytes"])
+    context.note(f"bytes left, {name}", left)
 
 
 def _held(context: Context, static: int) -> dict[str, int]:
