@@ -14,10 +14,12 @@ from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.reference.denoise_step import update
 from stepfuse.kernels.step_row import COLUMNS, Column
 
-# At most ten operations, each of which rounds by 2^-24 of what the terms' absolute values sum to.
+# A float32 expression of at most ten operations: each rounds by 2^-24 of what it has so far, which
+# the sum of the terms' absolute values bounds whatever the order and whether or not it is fused.
 ARITHMETIC = 10 * 2.0**-24
-EXPONENTIAL = 2e-6  # exp in float32, by approximation, of a rounded argument below 8
-NORMAL = 1e-6
+# exp in float32, by approximation: 2 units in the last place, and its argument's rounding below 8.
+EXPONENTIAL = 2e-6
+NORMAL = 1e-6  # Box-Muller in float32 against the definition in float64
 ROW = 3  # of a table of five
 
 
@@ -58,7 +60,7 @@ def denoise(
     }
     out, x0_out = Poisoned(sent["x"]), Poisoned(sent["x"])
     denoise_step(**sent, out=out.tensor, x0_out=x0_out.tensor, backend=backend)
-    x_s, x0, allowed, allowed_x0 = _exact(given)
+    x_s, x0, allowed, allowed_x0 = exact(given)
     found = out.problems("x_s") + off("x_s", out.tensor, x_s, allowed)
     found += x0_out.problems("x0") + off("x0", x0_out.tensor, x0, allowed_x0)
     denoise_step(**sent, inplace=True, backend=backend)
@@ -100,13 +102,13 @@ def _arguments(
     }
 
 
-def _exact(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_s, x0, allowed error of x_s, of x0) in float64."""
+def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_s, x0, allowed error of x_s, of x0) in float64, of a call with these arguments."""
     x, output, uncond = given["x"], given["model_output"], given.get("uncond_output")
-    count, channels, learned = len(x), x.shape[1], given["learned_variance"]
+    count, channels, learned = len(x), x.shape[1], given.get("learned_variance", False)
     if len(output) == 2 * count:
         uncond, output = output.chunk(2)
-    row = given["table"][ROW].double()
+    row = given["table"][int(given["step"])].double()
     noise, drawn = given.get("noise"), 0.0
     if "seed" in given:
         at = int(row[Column.TIMESTEP])

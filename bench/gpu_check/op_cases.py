@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.bench.gpu_check.against import Layout, Poisoned, off, placed
-from stepfuse.bench.gpu_check.denoise_cases import VARIANTS, Variant, denoise
+from stepfuse.bench.gpu_check.denoise_cases import NORMAL, VARIANTS, Variant, denoise
 from stepfuse.kernels import philox
 from stepfuse.kernels.add_noise import add_noise
 from stepfuse.kernels.group_norm_silu import group_norm_silu
@@ -24,7 +24,6 @@ from stepfuse.kernels.reference.group_norm_silu import formula
 NORMALISED = 6e-6
 # A gradient is a sum of terms of size 1 that may cancel: relative to the largest of its tensor.
 GRADIENT = 2e-5
-NORMAL = 1e-6  # Box-Muller in float32 against the definition in float64
 ADDED = 5 * 2.0**-24  # of add_noise: two products and a sum of coefficients that are rounded once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
