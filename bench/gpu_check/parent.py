@@ -170,11 +170,14 @@ class Run:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Of the children: they share what Triton and the compiler of torch make."""
+    """Of the children: they share what Triton and the compiler of torch make.
+
+    In ``work``, unless the caller has folders for that.
+    """
     return {
-        **os.environ,
         "TRITON_CACHE_DIR": str(work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        **os.environ,
         "PYTHONUNBUFFERED": "1",
     }
 

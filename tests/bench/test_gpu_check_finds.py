@@ -250,6 +250,21 @@ def test_the_card_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert context.wrong == ["Triton cannot run torch.float16: no compiler"]
 
 
+def test_the_clocks_are_asked_for_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without the fields that a driver does not know, where it refuses all of them."""
+    asked: list[str] = []
+
+    def query(fields: str) -> str | None:
+        asked.append(fields)
+        return None if "mig" in fields else "345 MHz, 3201 MHz, 1980 MHz, 3201 MHz"
+
+    monkeypatch.setattr(device.host, "query", query)
+    context = Context(CPU)
+    device._clocks(context)
+    assert context.facts["clocks"]["clocks.max.sm"] == "1980 MHz"
+    assert asked[1] == "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+
+
 def test_tensors_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda at: (10e9, 140e9))
     context = OnCuda(CPU)

@@ -17,6 +17,15 @@ from stepfuse.engine.generate.machine import usable_cores
 
 STAND_IN = 40  # of so many cases, one is run where the CPU stands in
 MOST = 14  # processes: each has a context of its own on the GPU
+# images at a time and ``optimize`` of a sampler, as the checks that follow have them
+DIGITS: tuple[tuple[int, bool | torch.dtype], ...] = (
+    (1, False),
+    (8, False),
+    (64, False),
+    (2, True),
+    (8, True),
+    (64, torch.bfloat16),
+)
 
 
 def run(context: Context) -> None:
@@ -27,7 +36,10 @@ def run(context: Context) -> None:
     failed: list[str] = []
     spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawning) as pool:
-        jobs: list[Future[list[str]]] = [pool.submit(use_digits, context.device)]
+        jobs: list[Future[list[str]]] = [
+            pool.submit(use_digits, context.device, count, optimize)
+            for count, optimize in context.sized(DIGITS, DIGITS[:1])
+        ]
         jobs += [
             pool.submit(use_cases, place, at, workers, context.sized(1, STAND_IN))
             for at in range(workers)
@@ -54,20 +66,16 @@ def use_cases(place: Place, at: int, workers: int, stride: int) -> list[str]:
     return failed
 
 
-def use_digits(device: torch.device) -> list[str]:
-    """In a process: a step of the digits at the sizes of the checks, as it is and optimised."""
+def use_digits(device: torch.device, count: int, optimize: bool | torch.dtype) -> list[str]:
+    """In a process: a guided step of so many digits, of the network as it is or optimised."""
     try:
         comparable()
         digits = Digits(device)
-        counts = (1, 8, 64) if device.type == "cuda" else (1,)
-        for count in counts:
-            sampler = digits.sampler(steps=1, graph=None, eta=0.5, guidance=guidance())
-            digits.draw(sampler, count)
-        for optimize in (True, torch.bfloat16):
-            digits.draw(digits.sampler(steps=1, graph=None, optimize=optimize), counts[-1])
+        settings = {"eta": 0.5, "guidance": guidance(), "optimize": optimize}
+        digits.draw(digits.sampler(steps=1, graph=None, **settings), count)
     except Exception as error:
         traceback.print_exc()
-        return [f"digits: {in_a_line(error)}"]
+        return [f"{count} digits, optimize={optimize}: {in_a_line(error)}"]
     return []
 
 
