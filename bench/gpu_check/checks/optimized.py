@@ -14,7 +14,9 @@ import stepfuse as sf
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.digits import Digits, comparable, largest
 from stepfuse.bench.gpu_check.parts import each
+from stepfuse.bench.gpu_check.textbook import Diffusion
 from stepfuse.bench.verify import psnr
+from stepfuse.engine.adapters.guided_diffusion import explain
 
 TIMESTEPS = (0, 10, 500, 999)
 # relative L2 of one evaluation: sums in another order, and the rounding of bfloat16 in 20 layers
@@ -32,6 +34,7 @@ def run(context: Context) -> None:
         "table": _table,
         "bfloat16": partial(_evaluations, dtype=torch.bfloat16),
         "images": _images,
+        "accelerated": _accelerated,
     }
     each(context, {name: partial(part, context, digits) for name, part in parts.items()})
 
@@ -117,11 +120,48 @@ def _images(context: Context, digits: Digits) -> None:
     context.expect(sampler.stats()["eager_steps"] == 0, f"images: not captured ({said})")
 
 
+def _accelerated(context: Context, digits: Digits) -> None:
+    """The loops of an accelerated diffusion draw what they drew before, from the same seed."""
+    count, rows = context.sized(8, 2), {}
+    diffusion = Diffusion(sf.Schedule.linear(context.sized(40, 4), rescale=False))
+    for name, options in (("p_sample_loop", {}), ("ddim_sample_loop", {"eta": 0.5})):
+        images = partial(_looped, diffusion, name, digits, count, options)
+        theirs = images()
+        sf.accelerate(diffusion)
+        accelerated = images()
+        replaced, *reasons = explain(diffusion).splitlines()
+        context.expect(
+            name in replaced.replace(",", "").split(), f"{name} was not replaced: {reasons}"
+        )
+        sf.restore(diffusion)
+        rows[name] = decibels = psnr(accelerated.cpu(), theirs.cpu())
+        context.note("PSNR of accelerated loops", rows)
+        context.expect(
+            decibels >= LEAST_DB, f"{name}, accelerated: {decibels:.1f} dB, below {LEAST_DB:g}"
+        )
+        context.expect(torch.equal(images(), theirs), f"{name}, restored: other images")
+
+
+def _looped(
+    diffusion: Diffusion, name: str, digits: Digits, count: int, options: dict[str, Any]
+) -> Tensor:
+    torch.manual_seed(3)
+    result: Tensor = getattr(diffusion, name)(
+        digits.model,
+        digits.shape(count),
+        model_kwargs=digits.condition(count),
+        device=digits.device,
+        **options,
+    )
+    return result
+
+
 CHECK = Check(
     "optimized",
     "correctness",
     30.0,
     run,
     "The optimised digits network against the network itself in fp32 and bf16, after "
-    "load_state_dict and refresh(), with and without the time table, and inside a sampler.",
+    "load_state_dict and refresh(), with and without the time table, inside a sampler, and in the "
+    "loops of an accelerated diffusion.",
 )
