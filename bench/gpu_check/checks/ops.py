@@ -48,7 +48,8 @@ def _run_op(context: Context, place: Place, op: str, chosen: list[Case]) -> None
             context.expect(False, f"{op} {case.name}: {'; '.join(problems)}")
     if wrong > SHOWN:
         context.expect(False, f"{op}: {wrong - SHOWN} more cases are wrong")
-    context.note(op, {"cases": len(chosen), "wrong": wrong})
+    counts = context.facts.get("cases", {})
+    context.note("cases", {**counts, op: {"cases": len(chosen), "wrong": wrong}})
 
 
 def _fits(context: Context, name: str, size: int) -> bool:
