@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,13 +106,39 @@ def test_how_a_check_ends_is_reported(
 def test_a_check_that_hangs_is_killed_with_all_it_started(
     pretended: dict[str, Listed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parent, "START_S", 8.0)
+    monkeypatch.setattr(parent, "START_S", 12.0)
     outcome = run_one(pretended["hangs"], tmp_path / "out")
     assert outcome.status == "timeout"
     assert outcome.facts["seen"] == 1
     # where it stood, by the child itself
     assert any("pretended_hangs.py" in line for line in outcome.stderr), outcome.stderr
     assert not _runs(outcome.facts["child"])
+
+
+ENDED = """
+import signal, sys
+from pathlib import Path
+from stepfuse.bench.gpu_check.__main__ import _leave
+from stepfuse.bench.gpu_check.listing import Listed
+from stepfuse.bench.gpu_check.parent import Run
+signal.signal(signal.SIGTERM, _leave)
+Run(Path(sys.argv[1]), {"card": "a card"}).all([Listed("hangs", "speed", "pretended_hangs")])
+"""
+
+
+def test_a_parent_that_is_ended_takes_its_children_along(
+    pretended: dict[str, Listed], tmp_path: Path
+) -> None:
+    """As where the machine is given back: nothing goes on computing."""
+    run = subprocess.Popen([sys.executable, "-c", ENDED, str(tmp_path)])
+    notes = tmp_path / "work" / "hangs.json"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (notes.exists() and '"child"' in notes.read_text()):
+        time.sleep(0.1)
+    child = json.loads(notes.read_text())["facts"]["child"]
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not _runs(child)
 
 
 def _runs(pid: int) -> bool:
