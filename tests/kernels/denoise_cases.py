@@ -6,18 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from op_cases import NORMAL, Layout, assert_within, placed, random_like
+from op_cases import Layout, assert_within, placed, random_like
 from torch import Tensor
 
-from stepfuse.kernels import philox
-from stepfuse.kernels.reference.denoise_step import update
+from stepfuse.bench.gpu_check.denoise_cases import exact
 from stepfuse.kernels.step_row import COLUMNS, Column
-
-# A float32 expression of at most ten operations: each rounds by 2^-24 of what it has so far, which
-# the sum of the terms' absolute values bounds whatever the order and whether or not it is fused.
-ARITHMETIC = 10 * 2.0**-24
-# exp in float32, by approximation: 2 units in the last place, and its argument's rounding below 8.
-EXPONENTIAL = 2e-6
 
 
 @dataclass(frozen=True)
@@ -85,41 +78,6 @@ def arguments(
         given["learned_variance"] = True
     given |= {"table": random_table(), "step": torch.tensor([3]), "return_x0": True}
     return given
-
-
-def exact(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_s, x0, allowed error of x_s, of x0) in float64, by the reference formula."""
-    x, output, uncond = (given[k] for k in ("x", "model_output", "step"))
-    uncond, count = given.get("uncond_output"), len(x)
-    if len(output) == 2 * count:
-        uncond, output = output.chunk(2)
-    row = given["table"][int(given["step"])].double()
-    noise, drawn = given.get("noise"), torch.zeros(())
-    if "seed" in given:
-        t = int(row[Column.TIMESTEP])
-        noise = philox.normal(
-            given["seed"], given["sample"], t, x.shape[1:], "reference", dtype=torch.float64
-        )
-        drawn = torch.full((), NORMAL)
-    learned = given.get("learned_variance", False)
-    x_s, x0 = update(x, output, uncond, row, noise, learned)
-
-    channels = x.shape[1]
-    size = output[:, :channels].double().abs()
-    if uncond is not None:
-        base = uncond[:, :channels].double().abs()
-        size = base + row[Column.GUIDANCE].abs() * (size + base)
-    x0_size = row[Column.P_X].abs() * x.double().abs() + row[Column.P_O].abs() * size
-    terms = row[Column.C_X].abs() * x.double().abs() + row[Column.C_O].abs() * size
-    terms = terms + row[Column.C_0].abs() * x0_size
-    allowed = ARITHMETIC * terms
-    if noise is not None:
-        std = row[Column.SIGMA].abs()
-        if learned:
-            w = output[:, channels:].double()
-            std = std * torch.exp(0.5 * (row[Column.L_0] + row[Column.L_1] * w))
-        allowed = allowed + std * (drawn + (ARITHMETIC + EXPONENTIAL) * noise.double().abs())
-    return x_s, x0, allowed, ARITHMETIC * x0_size
 
 
 def check(given: dict[str, Any], x_s: Tensor, x0: Tensor | None) -> None:

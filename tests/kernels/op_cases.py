@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepfuse.bench.gpu_check.against import ROUNDING, SMALLEST_HALF
 from stepfuse.kernels import backends, products
 
 Mode = Literal["reference", "cpp", "interpreter", "sm_80", "sm_90"]
@@ -20,9 +21,6 @@ INTERPRETER: tuple[Mode, ...] = ("interpreter",)
 MODES: tuple[Mode, ...] = COMPILED + INTERPRETER
 SIMULATED: tuple[Mode, ...] = ("sm_80", "sm_90")  # a compilation a case, so only a few of them
 
-# One rounding of the result, relative: half a unit in the last place.
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SMALLEST_HALF = 2.0**-25  # half the smallest float16: what rounding a subnormal costs at most
 # Box-Muller in float32 against the definition in float64 (DESIGN: normals agree to 1e-6).
 NORMAL = 1e-6
 

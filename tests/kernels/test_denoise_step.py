@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from denoise_cases import ARITHMETIC, HEAVY, VARIANTS, Variant, arguments, check, exact
+from denoise_cases import HEAVY, VARIANTS, Variant, arguments, check
 from op_cases import (
     COMPILED,
     INTERPRETER,
@@ -22,6 +22,7 @@ from op_cases import (
 )
 from torch import Tensor
 
+from stepfuse.bench.gpu_check.denoise_cases import ARITHMETIC, exact
 from stepfuse.kernels import philox
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
