@@ -32,7 +32,7 @@ GraphMode = Literal["auto"]
 Run = Callable[[], list[Any]]
 _PLAIN = (Tensor, nn.Parameter)
 _RESTLESS = 16  # captures of one network, after which it runs operator by operator
-_HOME = "stepfuse.engine.sampling.capture"  # of CudaGraph
+_HOME = "stepfuse.engine.sampling.cuda_graph"  # of CudaGraph
 
 
 class Graph(Protocol):
@@ -97,9 +97,7 @@ class _CudaGraph:
         def step() -> None:
             results[:] = run()
 
-        make = import_module(_HOME).CudaGraph
-        with torch.cuda.device(device):
-            self.replay: Callable[[], None] = make(step).replay
+        self.replay: Callable[[], None] = import_module(_HOME).CudaGraph(step, device).replay
 
 
 class _StreamOrder:

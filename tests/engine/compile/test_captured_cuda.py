@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepfuse.engine.compile.captured import CudaGraphs
 from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.sampling import capture
+from stepfuse.engine.sampling import cuda_graph
 
 SECOND = torch.device("cuda", 1)
 
@@ -63,8 +63,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
             made.log.append(f"recorded on {stream.name}")
 
     class Graph:
-        def __init__(self, step: Callable[[], None]) -> None:
-            made.log.append(f"captured on {made.current}")
+        def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+            made.log.append(f"captured on {device}")
             step()
             step()
 
@@ -75,7 +75,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
-    monkeypatch.setattr(capture, "CudaGraph", Graph)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", Graph)
     return made
 
 
