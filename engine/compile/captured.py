@@ -13,9 +13,7 @@ kept as long as it is: `CompiledNetwork.moves` tells when another must be captur
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -27,12 +25,13 @@ from stepfuse.engine.compile.compiled import Compiled
 from stepfuse.engine.compile.listening import heard, unseen
 from stepfuse.engine.compile.network import CompiledNetwork
 from stepfuse.engine.compile.numbered import Numbered
+from stepfuse.engine.replay.cuda_graph import CudaGraph
+from stepfuse.engine.replay.device_order import DeviceOrder
 
 GraphMode = Literal["auto"]
 Run = Callable[[], list[Any]]
 _PLAIN = (Tensor, nn.Parameter)
 _RESTLESS = 16  # captures of one network, after which it runs operator by operator
-_HOME = "stepfuse.engine.sampling.cuda_graph"  # of CudaGraph
 
 
 class Graph(Protocol):
@@ -61,10 +60,13 @@ class Graphs(Protocol):
 
 
 class Order(Protocol):
-    """For the launches of one graph, which uses one memory in all of them."""
+    """For the launches of one graph, which uses one memory in all of them: see `DeviceOrder`."""
 
-    def turn(self, buffers: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """What is launched inside waits for what was launched inside before."""
+    def wait(self, *tensors: Tensor) -> None:
+        """What is launched next waits for what was `done`."""
+
+    def done(self) -> None:
+        """What was launched so far is to be waited for."""
 
 
 class CudaGraphs:
@@ -84,7 +86,7 @@ class CudaGraphs:
 
     def order(self, device: torch.device) -> Order:
         """By events."""
-        return _StreamOrder(device)
+        return DeviceOrder(device)
 
 
 class _CudaGraph:
@@ -97,28 +99,7 @@ class _CudaGraph:
         def step() -> None:
             results[:] = run()
 
-        self.replay: Callable[[], None] = import_module(_HOME).CudaGraph(step, device).replay
-
-
-class _StreamOrder:
-    """By an event behind the last launch, for which a launch on another stream waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._last: Any = None
-
-    @contextmanager
-    def turn(self, buffers: Sequence[Tensor]) -> Iterator[None]:
-        """``buffers`` are not given to others before a launch on another stream is done."""
-        stream = torch.cuda.current_stream(self._device)
-        if self._last is not None and stream != self._last:
-            stream.wait_event(self._event)
-            for buffer in buffers:
-                buffer.record_stream(stream)
-        yield
-        self._event.record(stream)
-        self._last = stream
+        self.replay: Callable[[], None] = CudaGraph(step, device).replay
 
 
 GRAPHS: Graphs = CudaGraphs()
@@ -231,11 +212,13 @@ class Captured:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Results in memory of their own."""
-        with self._lock, self._order.turn(self._buffers):
+        with self._lock:
+            self._order.wait(*self._buffers)
             for i, buffer in self._inputs:
                 buffer.copy_(leaves[i])
             self._graph.replay()
             results = [v.clone() if isinstance(v, Tensor) else v for v in self._graph.results]
+            self._order.done()
         return pytree.tree_unflatten(results, self._spec)
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stepfuse.engine.sampling.capture import (
+from stepfuse.engine.replay.capture import (
     CaptureRefused,
     calling_line,
     origin,

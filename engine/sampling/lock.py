@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stepfuse.engine.sampling.device_order import DeviceOrder
+from stepfuse.engine.replay.device_order import DeviceOrder
 
 
 class Turn:

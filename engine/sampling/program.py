@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepfuse.engine.sampling.capture import untouched
+from stepfuse.engine.replay.capture import untouched
 from stepfuse.engine.sampling.condition import Staged, structure_key
 from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.engine.sampling.evaluation import Evaluation

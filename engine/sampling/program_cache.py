@@ -14,16 +14,16 @@ import torch
 from stepfuse.engine.compile.listening import Ran, listening
 from stepfuse.engine.compile.state.python_state import PythonState
 from stepfuse.engine.compile.state.values import setting_key
-from stepfuse.engine.sampling.capture import (
+from stepfuse.engine.replay.capture import (
     Captured,
     CaptureRefused,
     Recording,
     Step,
     check_replay,
 )
-from stepfuse.engine.sampling.cuda_graph import CudaGraph
+from stepfuse.engine.replay.cuda_graph import CudaGraph
+from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.denoiser import Denoiser
-from stepfuse.engine.sampling.device_order import DeviceOrder
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.checks import as_integer, shown

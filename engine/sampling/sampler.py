@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from stepfuse.engine.compile.optimize import Optimized
+from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
-from stepfuse.engine.sampling.device_order import DeviceOrder
 from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import stepfuse as sf
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.parts import each, in_a_line
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import check_capturable
 
 SHAPE = (2, 4, 8, 8)

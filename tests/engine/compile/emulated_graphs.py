@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepfuse.engine.compile.captured import Run
-from stepfuse.engine.sampling.capture import Recording
+from stepfuse.engine.replay.capture import Recording
 
 
 class EmulatedGraphs:
@@ -21,6 +20,7 @@ class EmulatedGraphs:
         self.capturing = False
         self.refuses = ""
         self.turns = 0
+        self._busy = False
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -37,10 +37,13 @@ class EmulatedGraphs:
     def order(self, device: torch.device) -> EmulatedGraphs:
         return self
 
-    @contextmanager
-    def turn(self, buffers: Sequence[Tensor]) -> Iterator[None]:
+    def wait(self, *tensors: Tensor) -> None:
+        assert not self._busy, "another launch of the same graph is under way"
+        self._busy = True
+
+    def done(self) -> None:
+        self._busy = False
         self.turns += 1
-        yield
 
 
 class EmulatedGraph:

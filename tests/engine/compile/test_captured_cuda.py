@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepfuse.engine.compile.captured import CudaGraphs
 from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.sampling import cuda_graph
+from stepfuse.engine.replay import cuda_graph
 
 SECOND = torch.device("cuda", 1)
 
@@ -93,23 +93,6 @@ def test_the_graph_is_captured_on_the_device_of_the_network(machine: Machine) ->
     graph.replay()
     assert machine.log == ["captured on cuda:1", "replayed"]
     assert machine.current == torch.device("cuda", 0)
-
-
-def test_a_launch_on_another_stream_waits_for_the_last(machine: Machine) -> None:
-    order, buffer = CudaGraphs().order(SECOND), Buffer()
-    a, b = machine.stream, Stream("b", machine)
-    for stream in (a, a, b, b, a):
-        machine.stream = stream
-        with order.turn([buffer]):  # type: ignore[list-item]
-            machine.log.append(f"launched on {stream.name}")
-    assert machine.log == [
-        *("launched on a", "recorded on a"),
-        *("launched on a", "recorded on a"),
-        *("b waits for a", "launched on b", "recorded on b"),
-        *("launched on b", "recorded on b"),
-        *("a waits for b", "launched on a", "recorded on a"),
-    ]
-    assert buffer.streams == ["b", "a"]
 
 
 def test_a_capture_by_somebody_else_is_seen(machine: Machine) -> None:

@@ -25,7 +25,7 @@ from stepfuse.engine.compile.optimize import optimize
 from stepfuse.engine.compile.pass_order import PASSES
 from stepfuse.engine.compile.rewrite import rewrite
 from stepfuse.engine.compile.tracing.trace import trace
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import _Watch, check_capturable
 from stepfuse.kernels.group_norm_silu import OP
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepfuse import CFG, Sampler, Schedule
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged, optimize
-from stepfuse.engine.sampling.capture import Recording
+from stepfuse.engine.replay.capture import Recording
 
 # float32 sums in another order, through some twenty layers
 REORDERED = 1e-5

@@ -14,8 +14,8 @@ from tests.engine.compile.networks import distance
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.optimize import Optimized, optimize
+from stepfuse.engine.replay.capture import Recording
 from stepfuse.engine.replay.workspace import Call, MemoryPlan, Planned, Workspace, may_alias
-from stepfuse.engine.sampling.capture import Recording
 from stepfuse.kernels.backends import why_not
 
 REORDERED = 3e-6  # float32 sums in another order, through a few layers

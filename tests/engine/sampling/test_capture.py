@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.networks.unet import UNet, UNetConfig
-from stepfuse.engine.sampling.capture import CaptureRefused, Reading, Recording, check_replay
+from stepfuse.engine.replay.capture import CaptureRefused, Reading, Recording, check_replay
 
 SHAPE = (3, 1, 8, 8)
 SCHEDULE = sf.Schedule.linear()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import stepfuse as sf
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import check_capturable
 
 STRUCTURES: dict[str, Callable[[Tensor, Tensor], Any]] = {

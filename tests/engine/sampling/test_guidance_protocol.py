@@ -13,7 +13,7 @@ from tests.engine.sampling.analytic import Bumpy
 from torch import Tensor
 
 import stepfuse as sf
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.lint import check_capturable
 from stepfuse.kernels.step_row import Column

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.networks.unet import UNet, UNetConfig
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import check_capturable, without_bindings
 
 SCHEDULE = sf.Schedule.linear()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import stepfuse as sf
-from stepfuse.engine.sampling.capture import CaptureRefused
+from stepfuse.engine.replay.capture import CaptureRefused
 from stepfuse.engine.sampling.lint import check_capturable
 
 ROOT = Path(__file__).parents[3]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from tests.engine.compile.fake_cuda import fake_cuda
 from tests.engine.compile.networks import own
-from tests.engine.sampling.pretended_cuda import PretendedCuda, pretend
+from tests.engine.replay.pretended_cuda import PretendedCuda, pretend
 from torch import Tensor, nn
 
 import stepfuse as sf
+from stepfuse.engine.replay.cuda_graph import WARM_UPS, CudaGraph, _Rehearsal
+from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling import lint, program_cache
 from stepfuse.engine.sampling import sampler as sampler_module
-from stepfuse.engine.sampling.cuda_graph import WARM_UPS, CudaGraph, _Rehearsal
-from stepfuse.engine.sampling.device_order import DeviceOrder
 
 SCHEDULE = sf.Schedule.linear()
 CUDA = torch.device("cuda", 0)

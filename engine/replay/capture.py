@@ -33,7 +33,7 @@ _QUIET = (
     str(Path(torch.__file__).parent),
     __file__,
     watching_mode.__file__,
-    str(Path(__file__).with_name("lint.py")),
+    str(Path(__file__).parent.with_name("sampling") / "lint.py"),
     str(Path(__file__).with_name("cuda_graph.py")),
 )
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tests.engine.compile.fake_cuda import fake_cuda
-from tests.engine.sampling.pretended_cuda import Freed, PretendedCuda, pretend
+from tests.engine.replay.pretended_cuda import Freed, PretendedCuda, pretend
 from torch import Tensor
 
-from stepfuse.engine.sampling.capture import CaptureRefused
-from stepfuse.engine.sampling.cuda_graph import WARM_UPS, CudaGraph
+from stepfuse.engine.replay.capture import CaptureRefused
+from stepfuse.engine.replay.cuda_graph import WARM_UPS, CudaGraph
 
 CPU = torch.device("cpu")
 

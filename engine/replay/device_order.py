@@ -23,6 +23,7 @@ class DeviceOrder:
         self.device = device
         self._api: Any = torch.cuda if api is None else api
         self._event: Any = None
+        self._stream: Any = None  # which it was recorded on
 
     def done(self) -> None:
         """Everything so far is to be waited for."""
@@ -31,7 +32,8 @@ class DeviceOrder:
         with self._api.device(self.device):
             if self._event is None:
                 self._event = self._api.Event()
-            self._event.record(self._api.current_stream(self.device))
+            self._stream = self._api.current_stream(self.device)
+            self._event.record(self._stream)
 
     def wait(self, *tensors: Tensor) -> None:
         """Go on after what was `done`.
@@ -42,6 +44,8 @@ class DeviceOrder:
         if self._event is None:
             return
         stream = self._api.current_stream(self.device)
+        if stream == self._stream:
+            return  # which does one thing after the other
         stream.wait_event(self._event)
         for tensor in tensors:
             if tensor.device == self.device:

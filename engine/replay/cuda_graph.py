@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from stepfuse.engine.sampling.capture import (
+from stepfuse.engine.replay.capture import (
     CaptureRefused,
     NoCopies,
     Reading,

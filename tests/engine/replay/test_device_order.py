@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tests.engine.sampling.pretended_cuda import PretendedCuda
+from tests.engine.replay.pretended_cuda import PretendedCuda
 
-from stepfuse.engine.sampling.device_order import DeviceOrder
+from stepfuse.engine.replay.device_order import DeviceOrder
 
 SECOND = torch.device("cuda", 1)
 
@@ -46,3 +46,17 @@ def test_there_is_nothing_to_wait_for_on_the_cpu_or_before_cuda_is_used() -> Non
         order.wait(torch.ones(1))
         order.finish()
     assert api.log == []
+
+
+def test_one_stream_need_not_wait_for_itself() -> None:
+    api = PretendedCuda(devices=2)
+    order, first, second = DeviceOrder(SECOND, api), api.Stream(1), api.Stream(1)
+    buffer = Memory(device=SECOND)
+    waited = []
+    for stream in (first, first, second, second, first):
+        with api.stream(stream):
+            before = len(stream.after)
+            order.wait(buffer)
+            waited.append(len(stream.after) - before)
+            order.done()
+    assert waited == [0, 0, 1, 0, 1]
