@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.compiled import Compiled
-from stepfuse.engine.compile.listening import heard, unseen
+from stepfuse.engine.compile.listening import is_listened_to, unseen
 from stepfuse.engine.compile.network import CompiledNetwork
 from stepfuse.engine.compile.numbered import Numbered
 
@@ -97,9 +97,9 @@ class _CudaGraph:
         def step() -> None:
             results[:] = run()
 
-        make = import_module(_HOME).CudaGraph
         with torch.cuda.device(device):
-            self.replay: Callable[[], None] = make(step).replay
+            graph = import_module(_HOME).CudaGraph(step)
+        self.replay: Callable[[], None] = graph.replay
 
 
 class _StreamOrder:
@@ -270,7 +270,7 @@ def _is_recorded(leaves: Sequence[Any]) -> bool:
     """Whether somebody wants to see every operator, or the tensors are none with values."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or heard()
+        or is_listened_to()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(leaf, Tensor) and type(leaf) not in _PLAIN for leaf in leaves)

@@ -42,22 +42,22 @@ _listeners = _Listeners()
 @contextmanager
 def listening() -> Iterator[list[Ran]]:
     """A list of what runs inside, in this thread, in its order; each network once."""
-    networks: list[Ran] = []
-    _listeners.lists.append(networks)
+    heard: list[Ran] = []
+    _listeners.lists.append(heard)
     try:
-        yield networks
+        yield heard
     finally:
         _listeners.lists.pop()
 
 
 def tell(network: Ran) -> None:
     """Say that a network is about to run."""
-    for networks in _listeners.lists:
-        if network not in networks:
-            networks.append(network)
+    for heard in _listeners.lists:
+        if network not in heard:
+            heard.append(network)
 
 
-def heard() -> bool:
+def is_listened_to() -> bool:
     """Whether somebody listens to this thread: a step runs here that may be recorded."""
     return bool(_listeners.lists)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from tests.engine.compile.networks import small
 from torch import Tensor
 
+from stepfuse.engine.compile import captured
 from stepfuse.engine.compile.captured import CudaGraphs
 from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.sampling import capture
 
 SECOND = torch.device("cuda", 1)
 
@@ -22,7 +23,8 @@ class Machine:
     """Two devices, the first the current one, with streams and events that note what they do."""
 
     def __init__(self) -> None:
-        self.current, self.log = torch.device("cuda", 0), []  # type: ignore[var-annotated]
+        self.current = torch.device("cuda", 0)
+        self.log: list[str] = []
         self.stream = Stream("a", self)
         self.capturing = False
 
@@ -63,7 +65,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
             made.log.append(f"recorded on {stream.name}")
 
     class Graph:
-        def __init__(self, step: Callable[[], None]) -> None:
+        def __init__(self, step: Callable[[], None], *_: torch.device) -> None:
             made.log.append(f"captured on {made.current}")
             step()
             step()
@@ -75,7 +77,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
-    monkeypatch.setattr(capture, "CudaGraph", Graph)
+    monkeypatch.setattr(importlib.import_module(captured._HOME), "CudaGraph", Graph)
     return made
 
 
