@@ -163,7 +163,8 @@ class Captures:
             return ""
         if known.refused:
             return f"none, operator by operator: {known.refused}"
-        return f"captured {known.captures} times, {known.replays} replays"
+        times = "" if known.captures == 1 else f" {known.captures} times"
+        return f"captured{times}, {known.replays} replays"
 
     def _capture(
         self,
