@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.compiled import Compiled
-from stepfuse.engine.compile.listening import heard, unseen
+from stepfuse.engine.compile.listening import is_listened_to, unseen
 from stepfuse.engine.compile.network import CompiledNetwork
 from stepfuse.engine.compile.numbered import Numbered
 from stepfuse.engine.replay.cuda_graph import CudaGraph
@@ -142,7 +142,8 @@ class Captures:
             return ""
         if known.refused:
             return f"none, operator by operator: {known.refused}"
-        return f"captured {known.captures} times, {known.replays} replays"
+        times = "" if known.captures == 1 else f" {known.captures} times"
+        return f"captured{times}, {known.replays} replays"
 
     def _capture(
         self,
@@ -251,7 +252,7 @@ def _is_recorded(leaves: Sequence[Any]) -> bool:
     """Whether somebody wants to see every operator, or the tensors are none with values."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or heard()
+        or is_listened_to()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(leaf, Tensor) and type(leaf) not in _PLAIN for leaf in leaves)

@@ -45,10 +45,10 @@ _listeners = _Listeners()
 @contextmanager
 def listening() -> Iterator[list[Ran]]:
     """A list of what runs inside, in this thread, in its order; each network once."""
-    networks: list[Ran] = []
-    _listeners.lists.append(networks)
+    heard: list[Ran] = []
+    _listeners.lists.append(heard)
     try:
-        yield networks
+        yield heard
     finally:
         _listeners.lists.pop()
 
@@ -61,7 +61,7 @@ def tell(network: Ran) -> None:
             networks.append(network)
 
 
-def heard() -> bool:
+def is_listened_to() -> bool:
     """Whether somebody listens to this thread: a step runs here that may be recorded."""
     return bool(_listeners.lists)
 

@@ -11,19 +11,19 @@ import torch
 from tests.engine.compile.networks import small
 from torch import Tensor
 
+from stepfuse.engine.compile import captured
 from stepfuse.engine.compile.captured import CudaGraphs
 from stepfuse.engine.compile.optimize import optimize
-from stepfuse.engine.replay import cuda_graph
 
 SECOND = torch.device("cuda", 1)
 
 
 class Machine:
-    """Two devices, the first the current one, with streams and events that note what they do."""
+    """Two devices, the first the current one, and a log of what is asked of them."""
 
     def __init__(self) -> None:
-        self.current, self.log = torch.device("cuda", 0), []  # type: ignore[var-annotated]
-        self.stream = Stream("a", self)
+        self.current = torch.device("cuda", 0)
+        self.log: list[str] = []
         self.capturing = False
 
     @contextmanager
@@ -33,34 +33,9 @@ class Machine:
         self.current = before
 
 
-class Stream:
-    def __init__(self, name: str, machine: Machine) -> None:
-        self.name, self._machine = name, machine
-
-    def wait_event(self, event: Any) -> None:
-        self._machine.log.append(f"{self.name} waits for {event.at}")
-
-
-class Buffer:
-    """A tensor that notes on which streams it is said to be used."""
-
-    def __init__(self) -> None:
-        self.streams: list[str] = []
-
-    def record_stream(self, stream: Stream) -> None:
-        self.streams.append(stream.name)
-
-
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-
-    class Event:
-        at = ""
-
-        def record(self, stream: Stream) -> None:
-            self.at = stream.name
-            made.log.append(f"recorded on {stream.name}")
 
     class Graph:
         def __init__(self, step: Callable[[], None], device: torch.device) -> None:
@@ -72,10 +47,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
             made.log.append("replayed")
 
     monkeypatch.setattr(torch.cuda, "device", made.device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
-    monkeypatch.setattr(cuda_graph, "CudaGraph", Graph)
+    monkeypatch.setattr(captured, "CudaGraph", Graph)
     return made
 
 

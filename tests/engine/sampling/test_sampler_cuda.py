@@ -221,7 +221,7 @@ def test_memory_is_given_back_when_the_device_has_done_with_it(api: PretendedCud
     assert waits(sampler.reset) == 0
 
 
-def test_threads_on_their_own_streams_have_their_own_images(api: PretendedCuda) -> None:
+def test_threads_and_streams_have_their_own_images(api: PretendedCuda) -> None:
     sampler = sf.Sampler(Timed(), SCHEDULE, steps=3, eta=1.0)
     expected = [sampler.sample((1, 1, 4, 4), seed=seed) for seed in range(3)]
     found: dict[int, Tensor] = {}
@@ -235,6 +235,9 @@ def test_threads_on_their_own_streams_have_their_own_images(api: PretendedCuda) 
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[seed], image) for seed, image in enumerate(expected))
+    for seed in range(3):
+        with api.stream(api.Stream(0)):
+            assert torch.equal(sampler.sample((1, 1, 4, 4), seed=seed), expected[seed])
     kinds = [entry[0] for entry in api.log if entry[0] in ("wait_event", "record")]
     assert kinds[-6:] == ["wait_event", "record"] * 3, "one after the other"
 
