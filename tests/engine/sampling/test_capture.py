@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import stepfuse as sf
 from stepfuse.engine.networks.unet import UNet, UNetConfig
-from stepfuse.engine.replay.capture import CaptureRefused, Reading, Recording, check_replay
+from stepfuse.engine.replay.capture import (
+    CaptureRefused,
+    Reading,
+    Recording,
+    as_repeatable,
+    check_replay,
+)
 
 SHAPE = (3, 1, 8, 8)
 SCHEDULE = sf.Schedule.linear()
@@ -275,6 +281,18 @@ def test_a_capture_knows_where_the_tensors_lie_that_it_was_given() -> None:
     weight.data = torch.full((2, 4), 3.0)
     assert not recording.holds()
     assert not reading.read.holds()
+
+
+def test_a_replay_may_round_as_the_eager_step_does_from_run_to_run() -> None:
+    x = [torch.randn(100), torch.randn(3, 5)]
+
+    def off(by: float) -> list[Tensor]:
+        return [v + by * torch.randn_like(v) for v in x]
+
+    assert as_repeatable(x, off(1e-6), off(1e-6))
+    assert not as_repeatable(x, off(1e-6), off(1e-4)), "much more than from run to run"
+    assert not as_repeatable(x, x, off(1e-6)), "the eager step is the same every time"
+    assert not as_repeatable(x, off(0.3), off(0.3)), "something is drawn anew in every step"
 
 
 def test_check_replay_sees_a_wrong_recording() -> None:
