@@ -27,6 +27,7 @@ from stepfuse.engine.sampling.denoiser import Condition, Denoiser
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import replacement
 from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.engine.sampling.uncapturable import modules_in, refusal
 from stepfuse.kernels.arguments import as_sizes, check_kind
 
 _DEVICE = torch.device("cuda", 0)
@@ -118,7 +119,12 @@ def check_capturable(
     problems: list[str] = []
     conditions = _conditions(sampler, shape[0], condition)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), fake, without_bindings(), _NoAutograd():
+    _check_model(sampler, fake)
+    moved = _beside_the_model(sampler)
+    steering = sampler.steering
+    if steering is not None and steering.uncapturable:
+        problems.append(steering.uncapturable)
+    with torch.no_grad(), fake, without_bindings(), _NoAutograd(), _on_cuda(moved):
         program = _fake_program(sampler, tuple(shape), conditions)
         for guided in sorted(set(sampler.plan.guided)):
             try:
@@ -133,6 +139,53 @@ def check_capturable(
                 problems += [*watch.problems, *watch.outliving()]
     if problems:
         raise CaptureRefused("\n".join(problems))
+
+
+def _check_model(sampler: Sampler, fake: FakeTensorMode) -> None:
+    """Raise `CaptureRefused` where the model says so, as it would on CUDA."""
+    module = sampler.denoiser.module
+    with fake, _on_cuda([] if module is None else list(module.modules())):
+        reason = refusal(sampler.denoiser.model)
+    if reason:
+        raise CaptureRefused(reason)
+
+
+def _beside_the_model(sampler: Sampler) -> list[nn.Module]:
+    """Modules of the guidance, and of a model that is a function, which lie where the sampler does.
+
+    On CUDA they would lie there; one somewhere else is a mistake that has to show.
+    """
+    steering, denoiser = sampler.steering, sampler.denoiser
+    found = [] if steering is None else steering.modules()
+    if denoiser.module is None:
+        found += modules_in((denoiser.model,))
+
+    def is_there(module: nn.Module) -> bool:
+        tensors = (*module.parameters(), *module.buffers())
+        return all(tensor.device == sampler.device for tensor in tensors)
+
+    return [module for module in found if is_there(module)]
+
+
+@contextmanager
+def _on_cuda(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, under a fake mode, the modules hold fake CUDA tensors in the place of their own."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, tensor)
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        for held, name, tensor in places:
+            fake = _fake(tensor)
+            is_weight = isinstance(tensor, nn.Parameter)
+            held[name] = nn.Parameter(fake, requires_grad=False) if is_weight else fake
+        yield
+    finally:
+        for held, name, tensor in places:
+            held[name] = tensor
 
 
 def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
@@ -278,6 +331,7 @@ class _FakeDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.model)
+        self.takes_batch = denoiser.takes_batch  # type: ignore[method-assign]
         if self.module is None:
             return
         module = copy.copy(self.module)  # an optimised model compiles for fake CUDA tensors apart

@@ -20,6 +20,7 @@ from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.guidance.protocol import Outputs, Steering
 from stepfuse.engine.sampling.request import Part
+from stepfuse.engine.sampling.uncapturable import refusal
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -89,7 +90,13 @@ class Program:
         with torch.inference_mode(False):  # buffers can be written to outside of it, too
             self._make_buffers(capacity)
         self._evaluation = Evaluation(
-            denoiser, staged, self.table, self.step, learned_variance, mean_guidance
+            denoiser,
+            staged,
+            self.table,
+            self.step,
+            layout.shape[0],
+            learned_variance,
+            mean_guidance,
         )
 
     def _make_buffers(self, capacity: int) -> None:
@@ -164,6 +171,12 @@ class Program:
         if self.mask is not None:
             self._replace_known()
         self.step.add_(1)
+
+    @property
+    def uncapturable(self) -> str:
+        """Why the model or the guidance must not be in a captured step; empty where they may."""
+        guidance = None if self.guidance is None else self.guidance.uncapturable
+        return refusal(self.denoiser.model) or guidance or ""
 
     def state(self) -> tuple[Tensor, ...]:
         """The buffers a step changes."""

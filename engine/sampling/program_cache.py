@@ -50,8 +50,7 @@ class Runner:
         self.program, self.graph, self.counts = program, graph, counts
         self.captured: dict[tuple[bool, int], Captured] = {}
         self.refused = "" if graph is not None else "not asked for (graph=None)"
-        if program.guidance is not None and not program.guidance.capturable:
-            self.refused = self.refused or "the guidance asks for it (capturable=False)"
+        self.refused = self.refused or program.uncapturable
         self.networks: list[Ran] = []  # in the captured steps
         self._changes: Counter[str] = Counter()
         self._pool: Any = None
