@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepfuse.kernels import torch_names
+
 Call = Callable[[Tensor, Tensor], Tensor]
 Build = Callable[[nn.Module, Tensor, Tensor], Call]
 
@@ -88,7 +90,7 @@ def inductor_bfloat16(model: nn.Module, x: Tensor, t: Tensor) -> Call:
 
 
 def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Call:
-    inductor_config = importlib.import_module("torch._inductor.config")
+    inductor_config = torch_names.find("torch._inductor", "config")
     inductor_config.freezing = True
     try:
         frozen = copy.deepcopy(model).eval()
@@ -112,9 +114,11 @@ def compiling_quietly() -> Iterator[None]:
     Networks share the code of their forward, and each counts as a recompilation of it; a reset
     would throw away those that were compiled, and at the limit it runs eagerly.
     """
-    dynamo_config = importlib.import_module("torch._dynamo.config")
+    dynamo_config = torch_names.find("torch._dynamo", "config")
+    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
+    fail = f"fail_on_{limit.replace('_size', '')}_hit"
     with (
-        dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
+        dynamo_config.patch({limit: 64, fail: True}),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from stepfuse.kernels.backends import FLOAT_DTYPES
 from stepfuse.kernels.checks import (
@@ -26,6 +25,7 @@ from stepfuse.kernels.checks import (
     shown,
 )
 from stepfuse.kernels.limits import check_seed
+from stepfuse.kernels.torch_names import FakeTensor
 
 PathLike = str | os.PathLike[str]
 PRECISIONS = (None, *FLOAT_DTYPES)

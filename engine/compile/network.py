@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.graph import Pass, PassContext, PassReport, finish, stage, value
 from stepfuse.engine.compile.graph_text import graph_text
@@ -24,6 +23,8 @@ from stepfuse.engine.compile.tracing.trace import Traced, trace
 from stepfuse.engine.compile.weights.watched import Holding, Weights
 from stepfuse.engine.replay.emit import emit
 from stepfuse.engine.replay.workspace import Workspace
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import pytree
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class CompiledNetwork:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
-        if torch._C._len_torch_dispatch_stack():
+        if torch_names.len_dispatch_stack():
             results = self._results(leaves)  # whoever records wants to see every view as a view
         else:
             # nothing here has a gradient: operators need not ask for one
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch_names.below_autograd():
                 results = self._results(leaves)
         return pytree.tree_unflatten(results, self.out_spec)
 
@@ -128,7 +129,7 @@ class CompiledNetwork:
             try:
                 return table.lookup(t)
             except IndexError as error:
-                if torch._C._len_torch_dispatch_stack():
+                if torch_names.len_dispatch_stack():
                     # being recorded: what is recorded now would be replayed for other timesteps too
                     raise IndexError(
                         f"a timestep is not among the {len(table.filled)} announced ones, which a "

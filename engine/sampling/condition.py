@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.state.values import is_value, setting_key
+from stepfuse.kernels.torch_names import pytree
 
 
 @dataclass(frozen=True)

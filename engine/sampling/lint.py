@@ -15,11 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
 from stepfuse.engine.sampling.condition import Staged, check_condition
@@ -28,7 +24,16 @@ from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import replacement
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.uncapturable import modules_in, refusal
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.arguments import as_sizes, check_kind
+from stepfuse.kernels.torch_names import (
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensor,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+)
 
 _DEVICE = torch.device("cuda", 0)
 
@@ -85,7 +90,7 @@ class _NoAutograd(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
+        if func is torch_names.set_grad_enabled:
             self._wanted = bool(args[0])
             return None
         # the other way to switch them on is inference_mode(False)
@@ -258,7 +263,7 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
 def _to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, memory_format = torch_names.parse_to(*args, **kwargs)
     device, dtype = device or x.device, dtype or x.dtype
     if not copy and (device.type, dtype) == (x.device.type, x.dtype):
         return x if memory_format is None else _contiguous(x, memory_format)

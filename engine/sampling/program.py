@@ -21,6 +21,7 @@ from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.guidance.protocol import Outputs, Steering
 from stepfuse.engine.sampling.request import Part
 from stepfuse.engine.sampling.uncapturable import refusal
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -150,7 +151,7 @@ class Program:
         torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
         made = self._outputs(guided)
         shift = made.shift
-        if shift is not None and torch._C._is_alias_of(shift, self.x):  # type: ignore[attr-defined]
+        if shift is not None and torch_names.is_alias_of(shift, self.x):
             shift = shift.clone()  # the update writes over x
         denoise_step(
             self.x,
@@ -198,7 +199,7 @@ class Program:
 
     def _apart(self, output: Tensor) -> Tensor:
         """A model's output, copied where it is another view of x, over which the update writes."""
-        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        one_memory = torch_names.is_alias_of(output, self.x)
         return output.clone() if one_memory and output.stride() != self.x.stride() else output
 
     def _replace_known(self) -> None:

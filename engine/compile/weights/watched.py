@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from stepfuse.engine.compile.weights import parked
 from stepfuse.engine.compile.weights.released import Released
+from stepfuse.kernels.torch_names import FakeTensor
 
 Holding = Literal["parked", "kept", "released"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
