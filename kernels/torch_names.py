@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ __all__ = [
     "len_function_stack",
     "loaded_compiler",
     "make_subclass",
+    "modes_stay_on",
     "parse_to",
     "peek_functorch",
     "pop_function_mode",
@@ -79,6 +81,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("_foreach_lerp_",),
     "torch.Tensor": ("_make_subclass",),
     "torch._C": (
+        "DisableTorchFunction",
         "DisableTorchFunctionSubclass",
         "_AutoDispatchBelowAutograd",
         "_are_functorch_transforms_active",
@@ -188,6 +191,21 @@ _set_version = _needed("torch._C._autograd", "_unsafe_set_version_counter")
 def loaded_compiler() -> Any:
     """The module of torch.compile where somebody has imported it, whole or in part; else None."""
     return sys.modules.get("torch._dynamo")
+
+
+@contextmanager
+def modes_stay_on() -> Iterator[None]:
+    """Inside, ``DisableTorchFunction`` leaves function modes on, as its sister for subclasses does.
+
+    For whoever names it inside: one at a time, in all threads.
+    """
+    here: Any = torch._C
+    before = here.DisableTorchFunction
+    here.DisableTorchFunction = without_subclasses
+    try:
+        yield
+    finally:
+        here.DisableTorchFunction = before
 
 
 def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:

@@ -34,6 +34,7 @@ _QUIET = (
     __file__,
     watching_mode.__file__,
     str(Path(__file__).with_name("lint.py")),
+    str(Path(__file__).with_name("no_autograd.py")),
 )
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from stepfuse.engine.sampling import no_autograd
 from stepfuse.engine.sampling.capture import CaptureRefused, calling_line, refuse_host_reads
 from stepfuse.engine.sampling.condition import Staged, check_condition
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser
@@ -74,40 +74,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
 
-class _NoAutograd(TorchFunctionMode):
-    """Refuses a step that records gradients, before PyTorch does.
-
-    A node of the graph wants a stream of its tensor's device, and without CUDA that ends the
-    process: there is no exception to catch. Gradients therefore stay off inside, and what would
-    have been recorded is refused with its line.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._wanted = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch_names.set_grad_enabled:
-            self._wanted = bool(args[0])
-            return None
-        # the other way to switch them on is inference_mode(False)
-        if self._wanted or torch.is_grad_enabled() or func in _BACKWARD:
-            leaves = tree_leaves((args, kwargs))
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-                name = getattr(func, "__name__", func)
-                raise CaptureRefused(
-                    f"autograd runs inside the step ({name} of a tensor that requires a gradient), "
-                    f"which cannot be examined without a GPU, {calling_line()}"
-                )
-        return func(*args, **kwargs)
-
-
-_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-
-
 def check_capturable(
     sampler: Sampler, shape: Sequence[int], condition: Condition | None = None
 ) -> None:
@@ -129,7 +95,7 @@ def check_capturable(
     steering = sampler.steering
     if steering is not None and steering.uncapturable:
         problems.append(steering.uncapturable)
-    with torch.no_grad(), fake, without_bindings(), _NoAutograd(), _on_cuda(moved):
+    with torch.no_grad(), fake, without_bindings(), no_autograd.no_autograd(), _on_cuda(moved):
         program = _fake_program(sampler, tuple(shape), conditions)
         for guided in sorted(set(sampler.plan.guided)):
             try:
@@ -366,7 +332,7 @@ def _origin(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and name != __file__:
+        if "/torch/" not in name and name not in (__file__, no_autograd.__file__):
             where = f"at {name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return where
