@@ -184,8 +184,8 @@ class Program:
         return (self.x, self.x0, self.step, self.t)
 
     def kept(self) -> AbstractContextManager[None]:
-        """Do steps inside and be where it was before on leaving."""
-        return untouched(self.state())
+        """Do steps inside and be where it was before on leaving, the guidance's tensors too."""
+        return untouched((*self.state(), *(self.guidance.held() if self.guidance else ())))
 
     def nbytes(self) -> int:
         """Bytes of the static buffers."""

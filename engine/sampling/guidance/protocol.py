@@ -55,7 +55,9 @@ class Guidance(Protocol):
 
     A captured step is made anew when attributes, globals or other Python state that ``outputs``
     reads have changed. To capture it, ``outputs`` is tried several times, and a replay runs none of
-    its Python: one that keeps something from step to step says ``capturable = False``.
+    its Python. What it writes to tensors in its attributes, in place, is taken back after the tries
+    and is part of every replay; one that keeps anything else from step to step says
+    ``capturable = False``.
     """
 
     @property
@@ -190,6 +192,11 @@ class Steering:
     def mixture(self) -> bool:
         """Whether a guided step is what its row says of two outputs."""
         return getattr(self._guidance, "mixture", False) and _of_these_outputs(self._guidance)
+
+    def held(self) -> list[Tensor]:
+        """Tensors in its attributes, which ``outputs`` may write to."""
+        kept = vars(self._guidance).values() if hasattr(self._guidance, "__dict__") else ()
+        return [value for value in kept if type(value) is Tensor and not value.is_inference()]
 
     def check_table(self, table: Tensor, guided: list[bool], shifts_mean: bool) -> None:
         """Raise what the guidance raises where it does not fit the table."""
