@@ -1,6 +1,6 @@
 """add_noise against torch.randn_like, two multiplications and an add, and against a copy.
 
-    python -m stepfuse.bench.bench_add_noise [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_add_noise [--json FILE] [--match TEXT] [--device cuda]
 
 With the noise drawn inside, and given; a timestep for each sample.
 """
@@ -48,38 +48,41 @@ def _mixed(x0: Tensor, eps: Tensor, inputs: dict[str, Any]) -> Tensor:
     return signal.view(shape) * x0 + sigma.view(shape) * eps
 
 
-def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool) -> harness.Case:
+def case(
+    model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool, device: str = "cpu"
+) -> harness.Case:
     """One shape and dtype, with the noise drawn inside or given."""
-    count = shape[0]
+    count, abar = shape[0], ABAR.to(device)
     fixed = {
-        "signal": ABAR.sqrt().to(dtype),
-        "sigma": (1 - ABAR).sqrt().to(dtype),
-        "seed": torch.full((count,), 7),
-        "sample": torch.arange(count),
+        "signal": abar.sqrt().to(dtype),
+        "sigma": (1 - abar).sqrt().to(dtype),
+        "seed": torch.full((count,), 7, device=device),
+        "sample": torch.arange(count, device=device),
     }
 
     def make() -> dict[str, Any]:
-        x0 = torch.randn(shape).to(dtype)
-        noise = None if inside else torch.randn(shape).to(dtype)
-        t, buffer = torch.randint(0, 1000, (count,)), torch.empty_like(x0)
+        x0 = torch.randn(shape, device=device).to(dtype)
+        noise = None if inside else torch.randn(shape, device=device).to(dtype)
+        t = torch.randint(0, 1000, (count,), device=device)
+        buffer = torch.empty_like(x0)
         return fixed | {"x0": x0, "noise": noise, "t": t, "buffer": buffer}
 
     def ours(inputs: dict[str, Any], out: Tensor | None = None) -> Any:
         x0, noise, t = inputs["x0"], inputs["noise"], inputs["t"]
         if not inside:
-            return add_noise(x0, noise, t, ABAR, out=out)
-        return add_noise(x0, None, t, ABAR, seed=inputs["seed"], sample=inputs["sample"], out=out)
+            return add_noise(x0, noise, t, abar, out=out)
+        return add_noise(x0, None, t, abar, seed=inputs["seed"], sample=inputs["sample"], out=out)
 
     def into(inputs: dict[str, Any]) -> Any:
         return ours(inputs, inputs["buffer"])
 
     def verify() -> None:
         inputs = make()
-        eps, abar = inputs["noise"], ABAR[inputs["t"]].view(-1, 1, 1, 1)
+        eps, abar_t = inputs["noise"], abar[inputs["t"]].view(-1, 1, 1, 1)
         if inside:
             counters = inputs["seed"], inputs["sample"], inputs["t"]
             eps = philox.normal(*counters, shape[1:], "reference", dtype=torch.float64)
-        exact = abar.sqrt() * inputs["x0"].double() + (1 - abar).sqrt() * eps.double()
+        exact = abar_t.sqrt() * inputs["x0"].double() + (1 - abar_t).sqrt() * eps.double()
         harness.assert_close(ours(inputs), exact, TOLERANCE, "add_noise")
 
     size, tensors = torch.Size(shape).numel(), 2 if inside else 3
@@ -93,15 +96,16 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool) -
         verify,
         expression,
         "drawn" if inside else "given",
+        device,
     )
 
 
-def cases() -> Iterator[harness.Case]:
+def cases(device: str = "cpu") -> Iterator[harness.Case]:
     """Every case, made when its turn comes."""
     for (model, shape), dtype, inside in itertools.product(
         SHAPES, (torch.float32, torch.bfloat16), (True, False)
     ):
-        yield case(model, shape, dtype, inside)
+        yield case(model, shape, dtype, inside, device)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["drawn", "given"])
@@ -113,7 +117,7 @@ def test_add_noise(
     timed.case(case(model, shape, dtype, inside))
 
 
-main = functools.partial(harness.run, TITLE, cases(), COLUMNS)
+main = functools.partial(harness.run, TITLE, cases, COLUMNS)
 
 if __name__ == "__main__":
     main()

@@ -91,8 +91,8 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, form: Form) -> 
     return harness.Case(label, dtype, make, candidates, traffic, verify, expression, form)
 
 
-def cases() -> Iterator[harness.Case]:
-    """Every case, made when its turn comes."""
+def cases(device: str = "cpu") -> Iterator[harness.Case]:
+    """Every case, made when its turn comes; the kernel is one of the CPU alone."""
     for (model, shape), dtype, form in itertools.product(
         SHAPES, (torch.float32, torch.bfloat16), FORMS
     ):
@@ -108,7 +108,7 @@ def test_convolve(
     timed.case(case(model, shape, dtype, form))
 
 
-main = functools.partial(harness.run, TITLE, cases(), COLUMNS)
+main = functools.partial(harness.run, TITLE, cases, COLUMNS, ("cpu",))
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """denoise_step against diffusers' schedulers, plain torch, torch.compile, and a copy.
 
-    python -m stepfuse.bench.bench_denoise_step [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_denoise_step [--json FILE] [--match TEXT] [--device cuda]
 
 DDIM with eta 0 (no noise) against `DDIMScheduler.step`, DDPM with its noise drawn inside against
 `DDPMScheduler.step`. The DDIM results are compared with diffusers' own before anything is timed.
@@ -74,18 +74,25 @@ def _peer(method: str, timestep: int) -> Callable[[dict[str, Any]], Tensor] | No
     return lambda inputs: scheduler.step(inputs["output"], timestep, inputs["x"]).prev_sample
 
 
-def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str) -> harness.Case:
+def case(
+    model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str, device: str = "cpu"
+) -> harness.Case:
     """One shape, dtype and method."""
     table = _tables()[method]
     timestep, noisy = int(table[ROW, Column.TIMESTEP]), method == "ddpm"
-    table32, step = table.float(), torch.tensor([ROW])
+    plain = expression(table[ROW], noisy)
+    table, step = table.to(device), torch.tensor([ROW], device=device)
+    table32 = table.float()
     noise: dict[str, Any] = {}
     if noisy:
-        noise = {"seed": torch.full(shape[:1], 7), "sample": torch.arange(shape[0])}
+        noise = {
+            "seed": torch.full(shape[:1], 7, device=device),
+            "sample": torch.arange(shape[0], device=device),
+        }
     peer = _peer(method, timestep)
 
     def make() -> dict[str, Any]:
-        x, output = torch.randn(2, *shape).to(dtype)
+        x, output = torch.randn(2, *shape, device=device).to(dtype)
         return {"x": x, "output": output, "buffer": torch.empty_like(x)}
 
     def ours(inputs: dict[str, Any]) -> Any:
@@ -108,20 +115,20 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, method: str) ->
         harness.OURS: ours,
         harness.INTO: into,
     }
-    candidates["eager"] = plain = expression(table[ROW], noisy)
+    candidates["eager"] = plain
     if peer is not None:
         candidates["diffusers"] = peer
     traffic = 3 * torch.Size(shape).numel() * dtype.itemsize
     label = f"{model} {'x'.join(map(str, shape))}"
-    return harness.Case(label, dtype, make, candidates, traffic, verify, plain, method)
+    return harness.Case(label, dtype, make, candidates, traffic, verify, plain, method, device)
 
 
-def cases() -> Iterator[harness.Case]:
+def cases(device: str = "cpu") -> Iterator[harness.Case]:
     """Every case, made when its turn comes."""
     for (model, shape), dtype, method in itertools.product(
         SHAPES, (torch.float32, torch.bfloat16), ("ddim", "ddpm")
     ):
-        yield case(model, shape, dtype, method)
+        yield case(model, shape, dtype, method, device)
 
 
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
@@ -133,7 +140,7 @@ def test_denoise_step(
     timed.case(case(model, shape, dtype, method))
 
 
-main = functools.partial(harness.run, TITLE, cases(), COLUMNS)
+main = functools.partial(harness.run, TITLE, cases, COLUMNS)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """group_norm_silu against F.silu(F.group_norm(x)), eager and compiled, and against a copy.
 
-    python -m stepfuse.bench.bench_group_norm_silu [--json FILE] [--match TEXT] [--no-compile]
+    python -m stepfuse.bench.bench_group_norm_silu [--json FILE] [--match TEXT] [--device cuda]
 
 The shapes are the GroupNorm inputs of DDPM's CIFAR-10 network, ADM's 64x64 network and Stable
 Diffusion 1.5 at 64x64 latents; both layouts, float32 and bfloat16.
@@ -43,13 +43,15 @@ def expression(inputs: dict[str, Any]) -> Tensor:
     return F.silu(F.group_norm(inputs["x"], 32, inputs["weight"], inputs["bias"]))
 
 
-def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> harness.Case:
+def case(
+    model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu"
+) -> harness.Case:
     """One shape, dtype and layout."""
     # bfloat16 models keep their parameters in bfloat16: the same dtype for everything
-    weight, bias = torch.randn(2, shape[1]).to(dtype)
+    weight, bias = torch.randn(2, shape[1], device=device).to(dtype)
 
     def make() -> dict[str, Any]:
-        x = torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
+        x = torch.randn(shape, device=device).to(dtype).to(memory_format=LAYOUTS[layout])
         return {"x": x, "weight": weight, "bias": bias, "buffer": torch.empty_like(x)}
 
     def ours(inputs: dict[str, Any], out: Tensor | None = None) -> Tensor:
@@ -69,16 +71,16 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) ->
     traffic = 2 * torch.Size(shape).numel() * dtype.itemsize
     candidates = {harness.OURS: ours, harness.INTO: into, "eager": expression}
     return harness.Case(
-        f"{model} {size}", dtype, make, candidates, traffic, verify, expression, layout
+        f"{model} {size}", dtype, make, candidates, traffic, verify, expression, layout, device
     )
 
 
-def cases() -> Iterator[harness.Case]:
+def cases(device: str = "cpu") -> Iterator[harness.Case]:
     """Every case, made when its turn comes."""
     for (model, shape), dtype, layout in itertools.product(
         SHAPES, (torch.float32, torch.bfloat16), LAYOUTS
     ):
-        yield case(model, shape, dtype, layout)
+        yield case(model, shape, dtype, layout, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
@@ -90,7 +92,7 @@ def test_group_norm_silu(
     timed.case(case(model, shape, dtype, layout))
 
 
-main = functools.partial(harness.run, TITLE, cases(), COLUMNS)
+main = functools.partial(harness.run, TITLE, cases, COLUMNS)
 
 if __name__ == "__main__":
     main()

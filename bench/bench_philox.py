@@ -1,6 +1,6 @@
 """Counter-based noise against torch.randn and against writing as many bytes.
 
-python -m stepfuse.bench.bench_philox [--json FILE] [--match TEXT] [--no-compile]
+python -m stepfuse.bench.bench_philox [--json FILE] [--match TEXT] [--no-compile] [--device cuda]
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ TOLERANCE = 1e-6
 COLUMNS = {"eager": "vs torch.randn"}
 
 
-def case(model: str, shape: tuple[int, ...], dtype: torch.dtype) -> harness.Case:
+def case(
+    model: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu"
+) -> harness.Case:
     """One shape and dtype."""
 
     def make() -> dict[str, Any]:
-        buffer = torch.empty(shape, dtype=dtype)
-        return {"sample": torch.arange(shape[0]), "buffer": buffer}
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        return {"sample": torch.arange(shape[0], device=device), "buffer": buffer}
 
     def ours(inputs: dict[str, Any], out: Tensor | None = None) -> Tensor:
         return philox.normal(7, inputs["sample"], philox.INITIAL, shape[1:], dtype=dtype, out=out)
@@ -42,7 +44,7 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype) -> harness.Case
         return ours(inputs, inputs["buffer"])
 
     def verify() -> None:
-        sample = torch.arange(shape[0])
+        sample = torch.arange(shape[0], device=device)
         exact = philox.normal(
             7, sample, philox.INITIAL, shape[1:], "reference", dtype=torch.float64
         )
@@ -55,17 +57,18 @@ def case(model: str, shape: tuple[int, ...], dtype: torch.dtype) -> harness.Case
         {
             harness.OURS: ours,
             harness.INTO: into,
-            "eager": lambda inputs: torch.randn(shape, dtype=dtype),
+            "eager": lambda inputs: torch.randn(shape, dtype=dtype, device=device),
         },
         torch.Size(shape).numel() * dtype.itemsize,
         verify,
+        device=device,
     )
 
 
-def cases() -> Iterator[harness.Case]:
+def cases(device: str = "cpu") -> Iterator[harness.Case]:
     """Every case, made when its turn comes."""
     for (model, shape), dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
-        yield case(model, shape, dtype)
+        yield case(model, shape, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -74,7 +77,7 @@ def test_philox(timed: Timed, model: str, shape: tuple[int, ...], dtype: torch.d
     timed.case(case(model, shape, dtype))
 
 
-main = functools.partial(harness.run, TITLE, cases(), COLUMNS)
+main = functools.partial(harness.run, TITLE, cases, COLUMNS)
 
 if __name__ == "__main__":
     main()

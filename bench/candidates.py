@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepfuse.bench import peers
+from stepfuse.bench import cuda_peers, peers
 from stepfuse.bench.loops import DiffusersLoop, Loop, SamplerLoop, plain_loop, why_no_scheduler
 from stepfuse.bench.record import Candidate
 from stepfuse.bench.workload import Spec, Workload
@@ -18,7 +18,7 @@ OURS = "stepfuse"
 LIBRARIES = ("diffusers", "compile", "onnxruntime", "openvino")
 DTYPES = ("fp32", "bf16")
 ONNX = ("onnx", "onnxscript")
-CPU_ONLY = ("compile-bf16", "onnxruntime", "openvino", "openvino-bf16")
+CPU_ONLY = ("compile", "compile-bf16", "onnxruntime", "openvino", "openvino-bf16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Entry:
         name, library, dtype, how: see `stepfuse.bench.record.Candidate`.
         build: the loop for a batch size, ready but for what the library puts off.
         needs: packages it imports beside torch.
+        on_gpu: whether it is one for GPUs alone, which nobody is told of on a CPU.
         diffusers_loop: whether it runs in diffusers' loop, which does not know all our settings.
     """
 
@@ -39,6 +40,7 @@ class Entry:
     build: Callable[[Workload, int], Loop]
     needs: tuple[str, ...] = ()
     diffusers_loop: bool = False
+    on_gpu: bool = False
 
     def why_not(self, workload: Workload | None = None) -> str:
         """What is missing to run it; empty where nothing is."""
@@ -49,6 +51,8 @@ class Entry:
             return ""
         if workload.device.type != "cpu" and self.name in CPU_ONLY:
             return f"{self.name} is set up for the CPU here; the network is on {workload.device}"
+        if workload.device.type != "cuda" and self.on_gpu:
+            return f"{self.name} is for GPUs alone; the network is on {workload.device}"
         return why_no_scheduler(workload) if self.diffusers_loop else ""
 
     def described(self, spec: Spec) -> Candidate:
@@ -104,6 +108,8 @@ _THEIR_LOOP = "the lines of diffusers' pipeline with its scheduler"
 _PLAIN = "our plain loop: update in Python's order, nothing captured"
 _NETWORK = "diffusers' network with the same weights"
 
+_IN_GRAPH = f"one evaluation of {_NETWORK} as a CUDA graph"
+
 ENTRIES = (
     Entry(
         "stepfuse", OURS, "fp32", "our sampler: optimised network, captured step", _ours
@@ -134,6 +140,24 @@ ENTRIES = (
         "compile-bf16", "compile", "bf16",
         f"{_NETWORK} under torch.compile and bfloat16 autocast, weights frozen, in {_THEIR_LOOP}",
         _in_diffusers_loop(peers.inductor_bfloat16), ("diffusers",), True,
+    ),
+    *(
+        Entry(
+            f"{name}{ending}", name.partition("-")[0], dtype, f"{how}{words}, in {_THEIR_LOOP}",
+            _in_diffusers_loop(cuda_peers.channels_last(build, precision)), ("diffusers",), True,
+            True,
+        )
+        for ending, dtype, precision, words in (
+            ("", "fp32", torch.float32, ", channels-last"),
+            ("-bf16", "bf16", torch.bfloat16, ", in bfloat16 and channels-last"),
+        )
+        for name, how, build in (
+            ("diffusers-graph", _IN_GRAPH, cuda_peers.graphed),
+            ("compile-reduce-overhead", f"{_NETWORK} under torch.compile(mode='reduce-overhead')",
+             cuda_peers.reduce_overhead),
+            ("compile-max-autotune", f"{_NETWORK} under torch.compile(mode='max-autotune')",
+             cuda_peers.max_autotune),
+        )
     ),
     Entry(
         "onnxruntime", "onnxruntime", "fp32", f"ONNX Runtime with {_NETWORK} in {_PLAIN}",
@@ -168,8 +192,12 @@ def libraries(against: str) -> tuple[str, ...]:
     return tuple(name for name in LIBRARIES if name in names)
 
 
-def chosen(against: Sequence[str], dtype: str, optimize: bool = True) -> list[Entry]:
+def chosen(
+    against: Sequence[str], dtype: str, optimize: bool = True, device: str = "cpu"
+) -> list[Entry]:
     """Ours and those of the libraries ``against``, with their bfloat16 variants for "bf16".
+
+    Those for GPUs alone take part where ``device`` is one.
 
     Raises ValueError for another dtype, or bf16 without our optimised network, which does it.
     """
@@ -178,7 +206,9 @@ def chosen(against: Sequence[str], dtype: str, optimize: bool = True) -> list[En
     if dtype == "bf16" and not optimize:
         raise ValueError("--dtype bf16 needs --optimize: it is what lowers the products")
     wanted = DTYPES[: DTYPES.index(dtype) + 1]
-    return [e for e in ENTRIES if e.library in (OURS, *against) and e.dtype in wanted]
+    gpu = torch.device(device).type == "cuda"
+    there = [e for e in ENTRIES if gpu or not e.on_gpu]
+    return [e for e in there if e.library in (OURS, *against) and e.dtype in wanted]
 
 
 def entry(name: str) -> Entry:

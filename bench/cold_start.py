@@ -21,6 +21,7 @@ def first_images(job: dict[str, Any]) -> dict[str, float]:
 
     from stepfuse.bench import peers_setup
     from stepfuse.bench.candidates import entry
+    from stepfuse.bench.tf32 import tf32_off
     from stepfuse.bench.workload import Spec, Workload
 
     chosen = entry(job["candidate"])
@@ -32,11 +33,12 @@ def first_images(job: dict[str, Any]) -> dict[str, float]:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     workload = Workload(spec)
-    loop = chosen.build(workload, job["batch"])
-    built = time.perf_counter()
-    loop.images()
-    if workload.device.type == "cuda":
-        torch.cuda.synchronize(workload.device)
+    with tf32_off(workload.device):
+        loop = chosen.build(workload, job["batch"])
+        built = time.perf_counter()
+        loop.images()
+        if workload.device.type == "cuda":
+            torch.cuda.synchronize(workload.device)
     ready = time.perf_counter()
     return {
         "import_seconds": imported - start,

@@ -2,7 +2,8 @@
 
 A case is an op at one shape, dtype and layout, with the candidates that do the same work. They are
 verified and timed as `stepfuse.bench.timing` says, a turn being a block of calls over rotating
-buffers.
+buffers. On a GPU a block is one CUDA graph of many calls, for all alike, as a captured step has
+them: launched one by one, the host would be timed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stepfuse.bench import machine, script, timing
+from stepfuse.bench import cuda_graph, machine, script, timing
 from stepfuse.bench.able import able
 from stepfuse.bench.samples import ratio
+from stepfuse.bench.tf32 import tf32_off
 from stepfuse.bench.timing import Turns, Work
+from stepfuse.kernels.backends import BackendUnavailable
 
 OURS = "stepfuse"
 INTO = "out="  # ours, into a buffer that is there already
@@ -56,6 +60,7 @@ class Case:
     verify: Callable[[], None]
     compiled: Callable[[Inputs], Any] | None = None
     note: str = ""
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.label} {DTYPES[self.dtype]} {self.note}".strip()
@@ -83,20 +88,34 @@ def measure(case: Case, rounds: int, with_compile: bool, hot: bool = False) -> R
 
     ``hot`` gives every call the same inputs, which a cache then holds where they fit.
     """
+    device = torch.device(case.device)
+    on_gpu = device.type == "cuda"
+    timer, uncounted = timing.timer_for(device)
+    turns = functools.partial(Turns, timer=timer, uncounted=uncounted)
     buffers = [case.make()] if hot else rotating(case)
     inputs = itertools.cycle([(buffer,) for buffer in buffers])
-    work = functools.partial(Work, calls=None, inputs=inputs)
+    work: Callable[..., Work] = functools.partial(
+        cuda_graph.Graphed if on_gpu else Work, calls=None, inputs=inputs
+    )
     works = {name: work(call) for name, call in case.candidates.items()}
     works[OURS].verify = case.verify
-    with torch.no_grad():
-        result = Result(case, Turns(works | {COPY: work(_copy(case.traffic))}).run(rounds).seconds)
+    with torch.no_grad(), tf32_off(device), _current(device):
+        copy = work(_copy(case.traffic, device))
+        result = Result(case, turns(works | {COPY: copy}).run(rounds).seconds)
         if with_compile and case.compiled is not None:
-            torch._dynamo.reset()
-            compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False)
+            torch.compiler.reset()
+            # the graph is ours, as for the others; the search for kernels is that of max-autotune
+            mode = "max-autotune-no-cudagraphs" if on_gpu else None
+            compiled = torch.compile(case.compiled, fullgraph=True, dynamic=False, mode=mode)
             pair = {BESIDE: work(case.candidates[OURS]), COMPILE: work(compiled)}
             # torch.compile brings an OpenMP of its own: timed apart, with pauses
-            result.samples |= Turns(pair, settle=True).run(rounds).seconds
+            result.samples |= turns(pair, settle=not on_gpu).run(rounds).seconds
     return result
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, the device is the current one of CUDA."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def rotating(case: Case) -> list[Inputs]:
@@ -109,9 +128,9 @@ def rotating(case: Case) -> list[Inputs]:
     return found
 
 
-def _copy(traffic: int) -> Callable[[Inputs], Any]:
+def _copy(traffic: int, device: torch.device) -> Callable[[Inputs], Any]:
     """A copy that reads and writes as many bytes as the op has to, over buffers of its own."""
-    half = torch.ones(max(traffic // 2, 1), dtype=torch.uint8)
+    half = torch.ones(max(traffic // 2, 1), dtype=torch.uint8, device=device)
     pairs = itertools.cycle(timing.rotating(lambda: (half.clone(), half.clone()), traffic))
 
     def copy(inputs: Inputs) -> Tensor:
@@ -137,10 +156,16 @@ def assert_near(found: Tensor, exact: Tensor, relative: float, what: str) -> Non
     assert error <= relative, f"{what}: off by {error:.3g}, allowed {relative:.3g}: not timed"
 
 
-def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
+def run(
+    title: str,
+    cases: Callable[[str], Iterable[Case]],
+    columns: dict[str, str],
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> None:
     """The command line of a benchmark: measure the cases, print the table, keep the samples.
 
-    ``columns`` maps candidates to the heading under which their ratio to ours is printed.
+    ``cases`` makes those of a device, ``columns`` maps candidates to the heading under which their
+    ratio to ours is printed, ``devices`` are the types of device that the op has a kernel for.
     """
     parser = script.parser(title, rounds=21)
     parser.add_argument("--match", default="", help="only cases whose label contains this")
@@ -150,12 +175,19 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
         help="the same tensors again and again, as a layer finds what the one before just wrote",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--device", default="cpu", help=f"where to run: one of {', '.join(devices)} (default cpu)"
+    )
     options = script.parsed(parser)
+    try:
+        check_device(options.device, devices)
+    except (ValueError, BackendUnavailable) as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     results = []
     console = script.console()
     with console.status("") as status:
-        for case in cases:
+        for case in cases(options.device):
             if options.match in str(case):
                 status.update(str(case))
                 work = functools.partial(
@@ -164,7 +196,21 @@ def run(title: str, cases: Iterable[Case], columns: dict[str, str]) -> None:
                 measured = able({str(case): work}).values()
                 results += [r for r in measured if {OURS, INTO, COPY} <= r.samples.keys()]
     show(console, title, results, columns)
-    script.save(options.json, {"machine": machine.brief(), "rows": list(map(_row, results))})
+    on = machine.brief() | ({} if options.device == "cpu" else {"device": options.device})
+    script.save(options.json, {"machine": on, "rows": list(map(_row, results))})
+
+
+def check_device(name: str, devices: tuple[str, ...]) -> None:
+    """Raise ValueError for a device that the op has no kernel for, or BackendUnavailable."""
+    kind = name.partition(":")[0]
+    if kind not in devices:
+        raise ValueError(f"--device must be one of {', '.join(devices)}; got {name!r}")
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be like cuda or cuda:1; got {name!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"--device {name} needs a GPU, and PyTorch sees none here")
 
 
 def show(console: Console, title: str, results: list[Result], columns: dict[str, str]) -> None:

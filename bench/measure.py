@@ -22,6 +22,7 @@ from stepfuse.bench.memory import PROCESSES, Launch, cold_start
 from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Candidate, Energy, Record, Runs, Settings, Windows
 from stepfuse.bench.step_split import split
+from stepfuse.bench.tf32 import NOTE, tf32_off
 from stepfuse.bench.throughput import throughput
 from stepfuse.bench.timing import LEAST_ROUNDS, Turns, Work, timer_for
 from stepfuse.bench.verify import Reference
@@ -131,7 +132,7 @@ class Bench:
             machine=machine,
             command=self.command,
             complete=False,
-            notes=[note for note in (busy(machine),) if note],
+            notes=[note for note in (busy(machine), self._precision_note()) if note],
             settings=Settings(
                 model=spec.model,
                 parameters=self.workload.parameters,
@@ -169,10 +170,11 @@ class Bench:
         Other exceptions pass, after the record so far was saved.
         """
         try:
-            for batch in self.plan.batches:
-                if batch != self.plan.batches[0]:
-                    gc.collect()  # networks hold themselves in circles
-                self._batch(batch)
+            with tf32_off(self.workload.device):
+                for batch in self.plan.batches:
+                    if batch != self.plan.batches[0]:
+                        gc.collect()  # networks hold themselves in circles
+                    self._batch(batch)
             self._cold_starts()
             self.record.complete = True
         except KeyboardInterrupt:
@@ -184,6 +186,9 @@ class Bench:
             self._drop_empty()
             self.save(self.record)
         return self.record
+
+    def _precision_note(self) -> str:
+        return NOTE if self.workload.device.type == "cuda" else ""
 
     def _batch(self, batch: int) -> None:
         """Everything at one batch size."""

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepfuse.kernels import torch_names
+
 Call = Callable[[Tensor, Tensor], Tensor]
 Build = Callable[[nn.Module, Tensor, Tensor], Call]
 
@@ -53,9 +55,7 @@ def eager(model: nn.Module, x: Tensor, t: Tensor) -> Call:
 
 def eager_bfloat16(model: nn.Module, x: Tensor, t: Tensor) -> Call:
     """Weights, activations and x in bfloat16, channels-last."""
-    with warnings.catch_warnings(), _quiet("diffusers"):
-        warnings.simplefilter("ignore")
-        low = copy.deepcopy(model).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    low = copied(model, torch.bfloat16)
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         image = x.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -63,6 +63,13 @@ def eager_bfloat16(model: nn.Module, x: Tensor, t: Tensor) -> Call:
         return result
 
     return call
+
+
+def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model with its weights in ``dtype`` and channels-last."""
+    with warnings.catch_warnings(), _quiet("diffusers"):
+        warnings.simplefilter("ignore")
+        return copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
 
 
 def inductor(model: nn.Module, x: Tensor, t: Tensor) -> Call:
@@ -83,8 +90,7 @@ def inductor_bfloat16(model: nn.Module, x: Tensor, t: Tensor) -> Call:
 
 
 def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Call:
-    inductor_config = importlib.import_module("torch._inductor.config")
-    dynamo_config = importlib.import_module("torch._dynamo.config")
+    inductor_config = torch_names.find("torch._inductor", "config")
     inductor_config.freezing = True
     try:
         frozen = copy.deepcopy(model).eval()
@@ -92,17 +98,31 @@ def _compiled(model: nn.Module, x: Tensor, t: Tensor, dtype: torch.dtype | None 
         with (
             torch.no_grad(),
             torch.autocast("cpu", dtype or torch.bfloat16, enabled=bool(dtype)),
-            # networks share the code of their forward, and each counts as a recompilation of it;
-            # a reset would throw away those that were compiled, and at the limit it runs eagerly
-            dynamo_config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
-            warnings.catch_warnings(),
+            compiling_quietly(),
         ):
-            warnings.simplefilter("ignore")
             compiled(x, t)
     finally:
         inductor_config.freezing = False
     call: Call = compiled
     return call
+
+
+@contextlib.contextmanager
+def compiling_quietly() -> Iterator[None]:
+    """Inside, torch.compile says nothing and compiles every network it is given.
+
+    Networks share the code of their forward, and each counts as a recompilation of it; a reset
+    would throw away those that were compiled, and at the limit it runs eagerly.
+    """
+    dynamo_config = torch_names.find("torch._dynamo", "config")
+    limit = "recompile_limit" if hasattr(dynamo_config, "recompile_limit") else "cache_size_limit"
+    fail = f"fail_on_{limit.replace('_size', '')}_hit"
+    with (
+        dynamo_config.patch({limit: 64, fail: True}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def onnxruntime(model: nn.Module, x: Tensor, t: Tensor) -> Call:

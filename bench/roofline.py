@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stepfuse.bench.able import able
 from stepfuse.engine.files.writing import check_file, write_file
+from stepfuse.kernels.torch_names import TorchDispatchMode, tree_leaves
 from stepfuse.kernels.triton import variants
 from stepfuse.kernels.triton.variants import BULK, Kernel
 

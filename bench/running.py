@@ -102,8 +102,8 @@ def run(
     plan = Plan(
         _batches(batch), rounds, None if time_limit == 0 else time_limit, processes=processes
     )
-    entries = chosen(libraries(against), dtype, spec["optimize"])
     described = Spec(**{**spec, "device": str(choose_device(spec["device"]))})
+    entries = chosen(libraries(against), dtype, spec["optimize"], described.device)
     if not math.isfinite(described.eta):
         raise ValueError(f"--eta must be a finite number; got {described.eta}")
     if described.threads is not None:

@@ -22,6 +22,7 @@ from stepfuse.kernels.checks import (
 )
 from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of, resolved
 from stepfuse.kernels.overlap import check_memory
+from stepfuse.kernels.reference.add_noise import coefficients
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 
 Target = Literal["epsilon", "v_prediction"]
@@ -62,8 +63,9 @@ def add_noise(
 
     Returns x_t, or (x_t, target). Differentiable in x0 and noise, twice too, unless it writes into
     ``out`` or in place. Raises ValueError or TypeError for arguments that do not fit together,
-    IndexError for a t outside 0 .. T-1 (tensors are read on the CPU only), `BackendUnavailable`
-    where ``backend`` cannot run.
+    IndexError for a t outside 0 .. T-1, `BackendUnavailable` where ``backend`` cannot run. A t on
+    another device than the CPU is not read on the host: x_t, v and the gradients of such a sample
+    are NaN.
     """
     check_float("x0", x0)
     if x0.dim() < 1 or x0.numel() == 0:
@@ -209,8 +211,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_target: Tensor | None) -> tuple[
     if some is None:
         return (None,) * 8
     dtype = torch.float64 if ctx.x0_dtype == torch.float64 else torch.float32
-    abar = abar[t].view(-1, *[1] * (some.dim() - 1))
-    signal, sigma = abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    signal, sigma = coefficients(t, abar, some.dim(), dtype)
     d_x0 = d_noise = torch.zeros((), dtype=dtype, device=some.device)
     if d_out is not None:
         d_x0, d_noise = d_x0 + signal * d_out, d_noise + sigma * d_out

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from stepfuse.kernels.backends import FLOAT_DTYPES
 from stepfuse.kernels.checks import (
@@ -23,8 +22,10 @@ from stepfuse.kernels.checks import (
     float_names,
     is_float,
     received,
+    shown,
 )
 from stepfuse.kernels.limits import check_seed
+from stepfuse.kernels.torch_names import FakeTensor
 
 PathLike = str | os.PathLike[str]
 PRECISIONS = (None, *FLOAT_DTYPES)
@@ -95,6 +96,15 @@ def flag_or_precision(name: str, value: Any) -> torch.dtype | None:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True, False or a torch.dtype; got {received(value)}")
     return None
+
+
+def check_flag_or_word(name: str, value: Any, word: str) -> None:
+    """Raise unless ``value`` is True, False or that word."""
+    if isinstance(value, str):
+        if value != word:
+            raise ValueError(f"{name} must be True, False or {word!r}; got {shown(value)}")
+    elif not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True, False or {word!r}; got {received(value)}")
 
 
 def as_seed(name: str, value: Any) -> int:

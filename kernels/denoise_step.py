@@ -21,7 +21,7 @@ from stepfuse.kernels.checks import (
 )
 from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of, resolved
 from stepfuse.kernels.overlap import check_memory
-from stepfuse.kernels.reference.denoise_step import gradients
+from stepfuse.kernels.reference.denoise_step import gradients, row_of
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -73,8 +73,9 @@ def denoise_step(
 
     Returns x_s, or (x_s, x0), of the dtype of x. Differentiable in x, the model outputs and the
     noise, twice too, unless it writes into ``out``, ``x0_out`` or in place. Raises ValueError or
-    TypeError for arguments that do not fit together, IndexError for an int step outside the table,
-    `BackendUnavailable` where ``backend`` cannot run.
+    TypeError for arguments that do not fit together, IndexError for a step outside the table,
+    `BackendUnavailable` where ``backend`` cannot run. A step on another device than the CPU is not
+    read on the host: x_s, x0 and the gradients are NaN where the table has no such row.
     """
     check_float("x", x)
     shape, device = x.shape, x.device
@@ -260,7 +261,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_x0: Tensor | None) -> tuple[Any,
     if ctx.needs_input_grad[3]:
         raise ValueError("denoise_step has no gradient for its table; detach it")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row = table.index_select(0, step.view(1))[0].to(dtype)
+    row = row_of(table, step, dtype)
     if noise is None and seed is not None and ctx.learned_variance:
         timestep = row[Column.TIMESTEP].to(torch.int64).expand(x.shape[0])
         noise = philox.normal(

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from stepfuse.kernels import torch_names
+
 NAMESPACE = "stepfuse"  # of what is computed in kernels/, each op in files of its name
 Device = Literal["CPU", "CUDA"]
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass (fake, functional, distributed) wants dispatch
@@ -113,7 +115,7 @@ def raise_versions(tensors: Sequence[Tensor]) -> None:
 
     It then refuses to use what it saved of them, instead of returning wrong gradients.
     """
-    torch._C._increment_version(tensors)
+    torch_names.increment_version(tensors)
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -124,11 +126,11 @@ def eager(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or torch_names.len_dispatch_stack()
+        or torch_names.len_function_stack()
+        or torch_names.functorch_is_active()
+        or torch_names.tracing_state() is not None
+        or torch_names.profiler_is_on()
     ):
         return False
     grad = torch.is_grad_enabled()

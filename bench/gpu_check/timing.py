@@ -26,6 +26,7 @@ from stepfuse.bench.able import described
 from stepfuse.bench.cuda_timing import WARM_UP, l2_bytes
 from stepfuse.bench.gpu_check.check import Context
 from stepfuse.bench.timing import rounds, timer_for, undisturbed
+from stepfuse.kernels import torch_names
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -150,10 +151,9 @@ def _capture(run: Call) -> Any:
         done = True
     finally:
         if not done:
-            native: Any = torch._C
-            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            for give_back in (torch_names.end_allocate_to_pool, torch_names.release_pool):
                 with contextlib.suppress(Exception):  # it may have been given back already
-                    getattr(native, give_back)(torch.cuda.current_device(), pool)
+                    give_back(torch.cuda.current_device(), pool)
     return graph
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
 from stepfuse.engine.compile.timetable import CAPACITY
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.backends import why_not
 from stepfuse.kernels.checks import check_flag
@@ -83,9 +84,9 @@ def _obstacle(model: nn.Module) -> str:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return "a module has a forward hook"
-        if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
+        if module.training and isinstance(module, torch_names.NormBase):
             return "a batch normalisation is in training mode; call eval()"
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if module.training and isinstance(module, torch_names.DropoutNd) and module.p > 0:
             return "dropout is on; call eval()"
     settings = _settings(model)
     if settings is not None and torch.is_autocast_enabled(settings[1].type):

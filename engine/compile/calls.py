@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.state.values import setting_key
+from stepfuse.kernels.torch_names import FakeTensor, pytree
 
 _ANY = " of any value"
 

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.compiled import Compiled
 from stepfuse.engine.compile.listening import is_listened_to, unseen
@@ -27,6 +26,8 @@ from stepfuse.engine.compile.network import CompiledNetwork
 from stepfuse.engine.compile.numbered import Numbered
 from stepfuse.engine.replay.cuda_graph import CudaGraph
 from stepfuse.engine.replay.device_order import DeviceOrder
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import pytree
 
 GraphMode = Literal["auto"]
 Run = Callable[[], list[Any]]
@@ -251,9 +252,9 @@ def _device(leaves: Sequence[Any]) -> torch.device | None:
 def _is_recorded(leaves: Sequence[Any]) -> bool:
     """Whether somebody wants to see every operator, or the tensors are none with values."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        torch_names.len_dispatch_stack()
         or is_listened_to()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch_names.tracing_state() is not None
+        or torch_names.peek_functorch() is not None
         or any(isinstance(leaf, Tensor) and type(leaf) not in _PLAIN for leaf in leaves)
     )

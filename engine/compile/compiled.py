@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.calls import have_values
 from stepfuse.engine.compile.graph import PassReport
@@ -24,6 +23,7 @@ from stepfuse.engine.compile.weights.released import WeightsReleased
 from stepfuse.engine.compile.without_graph import WithoutGraph, without_graph
 from stepfuse.engine.replay.workspace import Workspace
 from stepfuse.engine.replay.writer import maker
+from stepfuse.kernels.torch_names import pytree
 
 Compiled = CompiledNetwork | WithoutGraph
 

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from stepfuse.engine.replay.workspace import may_alias
+from stepfuse.kernels.torch_names import tree_leaves
 
 
 def effect(nodes: Iterable[Node]) -> str:
@@ -36,7 +37,7 @@ def _written(node: Node) -> Iterator[Node]:
     """The arguments that the operator of a call writes to."""
     for argument, value in _arguments(node):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from (v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, Node))
+            yield from (v for v in tree_leaves(value) if isinstance(v, Node))
 
 
 def _arguments(node: Node) -> Iterator[tuple[Any, Any]]:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+
+from stepfuse.kernels.torch_names import FakeTensor, FakeTensorMode, tree_leaves
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -162,7 +163,7 @@ def _target(node: Node) -> Callable[..., Any]:
 
 def fake_mode(*trees: Any) -> FakeTensorMode | None:
     """The mode of the first tensor without data among the leaves, None where there is none."""
-    for leaf in torch.utils._pytree.tree_leaves(trees):
+    for leaf in tree_leaves(trees):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
+
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import pytree
 
 _WIDEST = 44  # of a column; what is longer pushes the next aside
 
@@ -46,7 +48,7 @@ def _row(node: Node) -> tuple[str, str, str, str]:
 
 def _operator(target: Any) -> str:
     """mkldnn._linear_pointwise.binary, say, or the name of a function."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_names.OpOverload):
         return str(target).removesuffix(".default")
     return str(getattr(target, "__name__", target))
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from stepfuse.kernels.torch_names import disable_current_modes
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,5 @@ def unseen() -> Iterator[None]:
     """What is made inside belongs into no step that is being recorded, and can be written to
     outside of ``torch.inference_mode``, too.
     """
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield

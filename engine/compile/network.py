@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.effects import effect
 from stepfuse.engine.compile.graph import (
@@ -36,6 +34,8 @@ from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.compile.weights.watched import Holding, Weights
 from stepfuse.engine.replay.emit import emit
 from stepfuse.engine.replay.workspace import Workspace
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import FakeTensor, pytree
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class CompiledNetwork:
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """Run; ``leaves`` are those of the (args, kwargs) it was built for, in order."""
-        if torch._C._len_torch_dispatch_stack():
+        if torch_names.len_dispatch_stack():
             results = self._results(leaves)  # whoever records wants to see every view as a view
         else:
             # nothing here has a gradient: operators need not ask for one
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch_names.below_autograd():
                 results = self._results(leaves)
         return pytree.tree_unflatten(results, self.out_spec)
 
@@ -169,7 +169,7 @@ class CompiledNetwork:
             try:
                 return table.lookup(t)
             except IndexError as error:
-                if torch._C._len_torch_dispatch_stack():
+                if torch_names.len_dispatch_stack():
                     # being recorded: what is recorded now would be replayed for other timesteps too
                     raise IndexError(
                         f"a timestep is not among the {len(table.filled)} announced ones, which a "

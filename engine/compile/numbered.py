@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.calls import have_values
 from stepfuse.engine.compile.compiled import Compiled, compiled
@@ -22,6 +21,7 @@ from stepfuse.engine.compile.network import Settings
 from stepfuse.engine.compile.stages import Stage
 from stepfuse.engine.compile.without_graph import WithoutGraph, without_graph
 from stepfuse.engine.replay.workspace import Workspace
+from stepfuse.kernels.torch_names import pytree
 
 # relative L2 of sums in another order, in float32 and in 16 bits
 _ROUNDING, _ROUNDING_LOWERED = 1e-5, 1e-2

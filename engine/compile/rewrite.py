@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.fx import GraphModule, Node
 
 from stepfuse.engine.compile.graph import (
@@ -22,6 +21,7 @@ from stepfuse.engine.compile.graph import (
 )
 from stepfuse.engine.compile.stages import assign
 from stepfuse.kernels.checks import received
+from stepfuse.kernels.torch_names import UnsupportedOperatorException
 
 _OPS = ("placeholder", "call_function", "output")
 

@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.tracing.quiet import quietly
+from stepfuse.kernels.torch_names import FakeTensor, disable_current_modes, pytree
 
 Made = tuple[tuple[torch.Size, torch.dtype], ...]
 _known: dict[Any, Made | None] = {}
@@ -86,7 +84,7 @@ def _run_on_zeros(target: Any, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
         t.device.index or 0 for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"
     }
     # what draws random numbers must leave the generators as they were
-    with _disable_current_modes(), torch.random.fork_rng(sorted(cuda)):
+    with disable_current_modes(), torch.random.fork_rng(sorted(cuda)):
         given = [_zeros_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(given, spec)
         return target(*args, **kwargs)

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.timings import answer
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.checks import FLOATS
 from stepfuse.kernels.filters import Form, filters_shape
+from stepfuse.kernels.torch_names import disable_current_modes, pop_function_mode
 
 T = TypeVar("T")
 _CACHE = 48 << 20  # bytes: more than the part of a last-level cache that one process may count on
@@ -105,9 +105,9 @@ def trial(seconds: Callable[..., T]) -> Callable[..., T]:
 def _unwatched() -> Iterator[None]:
     """No mode of PyTorch's is in force inside, neither of dispatch nor of functions."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        while torch._C._len_torch_function_stack():
-            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(disable_current_modes())
+        while torch_names.len_function_stack():
+            stack.enter_context(pop_function_mode())
         yield
 
 

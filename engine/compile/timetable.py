@@ -7,7 +7,8 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from stepfuse.kernels.torch_names import FakeTensor
 
 Compute = Callable[[Tensor], tuple[Tensor, ...]]
 # sums in another order in another row differ by 1e-6 of the largest number, by 4e-3 in bfloat16

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.calls import have_values
 from stepfuse.engine.compile.graph import PassReport
@@ -29,6 +28,7 @@ from stepfuse.engine.compile.tracing.trace import evaluating
 from stepfuse.engine.compile.tracing.undone import undone
 from stepfuse.engine.compile.weights.watched import WeightGone
 from stepfuse.kernels.group_norm_silu import group_norm_silu
+from stepfuse.kernels.torch_names import pytree
 
 
 class FusedGroupNorm(nn.Module):

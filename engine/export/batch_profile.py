@@ -42,9 +42,13 @@ class BatchProfile:
         """Whether there is only one size."""
         return self.minimum == self.maximum
 
+    def takes(self, batch: int) -> bool:
+        """Whether a batch is inside the profile."""
+        return self.minimum <= batch <= self.maximum
+
     def check(self, batch: int) -> None:
         """Raise ValueError for a batch outside the profile."""
-        if not self.minimum <= batch <= self.maximum:
+        if not self.takes(batch):
             raise ValueError(
                 f"batch {batch} is outside the profile; accepted: {self.minimum} .. {self.maximum}"
             )

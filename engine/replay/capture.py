@@ -20,13 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.replay import watching_mode
 from stepfuse.engine.replay.watching_mode import WatchingMode
 from stepfuse.engine.replay.writer import Writer
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import tree_leaves
 
 # frames that are not the reader's
 _QUIET = (
@@ -34,6 +35,7 @@ _QUIET = (
     __file__,
     watching_mode.__file__,
     str(Path(__file__).parent.with_name("sampling") / "lint.py"),
+    str(Path(__file__).parent.with_name("sampling") / "no_autograd.py"),
     str(Path(__file__).with_name("cuda_graph.py")),
 )
 _HOST_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -148,7 +150,7 @@ def _is_view_of(result: Any, read: Sequence[Tensor]) -> bool:
     """Whether all of a result lies in what was read: under inference mode, operators that may copy
     (`to`, `reshape`, `contiguous`) come here as views whichever they do.
     """
-    alias: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    alias: Any = torch_names.is_alias_of
     made = [out for out in tree_leaves(result) if isinstance(out, Tensor)]
     return all(any(alias(out, source) for source in read) for out in made)
 

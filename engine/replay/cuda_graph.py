@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.replay.capture import (
     CaptureRefused,
@@ -30,6 +29,8 @@ from stepfuse.engine.replay.capture import (
     origin,
     refuse_host_reads,
 )
+from stepfuse.kernels import torch_names
+from stepfuse.kernels.torch_names import tree_leaves
 
 WARM_UPS = 2
 # of this thread alone: "global" would let an allocation of any other thread end the capture
@@ -145,8 +146,9 @@ class CudaGraph:
     def _give_up(self, side: Any) -> None:
         """Let go of the memory pool where the capture is over and PyTorch has not."""
         with contextlib.suppress(RuntimeError):  # where PyTorch had got that far
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-            torch._C._cuda_releasePool(self.device.index, self.pool)
+            for let_go in (torch_names.end_allocate_to_pool, torch_names.release_pool):
+                if let_go is not None:
+                    let_go(self.device.index, self.pool)
         with contextlib.suppress(RuntimeError):
             self.graph.reset()
         self._restore_generator(side)
@@ -234,6 +236,5 @@ def _drop_workspaces() -> None:
     It keeps some for every stream. Before a capture this makes it come from the graph's own pool,
     and after it no other graph is given the same, which may run at the same time.
     """
-    drop = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if drop is not None:
-        drop()
+    if torch_names.clear_cublas_workspaces is not None:
+        torch_names.clear_cublas_workspaces()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
-_DYNAMO = "torch._dynamo"
+from stepfuse.kernels.torch_names import TorchDispatchMode, loaded_compiler
 
 
 class WatchingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,7 +33,7 @@ def _left_alone(handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(handler)
     def handle(*args: Any, **kwargs: Any) -> Any:
         if not disabled:
-            dynamo = sys.modules.get(_DYNAMO)
+            dynamo = loaded_compiler()
             disable = getattr(dynamo, "disable", None)  # which it has once it is imported whole
             if disable is None:
                 return handler(*args, **kwargs)

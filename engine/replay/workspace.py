@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepfuse.kernels import torch_names
+
 _LINE = 64  # bytes of a cache line
 _SILENT = ("aten::_unsafe_view", "aten::lift_fresh")  # views whose schema does not say so
 
@@ -40,13 +42,13 @@ class Call:
 
 def may_alias(target: Any) -> bool:
     """Whether a call of this operator may return one of its arguments, or a view of one."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch_names.OpOverload):
         return True
     name: Any = target.name  # untyped
     if name() in _SILENT or any(made.alias_info is not None for made in target._schema.returns):
         return True
     # what is made of other operators may do nothing at all
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name(), "CompositeImplicitAutograd")
+    return torch_names.has_kernel(name(), "CompositeImplicitAutograd")
 
 
 class MemoryPlan:
@@ -148,7 +150,7 @@ class Planned:
         self._nowhere = [None] * len(plan.index)
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack():
+        if torch_names.len_dispatch_stack():
             return self._run(*arguments, self._nowhere)  # whoever records wants results to be new
         piece = self._workspace.take(self.plan)
         try:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.state.values import is_value, setting_key
+from stepfuse.kernels.torch_names import pytree
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Staged:
         condition: an example, checked; tensors are copied.
         replacement: of `check_replacement`; None where there is no second evaluation.
 
-    ``changeable`` lists the settings that are no mere values (functions, objects), by their place.
+    ``changeable`` lists the settings that are no mere values (functions, objects), by their place;
+    ``takes_both`` says whether ``both`` can be had.
     """
 
     def __init__(self, condition: Any, replacement: Any = None) -> None:
@@ -133,6 +134,7 @@ class Staged:
                 Tensor, torch.clone, (condition, replacement)
             )
         self.changeable = self._changeable()
+        self.takes_both = _differ_in_tensors_only(self._replacement, self._condition)
 
     def load(self, condition: Any, replacement: Any = None) -> None:
         """Take over tensors, into the buffers, and settings; of the structure of the example."""
@@ -259,6 +261,16 @@ def _check_batched(replaced: Any, like: Any, place: Place) -> None:
             f"batched guidance has one setting for both halves; {place} is {replaced!r}, where the "
             f"condition has {like!r}"
         )
+
+
+def _differ_in_tensors_only(replaced: Any, like: Any) -> bool:
+    if replaced is None:
+        return True
+    try:
+        _check_batched(replaced, like, Place("unconditional"))
+    except ValueError:
+        return False
+    return True
 
 
 def _described(value: Any) -> str:

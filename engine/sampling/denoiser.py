@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.sampling.condition import Kept
+from stepfuse.engine.sampling.uncapturable import check_refusal
 from stepfuse.kernels.arguments import check_callable
 from stepfuse.kernels.checks import as_device
 
@@ -25,6 +26,7 @@ class Denoiser:
 
     def __init__(self, model: Model) -> None:
         check_callable("model", model, "callable as model(x, t, **condition)")
+        check_refusal(model)
         self.model = model
         self.module = model if isinstance(model, nn.Module) else None
         weights = [p for p in self.parameters() if p.is_floating_point()]
@@ -76,14 +78,24 @@ class Denoiser:
             return []
         return [*self.module.parameters(), *self.module.buffers()]
 
+    def takes_batch(self, count: int) -> bool:
+        """Whether the model takes that many samples; one that says nothing takes any number."""
+        takes: Any = getattr(_original(self.model), "takes_batch", None)
+        return takes is None or bool(takes(count))
+
     def check_labels(self, condition: Condition) -> None:
         """ValueError or TypeError where a model that knows its classes gets labels it has not.
 
         Such a model names the argument in ``label_input`` and has a ``check_labels``, which waits
         for the device: to be called before the steps, not in one.
         """
-        model: Any = getattr(self.model, "original", self.model)  # of an optimised one
+        model = _original(self.model)
         name = getattr(model, "label_input", None)
         given = None if name is None else condition.get(name)
         if given is not None and not isinstance(given, Kept):
             model.check_labels(given)
+
+
+def _original(model: Model) -> Any:
+    """The model itself where it is an optimised one."""
+    return getattr(model, "original", model)

@@ -30,10 +30,12 @@ class Evaluation:
         staged: Staged,
         table: Tensor,
         step: Tensor,
+        count: int,
         learned_variance: bool,
         shifts_mean: bool,
     ) -> None:
         self._denoiser, self._staged, self._table, self._step = denoiser, staged, table, step
+        self._count = count
         self.learned_variance, self.shifts_mean = learned_variance, shifts_mean
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -49,6 +51,11 @@ class Evaluation:
     def both(self) -> dict[str, Any]:
         """The unconditional half and the conditional one, in tensors of twice the batch."""
         return self._staged.both
+
+    @property
+    def takes_both(self) -> bool:
+        """Whether ``both`` can be had, and the model takes a batch of twice the size."""
+        return self._staged.takes_both and self._denoiser.takes_batch(2 * self._count)
 
     @property
     def row(self) -> Tensor:

@@ -15,24 +15,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stepfuse.engine.replay.capture import (
-    CaptureRefused,
-    calling_line,
-    origin,
-    refuse_host_reads,
-)
+from stepfuse.engine.replay.capture import CaptureRefused, calling_line, origin, refuse_host_reads
+from stepfuse.engine.sampling import no_autograd
 from stepfuse.engine.sampling.condition import Staged, check_condition
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import replacement
 from stepfuse.engine.sampling.sampler import Sampler
+from stepfuse.engine.sampling.uncapturable import modules_in, refusal
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.arguments import as_sizes, check_kind
+from stepfuse.kernels.torch_names import (
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensor,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+)
 
 _DEVICE = torch.device("cuda", 0)
 
@@ -73,40 +74,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
 
-class _NoAutograd(TorchFunctionMode):
-    """Refuses a step that records gradients, before PyTorch does.
-
-    A node of the graph wants a stream of its tensor's device, and without CUDA that ends the
-    process: there is no exception to catch. Gradients therefore stay off inside, and what would
-    have been recorded is refused with its line.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._wanted = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
-            self._wanted = bool(args[0])
-            return None
-        # the other way to switch them on is inference_mode(False)
-        if self._wanted or torch.is_grad_enabled() or func in _BACKWARD:
-            leaves = tree_leaves((args, kwargs))
-            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-                name = getattr(func, "__name__", func)
-                raise CaptureRefused(
-                    f"autograd runs inside the step ({name} of a tensor that requires a gradient), "
-                    f"which cannot be examined without a GPU, {calling_line()}"
-                )
-        return func(*args, **kwargs)
-
-
-_BACKWARD = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
-
-
 def check_capturable(
     sampler: Sampler, shape: Sequence[int], condition: Condition | None = None
 ) -> None:
@@ -123,7 +90,12 @@ def check_capturable(
     problems: list[str] = []
     conditions = _conditions(sampler, shape[0], condition)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), fake, without_bindings(), _NoAutograd():
+    _check_model(sampler, fake)
+    moved = _beside_the_model(sampler)
+    steering = sampler.steering
+    if steering is not None and steering.uncapturable:
+        problems.append(steering.uncapturable)
+    with torch.no_grad(), fake, without_bindings(), no_autograd.no_autograd(), _on_cuda(moved):
         program = _fake_program(sampler, tuple(shape), conditions)
         for guided in sorted(set(sampler.plan.guided)):
             try:
@@ -138,6 +110,53 @@ def check_capturable(
                 problems += [*watch.problems, *watch.outliving()]
     if problems:
         raise CaptureRefused("\n".join(problems))
+
+
+def _check_model(sampler: Sampler, fake: FakeTensorMode) -> None:
+    """Raise `CaptureRefused` where the model says so, as it would on CUDA."""
+    module = sampler.denoiser.module
+    with fake, _on_cuda([] if module is None else list(module.modules())):
+        reason = refusal(sampler.denoiser.model)
+    if reason:
+        raise CaptureRefused(reason)
+
+
+def _beside_the_model(sampler: Sampler) -> list[nn.Module]:
+    """Modules of the guidance, and of a model that is a function, which lie where the sampler does.
+
+    On CUDA they would lie there; one somewhere else is a mistake that has to show.
+    """
+    steering, denoiser = sampler.steering, sampler.denoiser
+    found = [] if steering is None else steering.modules()
+    if denoiser.module is None:
+        found += modules_in((denoiser.model,))
+
+    def is_there(module: nn.Module) -> bool:
+        tensors = (*module.parameters(), *module.buffers())
+        return all(tensor.device == sampler.device for tensor in tensors)
+
+    return [module for module in found if is_there(module)]
+
+
+@contextmanager
+def _on_cuda(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, under a fake mode, the modules hold fake CUDA tensors in the place of their own."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, tensor)
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        for held, name, tensor in places:
+            fake = _fake(tensor)
+            is_weight = isinstance(tensor, nn.Parameter)
+            held[name] = nn.Parameter(fake, requires_grad=False) if is_weight else fake
+        yield
+    finally:
+        for held, name, tensor in places:
+            held[name] = tensor
 
 
 def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tuple[Any, Any]:
@@ -210,7 +229,7 @@ def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous
 def _to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, _, memory_format = torch_names.parse_to(*args, **kwargs)
     device, dtype = device or x.device, dtype or x.dtype
     if not copy and (device.type, dtype) == (x.device.type, x.dtype):
         return x if memory_format is None else _contiguous(x, memory_format)
@@ -283,6 +302,7 @@ class _FakeDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.model)
+        self.takes_batch = denoiser.takes_batch  # type: ignore[method-assign]
         if self.module is None:
             return
         module = copy.copy(self.module)  # an optimised model compiles for fake CUDA tensors apart

@@ -20,6 +20,8 @@ from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.guidance.protocol import Outputs, Steering
 from stepfuse.engine.sampling.request import Part
+from stepfuse.engine.sampling.uncapturable import refusal
+from stepfuse.kernels import torch_names
 from stepfuse.kernels.denoise_step import denoise_step
 from stepfuse.kernels.step_row import COLUMNS, Column
 
@@ -89,7 +91,13 @@ class Program:
         with torch.inference_mode(False):  # buffers can be written to outside of it, too
             self._make_buffers(capacity)
         self._evaluation = Evaluation(
-            denoiser, staged, self.table, self.step, learned_variance, mean_guidance
+            denoiser,
+            staged,
+            self.table,
+            self.step,
+            layout.shape[0],
+            learned_variance,
+            mean_guidance,
         )
 
     def _make_buffers(self, capacity: int) -> None:
@@ -143,7 +151,7 @@ class Program:
         torch.index_select(self.timesteps, 0, self.step.expand(self.t.shape), out=self.t)
         made = self._outputs(guided)
         shift = made.shift
-        if shift is not None and torch._C._is_alias_of(shift, self.x):  # type: ignore[attr-defined]
+        if shift is not None and torch_names.is_alias_of(shift, self.x):
             shift = shift.clone()  # the update writes over x
         denoise_step(
             self.x,
@@ -165,13 +173,19 @@ class Program:
             self._replace_known()
         self.step.add_(1)
 
+    @property
+    def uncapturable(self) -> str:
+        """Why the model or the guidance must not be in a captured step; empty where they may."""
+        guidance = None if self.guidance is None else self.guidance.uncapturable
+        return refusal(self.denoiser.model) or guidance or ""
+
     def state(self) -> tuple[Tensor, ...]:
         """The buffers a step changes."""
         return (self.x, self.x0, self.step, self.t)
 
     def kept(self) -> AbstractContextManager[None]:
-        """Do steps inside and be where it was before on leaving."""
-        return untouched(self.state())
+        """Do steps inside and be where it was before on leaving, the guidance's tensors too."""
+        return untouched((*self.state(), *(self.guidance.held() if self.guidance else ())))
 
     def nbytes(self) -> int:
         """Bytes of the static buffers."""
@@ -185,7 +199,7 @@ class Program:
 
     def _apart(self, output: Tensor) -> Tensor:
         """A model's output, copied where it is another view of x, over which the update writes."""
-        one_memory = torch._C._is_alias_of(output, self.x)  # type: ignore[attr-defined]
+        one_memory = torch_names.is_alias_of(output, self.x)
         return output.clone() if one_memory and output.stride() != self.x.stride() else output
 
     def _replace_known(self) -> None:

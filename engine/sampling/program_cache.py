@@ -66,8 +66,7 @@ class Runner:
         self.program, self.graph, self.counts = program, graph, counts
         self._captured: dict[tuple[bool, int], _Kept] = {}  # the one used last at the end
         self.refused = "" if graph is not None else "not asked for (graph=None)"
-        if program.guidance is not None and not program.guidance.capturable:
-            self.refused = self.refused or "the guidance asks for it (capturable=False)"
+        self.refused = self.refused or program.uncapturable
         self._changes: Counter[str] = Counter()
         self._pool: Any = None  # of memory, which the graphs share
 

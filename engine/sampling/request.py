@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stepfuse.engine.sampling.condition import check_condition, check_replacement, split_condition
 from stepfuse.engine.sampling.denoiser import Condition
@@ -23,6 +22,7 @@ from stepfuse.kernels.checks import (
     per_sample,
     sample_indices,
 )
+from stepfuse.kernels.torch_names import tree_leaves
 
 
 @dataclass

@@ -44,7 +44,9 @@ class Sampler(Planned):
 
     Args:
         model: nn.Module or callable (x, t, **condition) -> tensor or object with ``.sample``; t is
-            int64 [N], the index on the training schedule.
+            int64 [N], the index on the training schedule. One whose attribute ``capturable`` is
+            False (it waits for the GPU, say) runs eagerly, and `explain` gives the reason in its
+            ``uncapturable_because``, a text; so does one that holds such a module.
         schedule: what the model was trained on.
         method: "ddim" (Song et al. 2021, eq. 12), "ddpm" (Ho et al. 2020, algorithm 2), "ddim_hat"
             (DDIM, section 5: the larger sigma) or "ddgan" (Xiao et al. 2022, eq. 4).

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stepfuse.kernels import torch_names
+
 
 class EMA:
     """shadow <- d shadow + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)).
@@ -28,7 +30,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Take in the weights after one optimiser step."""
         weights = [p.detach().float() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - self.current_decay())
+        torch_names.foreach_lerp_(list(self.shadow.values()), weights, 1 - self.current_decay())
         self.updates += 1
 
     @torch.no_grad()

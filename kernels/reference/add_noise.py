@@ -8,6 +8,18 @@ from torch import Tensor
 from stepfuse.kernels.reference import philox
 
 
+def coefficients(
+    t: Tensor, alphas_cumprod: Tensor, dims: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(sqrt(abar_t), sqrt(1 - abar_t)), each [N, 1, ...] with ``dims`` dimensions.
+
+    NaN where t is outside 0 .. T-1, which on a GPU would end every later call, too.
+    """
+    there = t.clamp(0, len(alphas_cumprod) - 1)
+    abar = torch.where(t == there, alphas_cumprod[there], torch.nan).view(-1, *[1] * (dims - 1))
+    return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+
+
 def run(
     x0: Tensor,
     noise: Tensor | None,
@@ -25,8 +37,7 @@ def run(
     seed, sample: int64 [N], used where ``noise`` is None.
     """
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    abar = alphas_cumprod[t].view(-1, *[1] * (x0.dim() - 1))
-    signal, sigma = abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
+    signal, sigma = coefficients(t, alphas_cumprod, x0.dim(), dtype)
     if noise is None:
         assert seed is not None
         assert sample is not None

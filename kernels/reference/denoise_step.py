@@ -10,6 +10,16 @@ from stepfuse.kernels.reference import philox
 from stepfuse.kernels.step_row import Column
 
 
+def row_of(table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row ``step`` [1] of the table [S, 16]: [16].
+
+    NaN where there is none, which on a GPU would end every later call, too.
+    """
+    there = step.view(1).clamp(0, len(table) - 1)
+    row = table.index_select(0, there)[0].to(dtype)
+    return torch.where(step.view(1) == there, row, torch.nan)
+
+
 def update(
     x: Tensor,
     model_output: Tensor,
@@ -57,7 +67,7 @@ def run(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     check_range("step", step.view(1), len(table) - 1, IndexError)
-    row = table.index_select(0, step.view(1))[0].to(dtype)
+    row = row_of(table, step, dtype)
     if noise is None and seed is not None:
         assert sample is not None
         timestep = row[Column.TIMESTEP].to(torch.int64).expand(x.shape[0])

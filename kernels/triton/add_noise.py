@@ -30,15 +30,18 @@ def _block(
         tl.store(target + first + offset, eps.to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# a schedule of another length is another number, not another kernel
+@triton.jit(do_not_specialize=["timesteps"])
 def _kernel(
     x0, noise, t, alphas_cumprod, seed, sample, out, target,
-    length, total, blocks, pixels, channels,
+    timesteps, length, total, blocks, pixels, channels,
     VELOCITY: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     row, first, start, limit, element = flat.place(length, total, blocks, BLOCK, ROWS)
     timestep = tl.load(t + row)
-    abar = tl.load(alphas_cumprod + timestep)
+    # nobody has looked at a timestep on the device: one that the table has not gives NaN
+    known = (timestep >= 0) & (timestep < timesteps)
+    abar = tl.load(alphas_cumprod + timestep, mask=known, other=float("nan"))
     # 1 - abar in float64, where abar near 1 would cost float32 its digits; the roots in float32,
     # because a float64 root is slow on most cards and changes nothing
     signal = tl.sqrt_rn(abar.to(tl.float32))
@@ -73,14 +76,16 @@ def run(
     """Write x_t into ``out`` and, where ``target`` is given, eps or v into it.
 
     x0, noise, out, target: [N, ...] of one dtype; t: int64 [N]; alphas_cumprod: float64 [T];
-    seed, sample: int64 [N], used where ``noise`` is None. ``out`` may be ``x0``.
+    seed, sample: int64 [N], used where ``noise`` is None. ``out`` may be ``x0``. x_t and v are NaN
+    where t is outside 0 .. T-1.
     """
     grid = flat.Grid.of(x0, per_sample=True)
     channels = x0.shape[1] if x0.dim() > 1 else 1
     with flat.on_device(x0):
         _kernel[(grid.programs,)](
             x0, noise, t, alphas_cumprod, seed, sample, out, target,
-            grid.length, grid.total, grid.blocks, grid.length // channels, channels,
+            len(alphas_cumprod), grid.length, grid.total, grid.blocks, grid.length // channels,
+            channels,
             VELOCITY=velocity, BLOCK=flat.BLOCK, ROWS=grid.rows, LAST=flat.is_channels_last(x0),
             **flat.OPTIONS,
         )  # fmt: skip

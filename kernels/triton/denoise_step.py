@@ -29,7 +29,7 @@ TIMESTEP = tl.constexpr(int(Column.TIMESTEP))
 
 @triton.jit
 def _block(
-    x, model_output, uncond, noise, out, x0_out, row, z, variance,
+    x, model_output, uncond, noise, out, x0_out, row, known, z, variance,
     first, output_first, limit, output_offset,
     DRAWN: tl.constexpr, LEARNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,9 @@ def _block(
         base = tl.load(uncond + output_first + output_offset, mask=mask).to(tl.float32)
         o = base + tl.load(row + GUIDANCE) * (o - base)
     clip = tl.load(row + CLIP)
-    x0 = tl.load(row + P_X) * x_t + tl.load(row + P_O) * o
+    # NaN here is NaN in x_s, whatever C_0 is
+    p_x = tl.where(known, tl.load(row + P_X), float("nan"))
+    x0 = p_x * x_t + tl.load(row + P_O) * o
     # torch's clamp lets NaN through, and so does this
     x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
     x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
@@ -60,15 +62,19 @@ def _block(
         tl.store(x0_out + first + offset, x0.to(x0_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# a table of another length is another number, not another kernel
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     x, model_output, uncond, table, step, noise, seed, sample, out, x0_out,
-    length, total, blocks, pixels, channels,
+    rows, length, total, blocks, pixels, channels,
     DRAWN: tl.constexpr, LEARNED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     number, first, start, limit, element = flat.place(length, total, blocks, BLOCK, ROWS)
-    row = table + tl.load(step) * COLUMNS
+    index = tl.load(step)
+    # nobody has looked at a counter on the device: a row that the table has not gives NaN
+    known = (index >= 0) & (index < rows)
+    row = table + tl.where(known, index, 0) * COLUMNS
     z = None
     if DRAWN:
         z = tl.zeros((BLOCK,), tl.float32)
@@ -92,12 +98,12 @@ def _kernel(
             offset += number * length
     if limit >= BLOCK:
         _block(
-            x, model_output, uncond, noise, out, x0_out, row, z, variance,
+            x, model_output, uncond, noise, out, x0_out, row, known, z, variance,
             first, output_first, limit, offset, DRAWN, LEARNED, False, BLOCK,
         )  # fmt: skip
     else:
         _block(
-            x, model_output, uncond, noise, out, x0_out, row, z, variance,
+            x, model_output, uncond, noise, out, x0_out, row, known, z, variance,
             first, output_first, limit, offset, DRAWN, LEARNED, True, BLOCK,
         )  # fmt: skip
 
@@ -119,7 +125,7 @@ def run(
 
     x, noise, out, x0_out: [N, C, ...]; model_output, uncond_output: [N, C or 2C, ...];
     table: [S, 16]; step: int64 [1]; seed, sample: int64 [N], or None for no drawn noise. ``out``
-    may be ``x``.
+    may be ``x``. Both results are NaN where ``step`` is outside 0 .. S-1.
     """
     drawn = noise is None and seed is not None
     wide = model_output.shape != x.shape
@@ -129,7 +135,8 @@ def run(
         _kernel[(grid.programs,)](
             x, model_output, uncond_output, table, step, noise,
             seed if drawn else None, sample if drawn else None, out, x0_out,
-            grid.length, grid.total, grid.blocks, grid.total // (count * channels), channels,
+            len(table), grid.length, grid.total, grid.blocks, grid.total // (count * channels),
+            channels,
             DRAWN=drawn, LEARNED=learned_variance, WIDE=wide,
             BLOCK=flat.BLOCK, ROWS=grid.rows, LAST=flat.is_channels_last(x), **flat.OPTIONS,
         )  # fmt: skip

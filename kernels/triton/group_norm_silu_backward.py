@@ -228,13 +228,16 @@ def _parameters(
     exists = channel < CHANNELS
     weight_sum = tl.zeros((COLS,), tl.float32)
     bias_sum = tl.zeros((COLS,), tl.float32)
-    for start in range(0, samples, ROWS):
+    # no range: of an argument, Triton 3.6 cannot interpret one beside NumPy 2.4
+    start = samples * 0
+    while start < samples:
         n = (start + tl.arange(0, ROWS))[:, None]
         mask = (n < samples) & exists[None, :]
         one_plus = 1.0 + tile.per_channel(scale, n * scale_stride + channel[None, :], mask, 0.0)
         position = totals + n * CHANNELS + channel[None, :]
         bias_sum += tl.sum(one_plus * tl.load(position, mask=mask, other=0.0), 0)
         weight_sum += tl.sum(one_plus * tl.load(position + plane, mask=mask, other=0.0), 0)
+        start += ROWS
     if dweight is not None:
         tl.store(dweight + channel, weight_sum, mask=exists)
     if dbias is not None:

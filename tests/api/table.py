@@ -46,6 +46,8 @@ LEFT_OUT = {
     "Outputs": "made by a guidance, and looked at when the sampler gets it",
     "ClassifierGuidance.is_active": _LOOP,
     "ClassifierGuidance.scale_at": _LOOP,
+    "OnnxDenoiser.takes_batch": _LOOP,
+    "TensorRTDenoiser.takes_batch": _LOOP,
     "OnnxDenoiser.run": "called by its operator, with tensors that forward has checked",
     "PassContext": _RECORD,
     "PassReport": _PASS,

@@ -175,7 +175,8 @@ def test_candidates_of_an_op(
     assert "compile left out: RuntimeError" in shown
     assert (result.ratio("eager"), result.ratio("compile")) == (None, None)
     monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1", "--no-compile"])
-    harness.run("title", [kernel_case(stepfuse=refuse), kernel_case()], {"eager": "eager"})
+    cases = [kernel_case(stepfuse=refuse), kernel_case()]
+    harness.run("title", lambda device: cases, {"eager": "eager"})
     assert "stepfuse left out: RuntimeError" in capsys.readouterr().err
 
 

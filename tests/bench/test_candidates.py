@@ -159,6 +159,17 @@ def test_who_takes_part() -> None:
         "openvino",
         "openvino-bf16",
     ]
+    on_gpu = [e.name for e in chosen(("compile", "diffusers"), "bf16", device="cuda:1")]
+    on_cpu = [e.name for e in chosen(("compile", "diffusers"), "bf16")]
+    assert [name for name in on_gpu if name not in on_cpu] == [
+        "diffusers-graph",
+        "compile-reduce-overhead",
+        "compile-max-autotune",
+        "diffusers-graph-bf16",
+        "compile-reduce-overhead-bf16",
+        "compile-max-autotune-bf16",
+    ]
+    assert [name for name in on_gpu if name in on_cpu] == on_cpu
     assert {e.library for e in chosen(libraries("all"), "fp32")} == {"stepfuse", *LIBRARIES}
 
 
@@ -227,6 +238,8 @@ def test_peers_of_the_cpu_are_left_out_on_a_gpu(tiny: str) -> None:
     for e in candidates.ENTRIES:
         reason = replace(e, needs=()).why_not(work)
         assert ("set up for the CPU here" in reason) == (e.name in candidates.CPU_ONLY), e.name
+        assert "GPUs alone" not in reason
+        assert ("GPUs alone" in replace(e, needs=()).why_not(workload(tiny))) == e.on_gpu
 
 
 def test_a_learned_variance_has_no_loop_in_diffusers(tmp_path: Path) -> None:
@@ -247,9 +260,11 @@ def test_what_is_done_is_said_as_it_is_done() -> None:
     )
     for name in ("onnxruntime", "openvino"):
         assert "our plain loop" in entry(name).described(Spec()).how
+    of_gpus = ("diffusers-graph", "compile-reduce-overhead", "compile-max-autotune")
     assert {e.name for e in candidates.ENTRIES if e.diffusers_loop} == {
-        f"{library}{ending}" for library in ("diffusers", "compile") for ending in ("", "-bf16")
+        f"{name}{ending}" for name in ("diffusers", "compile", *of_gpus) for ending in ("", "-bf16")
     }
+    assert {e.name.removesuffix("-bf16") for e in candidates.ENTRIES if e.on_gpu} == {*of_gpus}
 
 
 def test_noise_of_a_generator_is_none_where_nothing_is_drawn(tiny: str) -> None:

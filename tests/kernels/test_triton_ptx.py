@@ -144,7 +144,7 @@ def test_one_kernel_serves_every_step() -> None:
         variants.denoise_step.run(x, x, None, table, n[:1], None, n, n, False, x, None)
     values = {k: v for k, v in log[0].arguments.items() if isinstance(v, (int, float))}
     assert set(values) <= {
-        "length", "total", "blocks", "pixels", "channels",
+        "rows", "length", "total", "blocks", "pixels", "channels",
         "DRAWN", "LEARNED", "WIDE", "BLOCK", "ROWS", "LAST",
     }  # fmt: skip
     assert (values["length"], values["total"], values["BLOCK"]) == (3072, 12288, flat.BLOCK)

@@ -11,6 +11,7 @@ import stepfuse as sf
 from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.digits import Digits, comparable
 from stepfuse.bench.gpu_check.parts import each
+from stepfuse.kernels import torch_names
 
 SHAPES = 30  # batches 1 .. SHAPES
 OPTIMISED = 3  # batches of the optimised network: each is compiled
@@ -67,7 +68,7 @@ def _causes(context: Context, name: str, sampler: sf.Sampler) -> None:
     if context.stands_in:
         return
     left = {}
-    torch._C._cuda_clearCublasWorkspaces()
+    torch_names.clear_cublas_workspaces()
     left["without the workspaces of cuBLAS"] = _held(context, sampler.stats()["bytes"])
     torch.cuda.empty_cache()
     left["after empty_cache()"] = _held(context, sampler.stats()["bytes"])

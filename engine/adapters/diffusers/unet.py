@@ -25,6 +25,7 @@ from stepfuse.engine.compile.optimize import Optimized, WeightsChanged
 from stepfuse.engine.compile.state.python_state import PythonState
 from stepfuse.engine.compile.timetable import CAPACITY
 from stepfuse.engine.compile.weights.watched import turn_back
+from stepfuse.kernels import torch_names
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # arguments that the compiled network is given; any other that is not None runs the original
@@ -285,9 +286,9 @@ def _not_now(unet: nn.Module, given: dict[str, Any]) -> str | None:
     if torch.is_grad_enabled() and _wants_gradient(unet, given):
         return "a gradient is wanted; call under torch.no_grad() for the compiled network"
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        torch_names.len_dispatch_stack()
+        or torch_names.peek_functorch() is not None
+        or torch_names.tracing_state() is not None
     ):
         return "traced, recorded or transformed by somebody else"
     device = given["sample"].device.type

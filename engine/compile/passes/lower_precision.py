@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.graph import (
     PassContext,
@@ -39,6 +38,7 @@ from stepfuse.engine.compile.graph import (
 )
 from stepfuse.engine.compile.runs import has_instructions, outcome
 from stepfuse.kernels.group_norm_silu import OP as GROUP_NORM
+from stepfuse.kernels.torch_names import pytree
 
 _CONVOLUTIONS = (
     aten.conv1d.default,

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_globals
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.state.code import NOTHING, content
 from stepfuse.engine.compile.state.reach import HOOKS, MACHINERY, PLAIN, Reach
 from stepfuse.engine.compile.weights.watched import probe
+from stepfuse.kernels.torch_names import FakeTensor, pytree
 
 _MUTABLE = (Tensor, np.ndarray, dict, list, deque, set)
 _EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stepfuse.engine.compile.state.code import content
 from stepfuse.engine.compile.state.python_state import PythonState
+from stepfuse.kernels.torch_names import disable_current_modes
 
 _NUMPYS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _Source = tuple[str, Callable[[], Any], Callable[[Any], Any]]  # name, its state, to set it
@@ -46,7 +46,7 @@ class RandomSources:
         self._drawn = [(source, source[1]()) for source in sources]
         self._torch = [obj for obj in met if isinstance(obj, torch.Generator)]
         self._torch.append(torch.default_generator)
-        with _disable_current_modes():  # the states are tensors
+        with disable_current_modes():  # the states are tensors
             self._before = [generator.get_state() for generator in self._torch]
 
     def drawn(self) -> frozenset[str]:
@@ -62,7 +62,7 @@ class RandomSources:
         for (_, look, put), before in self._drawn:
             if not _same(look(), before):
                 put(before)
-        with _disable_current_modes():
+        with disable_current_modes():
             for generator, before in zip(self._torch, self._before, strict=True):
                 if not torch.equal(generator.get_state(), before):
                     generator.set_state(before)

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from stepfuse.engine.compile.state.python_state import PythonState
 from stepfuse.engine.compile.state.random_sources import RandomSources
 from stepfuse.engine.compile.tracing.quiet import quietly
+from stepfuse.kernels.torch_names import FakeTensorMode, OpOverload, pytree, use_lazy_graph_module
 
 _PLAIN = (Tensor, nn.Parameter)
 _SCALARS = (bool, int, float, str, type(None))
@@ -51,6 +48,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     What a forward builds at its first call and finds at the second is a cache: the graph builds it
     at every call. Raises `ChangesItself` where the second call writes again.
     """
+    if use_lazy_graph_module is None:  # this PyTorch has no such name
+        return None
     call = _Call(model, args, kwargs, FakeTensorMode())
     leaves = call.leaves
     if any(type(tensor) not in _PLAIN for tensor in call.tensors):
@@ -62,7 +61,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     try:
         fakes = call.fakes()
         # nobody runs the graph's own code, so that it is not written
-        with quietly(), call.mode, _use_lazy_graph_module(True):
+        with quietly(), call.mode, use_lazy_graph_module(True):
             gm = make_fx(call, pre_dispatch=True)(*fakes)
     except Exception:  # torch.export says it better, if it fails too
         return None

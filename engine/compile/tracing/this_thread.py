@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.fx import _symbolic_trace
+from stepfuse.kernels import torch_names
 
 _EXCHANGED = ((builtins, "max"), (builtins, "min"), (math, "pow"))
 
@@ -23,16 +23,17 @@ _EXCHANGED = ((builtins, "max"), (builtins, "min"), (math, "pow"))
 @contextlib.contextmanager
 def in_this_thread() -> Iterator[None]:
     """Inside, what torch.fx exchanges keeps its old meaning in other threads."""
-    with _exchanged(_symbolic_trace._Patcher, "patch_method", _patching_here):
+    patcher = torch_names.find("torch.fx._symbolic_trace", "_Patcher")
+    with _exchanged(patcher, "patch_method", _patching_here):
         yield
 
 
 @contextlib.contextmanager
 def exporting_in_this_thread() -> Iterator[None]:
     """Inside, what torch.export exchanges does."""
-    from torch.export import _trace  # large, and most networks are traced without it
-
-    with _exchanged(_trace, "_override_builtin_ops", _overriding_here):
+    # large, and most networks are traced without it
+    tracing = torch_names.find("torch.export", "_trace")
+    with _exchanged(tracing, "_override_builtin_ops", _overriding_here):
         yield
 
 

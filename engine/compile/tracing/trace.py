@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import TreeSpec
 
 from stepfuse.engine.compile.graph import is_tensor
 from stepfuse.engine.compile.state.python_state import PythonState
@@ -27,6 +26,7 @@ from stepfuse.engine.compile.tracing.quiet import quietly
 from stepfuse.engine.compile.tracing.this_thread import exporting_in_this_thread, in_this_thread
 from stepfuse.engine.compile.tracing.undone import kept
 from stepfuse.engine.compile.tracing.unnoticed import unnoticed
+from stepfuse.kernels.torch_names import TreeSpec
 
 one_at_a_time = threading.RLock()  # taken before the lock of an `Optimized`
 

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from stepfuse.kernels.torch_names import (
+    FakeTensor,
+    TorchDispatchMode,
+    disable_current_modes,
+    pytree,
+    set_versions,
+)
 
 
 @contextlib.contextmanager
@@ -30,12 +35,12 @@ def undone(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
     """As `undone`, for what runs where no mode sees it, as within a trace: copies every tensor."""
-    with _disable_current_modes():
+    with disable_current_modes():
         before = [(one, _version(one), one.detach().clone()) for one in tensors if _is_dense(one)]
     try:
         yield
     finally:
-        with _disable_current_modes():
+        with disable_current_modes():
             _put_back(before)
 
 
@@ -101,6 +106,5 @@ def _set_version(versions: Sequence[tuple[Tensor, int]]) -> None:
     """How often they count as written to; tensors of inference mode do not count."""
     counting = [(tensor, version) for tensor, version in versions if not tensor.is_inference()]
     if counting:
-        torch._C._autograd._unsafe_set_version_counter(
-            tuple(tensor for tensor, _ in counting), tuple(version for _, version in counting)
-        )
+        tensors, numbers = zip(*counting, strict=True)
+        set_versions(tensors, numbers)

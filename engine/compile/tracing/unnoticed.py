@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from stepfuse.kernels import torch_names
+
 _ASKED = ("is_exporting", "is_compiling")  # of torch.compiler
 
 
@@ -24,10 +26,12 @@ def unnoticed() -> Iterator[None]:
 
     For one thread at a time.
     """
-    from torch.export import _trace  # large, and most networks are traced without it
     from torch.fx import graph_module
 
-    here, printing = threading.get_ident(), (_trace, graph_module)
+    # large, and most networks are traced without it
+    tracing: Any = torch_names.find("torch.export", "_trace")
+    here = threading.get_ident()
+    printing = [module for module in (tracing, graph_module) if module is not None]
 
     def answering(asked: Callable[[], bool]) -> Callable[[], bool]:
         return lambda: threading.get_ident() == here and asked()

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.kernels.torch_names import storage_users
+
 FEW = 1 << 20  # bytes of weights that are not worth a file
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4: unlike MADV_DONTNEED it never loses what was written
 PLAIN = (Tensor, nn.Parameter)
@@ -181,12 +183,8 @@ def home(weight: Tensor) -> int:
 
 def is_alone(weight: Tensor) -> bool:
     """Nobody else holds its memory: no state_dict, no view, no optimizer."""
-    return _holders(weight) == _holders(torch.empty(1))
-
-
-def _holders(tensor: Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
+    holders = storage_users(weight)
+    return holders is not None and holders == storage_users(torch.empty(1))
 
 
 def _room(weight: Tensor) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.kernels import torch_names
+
 
 class WeightsReleased(RuntimeError):
     """A weight was asked for that ``optimize(..., weights="released")`` has freed."""
@@ -24,7 +26,8 @@ class Released(nn.Parameter):
         """What to put in the place of ``tensor``, NaN everywhere."""
         fill = float("nan") if tensor.is_floating_point() else 0
         one = torch.full((), fill, dtype=tensor.dtype, device=tensor.device)
-        return torch.Tensor._make_subclass(cls, one.expand(tensor.shape), False)
+        made: Released = torch_names.make_subclass(cls, one.expand(tensor.shape), False)
+        return made
 
     @classmethod
     def __torch_function__(
@@ -35,7 +38,7 @@ class Released(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _DESCRIBING:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_names.without_subclasses():
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         raise WeightsReleased(

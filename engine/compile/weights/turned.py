@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stepfuse.engine.compile.weights.parked import PLAIN, is_alone, other_threads
+from stepfuse.kernels.torch_names import FakeTensor
 
 _before: Any = WeakIdKeyDictionary()  # the strides that a turned weight had
 

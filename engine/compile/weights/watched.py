@@ -9,10 +9,10 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from stepfuse.engine.compile.weights import parked, turned
 from stepfuse.engine.compile.weights.released import Released
+from stepfuse.kernels.torch_names import FakeTensor
 
 Holding = Literal["parked", "kept", "released"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -74,8 +74,9 @@ class OnnxDenoiser(Described, nn.Module):
 
     ONNX Runtime reads the tensors where PyTorch has them and writes into a tensor of PyTorch: no
     copies, unless a tensor has gaps or another dtype. The call is one PyTorch operator, so that a
-    sampler records and replays it like any other. On CUDA it has never been run; a CUDA graph
-    cannot hold it, since it waits for the GPU. Copies and pickles name the file and open it again.
+    sampler records and replays it like any other on the CPU. On CUDA it has never been run; a CUDA
+    graph cannot hold it, since it waits for the GPU, and a sampler runs it eagerly there. Copies
+    and pickles name the file and open it again.
 
     Args:
         path: of a file written by `stepfuse.export.onnx`, or of another with inputs (x, t, ...).
@@ -86,11 +87,14 @@ class OnnxDenoiser(Described, nn.Module):
     Attributes:
         metadata: what the file says of itself; None for a file of another program.
         inputs, output: names, shapes and dtypes.
+        capturable: False on CUDA, see `Sampler`.
 
     Raises:
         ValueError: a file that is missing, truncated, no ONNX file, or no denoiser.
         BackendUnavailable: onnxruntime or a provider is not installed, or lacks an operator.
     """
+
+    uncapturable_because = "ONNX Runtime waits for the GPU in every call"
 
     def __init__(
         self,
@@ -157,6 +161,18 @@ class OnnxDenoiser(Described, nn.Module):
             values.append(value.contiguous())
         result: Tensor = _OP(values, self._handle)
         return result
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a call may be part of a captured step."""
+        return self.like_x.device.type != "cuda"
+
+    def takes_batch(self, count: int) -> bool:
+        """Whether the file takes that many samples."""
+        batch = None if self.metadata is None else self.metadata.batch
+        sizes = [port.shape[0] for port in self.inputs if port.shape]
+        takes = batch is None or batch.takes(count)
+        return takes and all(isinstance(size, str) or size == count for size in sizes)
 
     def __reduce__(self) -> Any:
         return OnnxDenoiser, self._arguments

@@ -113,6 +113,10 @@ class TensorRTDenoiser(Described, nn.Module):
         self._require(context.execute_async_v3(_stream(self.device)))
         return result
 
+    def takes_batch(self, count: int) -> bool:
+        """Whether the engine takes that many samples."""
+        return self.info.batch.takes(count)
+
     def __reduce__(self) -> Any:
         return _opened, self._arguments
 

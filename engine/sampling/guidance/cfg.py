@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from stepfuse.engine.sampling.denoiser import Condition
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.guidance.protocol import Outputs
-from stepfuse.kernels.checks import as_number, check_flag, received
+from stepfuse.kernels.arguments import check_flag_or_word
+from stepfuse.kernels.checks import as_number, received
 from stepfuse.kernels.step_row import Column
 
 _ROUNDINGS = 4  # what a mixture and its mean are rounded to, at most, in units of the last place
@@ -33,8 +34,10 @@ class CFG:
             back to that of o_cond, per sample.
         interval: (low, high): guide only at timesteps low <= t <= high (Kynkaanniemi et al. 2024);
             elsewhere one evaluation does.
-        batched: evaluate both halves in one call of twice the batch; needs tensors on both sides.
-            Two calls otherwise.
+        batched: True evaluates both halves in one call of twice the batch, which needs tensors on
+            both sides and more memory; False in two calls. "auto" is one call on CUDA, where a
+            launch costs much and a larger batch little, if the two conditions and the model allow
+            it, and two calls on the CPU.
 
     Raises TypeError or ValueError for numbers that are not finite or out of range.
     """
@@ -43,7 +46,7 @@ class CFG:
     unconditional: Mapping[str, Any] = field(default_factory=dict)
     rescale: float = 0.0
     interval: tuple[int, int] | None = None
-    batched: bool = False
+    batched: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", as_number("scale", self.scale))
@@ -55,7 +58,7 @@ class CFG:
                 'unconditional must be a mapping, {"labels": None} say; got '
                 f"{received(self.unconditional)}"
             )
-        check_flag("batched", self.batched)
+        check_flag_or_word("batched", self.batched, "auto")
         if self.interval is None:
             return
         if not isinstance(self.interval, Sequence) or len(self.interval) != 2:
@@ -76,7 +79,8 @@ class CFG:
 
     def outputs(self, denoiser: Evaluation, x: Tensor, t: Tensor, condition: Condition) -> Outputs:
         """Both outputs, which the update mixes, or the rescaled mixture."""
-        if self.batched:
+        one_call = x.is_cuda and denoiser.takes_both if self.batched == "auto" else self.batched
+        if one_call:
             halves = denoiser(torch.cat([x, x]), torch.cat([t, t]), denoiser.both)
             uncond, cond = halves.chunk(2)
         else:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfuse.engine.compile.state.reach import is_a_users
 from stepfuse.engine.sampling.denoiser import Condition
 from stepfuse.engine.sampling.evaluation import Evaluation
+from stepfuse.engine.sampling.uncapturable import modules_in, refusal
+from stepfuse.kernels.arguments import check_flag_or_word
 from stepfuse.kernels.checks import as_integer, as_number, check_flag, received
 
 
@@ -42,7 +44,8 @@ class Guidance(Protocol):
         scale_at(t) -> 1.0           goes into the row of the step at timestep t
         is_active(t) -> True         False: that step is the model's alone, with one evaluation
         unconditional = None         a mapping: replaces entries of the condition, see `CFG`
-        batched = False              True: ``denoiser.both`` will be asked for
+        batched = False              True: ``denoiser.both`` will be asked for; "auto": it will be
+                                     where ``denoiser.takes_both``
         mixture = False              True: outputs are the two of `Outputs` and nothing else, each
                                      evaluated once, so that a file can hold the step; not taken
                                      over by a class that has other ``outputs``
@@ -52,7 +55,9 @@ class Guidance(Protocol):
 
     A captured step is made anew when attributes, globals or other Python state that ``outputs``
     reads have changed. To capture it, ``outputs`` is tried several times, and a replay runs none of
-    its Python: one that keeps something from step to step says ``capturable = False``.
+    its Python. What it writes to tensors in its attributes, in place, is taken back after the tries
+    and is part of every replay; one that keeps anything else from step to step says
+    ``capturable = False``.
     """
 
     @property
@@ -101,15 +106,17 @@ def check_guidance(guidance: object) -> None:
         )
     if as_integer("evaluations of the guidance", there.evaluations) < 1:
         raise ValueError(f"evaluations of the guidance must be 1 or more; got {there.evaluations}")
-    for name in ("capturable", "batched", "mixture"):
+    for name in ("capturable", "mixture"):
         check_flag(f"{name} of the guidance", getattr(there, name, False))
+    batched = getattr(there, "batched", False)
+    check_flag_or_word("batched of the guidance", batched, "auto")
     unconditional = getattr(there, "unconditional", None)
     if unconditional is not None and not isinstance(unconditional, Mapping):
         raise TypeError(
             "unconditional of the guidance must be a mapping or None; "
             f"got {received(unconditional)}"
         )
-    if unconditional is None and getattr(there, "batched", False):
+    if unconditional is None and batched and batched != "auto":
         raise ValueError("batched of the guidance needs unconditional, a mapping; got None")
 
 
@@ -165,19 +172,31 @@ class Steering:
         return int(self._guidance.evaluations)
 
     @property
-    def capturable(self) -> bool:
-        """Whether a step with it may be captured."""
-        return bool(getattr(self._guidance, "capturable", True))
+    def uncapturable(self) -> str:
+        """Why no step with it may be captured; empty where one may."""
+        if not getattr(self._guidance, "capturable", True):
+            return "the guidance asks for it (capturable=False)"
+        return next(filter(None, map(refusal, self.modules())), "")
+
+    def modules(self) -> list[nn.Module]:
+        """Those that it evaluates beside the model: a classifier, or another network."""
+        return modules_in((self._guidance, self.reads))
 
     @property
     def batched(self) -> bool:
-        """Whether both halves go through the model in one call."""
-        return bool(getattr(self._guidance, "batched", False))
+        """Whether both halves have to go through the model in one call."""
+        batched = getattr(self._guidance, "batched", False)
+        return batched != "auto" and bool(batched)
 
     @property
     def mixture(self) -> bool:
         """Whether a guided step is what its row says of two outputs."""
         return getattr(self._guidance, "mixture", False) and _of_these_outputs(self._guidance)
+
+    def held(self) -> list[Tensor]:
+        """Tensors in its attributes, which ``outputs`` may write to."""
+        kept = vars(self._guidance).values() if hasattr(self._guidance, "__dict__") else ()
+        return [value for value in kept if type(value) is Tensor and not value.is_inference()]
 
     def check_table(self, table: Tensor, guided: list[bool], shifts_mean: bool) -> None:
         """Raise what the guidance raises where it does not fit the table."""

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import stepfuse as sf
@@ -101,6 +104,72 @@ def weighted(x: Tensor, t: Tensor) -> Tensor:
         return (x * torch.ones((), device=x.device, requires_grad=True)).detach()
 
 
+class Squared(torch.autograd.Function):
+    """With a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+def own_backward(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = leaf(x)
+        return torch.autograd.grad(energy(Squared.apply(y)), y)[0]
+
+
+@torch.set_grad_enabled(True)
+def decorated(x: Tensor, t: Tensor) -> Tensor:
+    return grad(x, t)
+
+
+def made_inside(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return (nn.Parameter(torch.ones((), device=x.device)) * x).detach()
+
+
+def each_sample(x: Tensor, t: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(energy))(x)
+
+
+def dual(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad(), forward_ad.dual_level():
+        y = forward_ad.make_dual(leaf(x), torch.ones_like(x))
+        return (y * y).detach()
+
+
+def written(x: Tensor, t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return torch.zeros_like(x).copy_(leaf(x)).detach()
+
+
+def without_function_modes(x: Tensor, t: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        y = leaf(x)
+        energy(y).backward()
+    assert y.grad is not None
+    return y.grad
+
+
+def compiled(x: Tensor, t: Tensor) -> Tensor:
+    gradient: Tensor = torch.compile(torch.func.grad(energy), backend="eager")(x)
+    return gradient
+
+
+def in_a_thread(x: Tensor, t: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(grad(x, t)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 REFUSED: list[Model] = [
     grad,
     backward,
@@ -115,6 +184,14 @@ REFUSED: list[Model] = [
     checkpointed,
     reentrant,
     weighted,
+    own_backward,
+    decorated,
+    made_inside,
+    each_sample,
+    dual,
+    written,
+    without_function_modes,
+    compiled,
 ]
 
 
@@ -157,11 +234,14 @@ def in_another_process(model: Model) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("model", [grad, func_grad])
+@pytest.mark.parametrize(
+    "model", [grad, func_grad, own_backward, without_function_modes, compiled, in_a_thread]
+)
 def test_the_process_lives(model: Model) -> None:
     done = in_another_process(model)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "autograd runs inside the step" in json.loads(done.stdout)
+    said = "a thread is started" if model is in_a_thread else "autograd runs"
+    assert f"{said} inside the step" in json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("model", REFUSED)
@@ -171,7 +251,12 @@ def test_a_model_that_calls_autograd_is_refused_with_its_line(model: Model) -> N
     assert f"at {__file__}:" in found
 
 
-@pytest.mark.parametrize("model", [enabled, forward_mode, vectorised])
+def own_forward(x: Tensor, t: Tensor) -> Tensor:
+    squared: Tensor = Squared.apply(x)
+    return squared
+
+
+@pytest.mark.parametrize("model", [enabled, forward_mode, vectorised, own_forward])
 def test_what_records_nothing_passes(model: Model) -> None:
     assert reason(model) == ""
 
@@ -183,3 +268,17 @@ def test_gradients_are_as_before_afterwards() -> None:
             assert torch.is_grad_enabled() is before
     y = leaf(torch.ones(2))
     assert torch.autograd.grad(energy(y), y)[0].tolist() == [2, 2]
+
+
+def test_threads_modes_and_the_compiler_are_as_before_afterwards() -> None:
+    start, switch = threading.Thread.start, torch._C.DisableTorchFunction
+    assert reason(in_a_thread)
+    assert reason(without_function_modes)
+    assert (threading.Thread.start, torch._C.DisableTorchFunction) == (start, switch)
+    other = threading.Thread(target=lambda: None)
+    other.start()
+    other.join()
+    counter = torch._dynamo.testing.CompileCounter()
+    twice = torch.compile(lambda x: x * 2, backend=counter)
+    assert twice(torch.ones(3)).tolist() == [2, 2, 2]
+    assert counter.frame_count == 1

@@ -48,7 +48,7 @@ def test_an_assigned_guidance_is_in_force(after: Any) -> None:
     assert captured.num_function_evaluations == fresh.num_function_evaluations
     assert captured.plan.guided == fresh.plan.guided
     assert captured.guidance is after
-    if not getattr(after, "batched", False):
+    if getattr(after, "batched", False) is not True:
         assert not torch.equal(got, before)
     again = copy.copy(captured)
     assert torch.equal(again.sample(SHAPE, **GUIDED), got)
