@@ -35,6 +35,7 @@ from stepfuse.kernels.torch_names import tree_leaves
 WARM_UPS = 2
 # of this thread alone: "global" would let an allocation of any other thread end the capture
 _ERROR_MODE = "thread_local"
+_aten = torch.ops.aten
 # a device's caches cannot be emptied while it captures for another thread
 _one_at_a_time = threading.RLock()
 
@@ -189,7 +190,7 @@ class _Rehearsal(Reading):
         before = {leaf.device.type for leaf in leaves if leaf not in self.made}
         on_host = self._device.type != "cpu" and "cpu" in before
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten._to_copy.default:
+        if func is _aten._to_copy.default:
             kinds.add(result.device.type)
         if len(kinds) > 1 and func in _COPIES:
             raise CaptureRefused(f"{func} copies between the host and the device, {calling_line()}")
@@ -201,7 +202,7 @@ class _Rehearsal(Reading):
         return result
 
 
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_COPIES = (_aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 @contextlib.contextmanager

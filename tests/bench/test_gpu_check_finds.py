@@ -19,6 +19,7 @@ from stepfuse.bench.gpu_check.checks import device, graphs, lint, memory, ops, s
 from stepfuse.bench.gpu_check.digits import Digits
 from stepfuse.bench.gpu_check.op_cases import Case, Place
 from stepfuse.bench.gpu_check.refused import after_a_refusal
+from stepfuse.kernels import torch_names
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_memory_that_grows_is_found(
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    monkeypatch.setattr(torch_names, "clear_cublas_workspaces", lambda: None)
     monkeypatch.setattr(memory, "EVERY", 1)
     context = OnCuda(CPU)
     memory._turns(context, digits, "a name", 4, False)

@@ -26,6 +26,7 @@ from stepfuse.bench.gpu_check.timing import (
     tf32,
     tf32_flags,
 )
+from stepfuse.kernels import torch_names
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -124,8 +125,8 @@ class Device:
         for name, value in patches.items():
             monkeypatch.setattr(torch.cuda, name, value)
         give_back: Callable[[int, Any], None] = lambda index, pool: self.pools.discard(pool)  # noqa: E731
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", give_back, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_releasePool", give_back, raising=False)
+        monkeypatch.setattr(torch_names, "end_allocate_to_pool", give_back)
+        monkeypatch.setattr(torch_names, "release_pool", give_back)
 
     def _set(self, mode: Any) -> None:
         self.mode = mode

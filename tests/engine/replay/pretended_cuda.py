@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from stepfuse.engine.replay.watching_mode import WatchingMode
+from stepfuse.kernels import torch_names
 
 
 class Freed(RuntimeError):
@@ -284,6 +285,6 @@ class PretendedCuda:
 def pretend(patch: pytest.MonkeyPatch, devices: int = 1) -> PretendedCuda:
     """One in whose place PyTorch's own functions for memory pools are put, too."""
     api = PretendedCuda(devices)
-    patch.setattr(torch._C, "_cuda_endAllocateToPool", api.end_pool)
-    patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: api.release(pool))
+    patch.setattr(torch_names, "end_allocate_to_pool", api.end_pool)
+    patch.setattr(torch_names, "release_pool", lambda device, pool: api.release(pool))
     return api
