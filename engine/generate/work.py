@@ -39,6 +39,7 @@ from stepfuse.kernels.arguments import check_callable, check_kind
 from stepfuse.kernels.checks import as_device, as_integer, check_flag
 
 _CHUNK = 1 << 20
+_MOST_ENCODERS = 256
 _workers: dict[tuple[str, str], Worker] = {}
 _encoders: dict[tuple[Format, int], Encoders] = {}
 _turn = threading.Lock()
@@ -86,8 +87,8 @@ def run_shard(
         check_callable("made", made, "a function of the number of images")
     if encoders is not None:
         encoders = as_integer("encoders", encoders)
-        if encoders < 0:
-            raise ValueError(f"encoders must be at least 0; got {encoders}")
+        if not 0 <= encoders <= _MOST_ENCODERS:
+            raise ValueError(f"encoders must be in 0..{_MOST_ENCODERS}; got {encoders}")
     if attempt < 1:
         raise ValueError(f"attempt must be at least 1; got {attempt}")
     device = as_device("device", device)

@@ -93,7 +93,7 @@ def making() -> Call:
     return Call(
         sf.run_shard,
         {"job": job, "k": 1},
-        {"k": {"0"}, "attempt": {"2 ** 70"}},
+        {"k": {"0"}, "attempt": {"2 ** 70"}, "encoders": {"0"}},
         instead={"attempt": 2, "device": "cpu", "made": print, "encoders": 1},
         raises=(IndexError,),
     )
