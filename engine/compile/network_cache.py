@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from stepfuse.engine.compile import calls
@@ -53,7 +54,7 @@ class NetworkCache:
         self.timesteps, self._ignored = timesteps, ignored
         self.lock, self.workspace = threading.RLock(), Workspace()
         self._networks: OrderedDict[Any, Compiled | Numbered] = OrderedDict()
-        # number, dtype and device of the weights, the rest; the latest that held comes first
+        # number, kind, the rest; the latest that held comes first
         self._states: list[tuple[int, Any, PythonState]] = []
         self._count = 0
         self._changes: Counter[str] = Counter()
@@ -177,13 +178,13 @@ class NetworkCache:
         Where weights are released, no other than those that were compiled for can run: that is
         raised, unless the ``new`` one is what compiling has left.
         """
-        first = next(self.model.parameters(), None)
-        kind = None if first is None else (first.dtype, first.device)
-        for i, (number, known, state) in enumerate(self._states):
-            if known == kind and state.holds():
-                if i:
-                    self._states.insert(0, self._states.pop(i))
-                return number
+        kind = self._kind()
+        serving = self._serving(kind)
+        if serving is None and not new and released_weights(self.model):
+            serving = self._serving(kind[:-1])  # in threads that it was not compiled for
+        if serving is not None:
+            self._states.insert(0, self._states.pop(serving))
+            return self._states[0][0]
         changes = list(self._states[0][2].changes()) if self._states else []
         if self._states and not new:
             what = ", ".join(map(repr, changes)) or "the dtype or device of the weights"
@@ -202,6 +203,23 @@ class NetworkCache:
                 del self._networks[key]
         del self._states[self.most :]
         return self._count
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Dtype and device of the weights and, on the CPU, threads: oneDNN packs filters for so
+        many and reads them slowly in others, and which kernel is the fastest depends on them.
+        """
+        first = next(self.model.parameters(), None)
+        if first is None:
+            return (None, None, torch.get_num_threads())
+        threads = torch.get_num_threads() if first.device.type == "cpu" else None
+        return (first.dtype, first.device, threads)
+
+    def _serving(self, kind: tuple[Any, ...]) -> int | None:
+        """Which of the states begins with this kind and holds."""
+        for i, (_, known, state) in enumerate(self._states):
+            if known[: len(kind)] == kind and state.holds():
+                return i
+        return None
 
     def _look(self) -> PythonState:
         roots = {"model": self.model}

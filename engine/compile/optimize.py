@@ -101,7 +101,8 @@ def optimize(
     The values of the model stay bitwise what they are, whatever happens, and a mirror of it is
     traced. Strides that were changed are put back where compiling fails. A change of its
     weights is noticed, and so is one of the Python state that its forward reads (the scale of an
-    adapter, which one is active, a method put over another): each such state has its networks.
+    adapter, which one is active, a method put over another): each such state has its networks, and
+    on the CPU each number of threads too.
 
     Raises TypeError or ValueError for arguments that cannot be meant, and what the model itself
     raises for them. A pass that fails is left out and named; a model that cannot be traced has its

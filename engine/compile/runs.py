@@ -8,6 +8,7 @@ get, and what came of it is kept as long as the process runs.
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from stepfuse.engine.compile.heap import trim
 from stepfuse.engine.compile.tracing.quiet import quietly
+from stepfuse.kernels.products import vector_channels, why_not
 from stepfuse.kernels.torch_names import FakeTensor, disable_current_modes, pytree
 
 Made = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -41,14 +43,21 @@ def outcome(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made 
 
 
 def has_instructions(device: torch.device, dtype: torch.dtype) -> bool:
-    """False on a CPU that must convert every ``dtype`` number to compute with it."""
+    """False on a CPU that must convert every ``dtype`` number to compute with it.
+
+    oneDNN takes bfloat16 wherever there is AVX-512, with or without instructions for it; the C++
+    module is built for those that have them, and asks the processor.
+    """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     mkldnn = torch.ops.mkldnn
-    known = dtype is torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
-    return bool(known or (dtype is torch.float16 and mkldnn._is_mkldnn_fp16_supported()))
+    if dtype is torch.bfloat16:
+        on_x86 = platform.machine() in ("x86_64", "AMD64")
+        asked = on_x86 and vector_channels() > 0
+        return bool(mkldnn._is_mkldnn_bf16_supported()) and not (asked and why_not(dtype))
+    return bool(mkldnn._is_mkldnn_fp16_supported())
 
 
 def _key(leaf: Any) -> Any:

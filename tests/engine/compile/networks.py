@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.pass_order import PASSES
+from stepfuse.engine.compile.runs import has_instructions
 from stepfuse.engine.compile.stages import assign
 from stepfuse.engine.compile.tracing.trace import Traced, trace
 from stepfuse.engine.networks.unet import UNet, UNetConfig
 
-# float32 and bfloat16, where oneDNN has layers for it: with AVX-512, or AVX-NE-CONVERT
-BFLOAT16_LAYERS: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# float32 and bfloat16, where networks are lowered to it
+BFLOAT16_LAYERS = has_instructions(torch.device("cpu"), torch.bfloat16)
 ONEDNN_DTYPES = [
     None,
     pytest.param(
         torch.bfloat16,
         marks=pytest.mark.skipif(
             not BFLOAT16_LAYERS,
-            reason="needs a CPU with AVX-512 or AVX-NE-CONVERT",
+            reason="needs a CPU that computes in bfloat16",
         ),
     ),
 ]
