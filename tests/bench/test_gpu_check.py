@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import signalled
 
 from stepfuse.bench.gpu_check import host, parent
 from stepfuse.bench.gpu_check.__main__ import chosen
@@ -130,7 +131,7 @@ def test_a_parent_that_is_ended_takes_its_children_along(
     pretended: dict[str, Listed], tmp_path: Path
 ) -> None:
     """As where the machine is given back: nothing goes on computing."""
-    run = subprocess.Popen([sys.executable, "-c", ENDED, str(tmp_path)])
+    run = signalled.start([sys.executable, "-c", ENDED, str(tmp_path)])
     notes = tmp_path / "work" / "hangs.json"
     until = time.monotonic() + 60
     while time.monotonic() < until and not (notes.exists() and '"child"' in notes.read_text()):
