@@ -66,8 +66,10 @@ STEPFUSE_INLINE void multiply(const Left<T>& left, const T* u, const char* ahead
       __builtin_prefetch(next, 0, 2);
       ahead += kLine;
       next += kLine;
+      // one copy each: of both at once, GCC makes four that go through the stack with AVX2
       F both[2];
-      std::memcpy(both, u, sizeof both);
+      std::memcpy(&both[0], u, sizeof(F));
+      std::memcpy(&both[1], u + kTogether<T> * W, sizeof(F));
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) accumulate(from[r / 3] + (r % 3) * left.stride + c, both, m[r]);
     }

@@ -57,7 +57,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, List
             import os, subprocess, sys, time
             from stepfuse.bench.gpu_check.check import Check, Skipped
             def start():
-                return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+                return os.spawnv(os.P_NOWAIT, sys.executable, ["python", "-c", "import time; time.sleep(600)"])
             def run(context):
                 {body}
             CHECK = Check({name!r}, "correctness", {limit}, run, "About {name}.")
