@@ -11,7 +11,7 @@ constexpr int64_t kPair = 2 * kWide;     // the two results of an axis
 constexpr int64_t kScratch = 640 << 10;  // bytes of planes that stay in the L2 cache
 constexpr int64_t kPositions = 96;       // enough to pay for reading the filters
 constexpr int64_t kNormGrain = 16384;    // elements a thread must have to be worth waking
-constexpr int64_t kGrain = 1 << 20;      // likewise, products
+constexpr int64_t kGrain = 1 << 18;      // likewise, products
 
 // The products m of one axis become its pair of results, one after the other:
 //

@@ -57,7 +57,8 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, List
             import os, subprocess, sys, time
             from stepfuse.bench.gpu_check.check import Check, Skipped
             def start():
-                return os.spawnv(os.P_NOWAIT, sys.executable, ["python", "-c", "import time; time.sleep(600)"])
+                words = ["python", "-c", "import time; time.sleep(600)"]
+                return os.spawnv(os.P_NOWAIT, sys.executable, words)
             def run(context):
                 {body}
             CHECK = Check({name!r}, "correctness", {limit}, run, "About {name}.")
