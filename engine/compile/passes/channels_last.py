@@ -104,7 +104,10 @@ def _convert(
     converted: dict[Node, Node],
 ) -> None:
     """Let ``node`` read ``source`` in this layout; a conversion is made once and noted."""
-    if value(source).is_contiguous(memory_format=layout):
+    image = value(source)
+    if image.is_contiguous(memory_format=layout):
+        if image.is_contiguous() and image.dim() == 4 and image.shape[1] == 1:
+            node.replace_input_with(source, _of_one_channel(gm, source, node))
         return
     if source not in converted:
         with gm.graph.inserting_after(source):
@@ -113,6 +116,18 @@ def _convert(
             )
         _prefer(source, converted[source])
     node.replace_input_with(source, converted[source])
+
+
+def _of_one_channel(gm: GraphModule, source: Node, before: Node) -> Node:
+    """The same image with the strides of channels-last.
+
+    With one channel both layouts are one, and operators choose by the strides in which layout their
+    result lies.
+    """
+    count, _, height, width = value(source).shape
+    with gm.graph.inserting_before(before):
+        rows = call(gm.graph, aten.reshape.default, source, [count, height, width, 1])
+        return call(gm.graph, aten.permute.default, rows, [0, 3, 1, 2])
 
 
 def _prefer(source: Node, converted: Node) -> None:
