@@ -155,6 +155,15 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    busy: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="So many processes compute without end beside every candidate while it is timed: "
+            "how much a shared machine costs. Compare with a run without.",
+            rich_help_panel=HOW,
+        ),
+    ] = 0,
     cold: Annotated[
         bool,
         typer.Option(
@@ -267,5 +276,6 @@ def bench(
         rounds=int(str(usual["rounds"])) if rounds is None else rounds,
         time_limit=float(str(usual["time_limit"])) if time_limit is None else time_limit,
         processes=int(str(usual["processes"])) if cold else 0,
+        busy=busy,
         targets=targets,
     )

@@ -19,6 +19,7 @@ from stepfuse.bench.energy import Counter, NoCounter, counter, energy
 from stepfuse.bench.loops import Loop, SamplerLoop
 from stepfuse.bench.machine import busy, describe
 from stepfuse.bench.memory import PROCESSES, Launch, cold_start
+from stepfuse.bench.neighbours import MOST, neighbours, noted
 from stepfuse.bench.processes import ProcessFailed
 from stepfuse.bench.record import Candidate, Energy, Record, Runs, Settings, Windows
 from stepfuse.bench.step_split import split
@@ -60,12 +61,14 @@ class Plan:
         rounds: most samples of a figure.
         time_limit: seconds for all rounds together; None for no limit.
         processes: most fresh processes for cold start and memory; 0 leaves both out.
+        busy: processes that compute beside every candidate while it is timed.
     """
 
     batches: tuple[int, ...] = (1,)
     rounds: int = 15
     time_limit: float | None = None
     processes: int = PROCESSES
+    busy: int = 0
 
     def __post_init__(self) -> None:
         if not self.batches:
@@ -81,6 +84,8 @@ class Plan:
             raise ValueError(f"--time-limit must be above 0 and finite; got {self.time_limit:g}")
         if self.processes < 0:
             raise ValueError(f"cold starts must be at least 0; got {self.processes}")
+        if not 0 <= self.busy <= MOST:
+            raise ValueError(f"--busy must be in 0..{MOST}; got {self.busy}")
 
 
 @dataclass
@@ -132,7 +137,9 @@ class Bench:
             machine=machine,
             command=self.command,
             complete=False,
-            notes=[note for note in (busy(machine), self._precision_note()) if note],
+            notes=[
+                note for note in (busy(machine), noted(plan.busy), self._precision_note()) if note
+            ],
             settings=Settings(
                 model=spec.model,
                 parameters=self.workload.parameters,
@@ -197,12 +204,14 @@ class Bench:
             return
         samples = {name: self._new_runs(name, batch) for name in loops}
         what = f"batch {batch}: timing {len(loops)} candidates in turn"
-        self._latency(f"{what}, one loop at a time", self.plan.rounds, loops, samples)
-        self._throughput(loops, samples, batch, what)
-        if batch == self.plan.batches[0]:
-            self._over_steps(loops, batch)
-            self._energy(loops, batch)
-            self._splits(loops, batch)
+        with neighbours(self.plan.busy):
+            self._latency(f"{what}, one loop at a time", self.plan.rounds, loops, samples)
+            self._throughput(loops, samples, batch, what)
+            if batch == self.plan.batches[0]:
+                self._over_steps(loops, batch)
+                if not self.plan.busy:  # a counter counts theirs, too
+                    self._energy(loops, batch)
+                self._splits(loops, batch)
         for loop in loops.values():
             self._note_refused(loop)
 

@@ -96,12 +96,11 @@ def run(
     rounds: int,
     time_limit: float,
     processes: int,
+    busy: int,
     targets: Targets,
 ) -> None:
     """Check everything, measure, write, and print. The arguments are those of the command."""
-    plan = Plan(
-        _batches(batch), rounds, None if time_limit == 0 else time_limit, processes=processes
-    )
+    plan = Plan(_batches(batch), rounds, None if time_limit == 0 else time_limit, processes, busy)
     described = Spec(**{**spec, "device": str(choose_device(spec["device"]))})
     entries = chosen(libraries(against), dtype, spec["optimize"], described.device)
     if not math.isfinite(described.eta):
