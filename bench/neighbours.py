@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,8 @@ MOST = 256
 
 # ends by itself where whoever started it was killed
 _SPINS = """
-import os, time
-parent = os.getppid()
-while os.getppid() == parent:
+import os, sys, time
+while os.getppid() == int(sys.argv[1]):
     end = time.monotonic() + 0.2
     while time.monotonic() < end:
         pass
@@ -23,7 +23,8 @@ while os.getppid() == parent:
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
     """Inside, ``count`` processes keep a core busy each, or as much of one as they are given."""
-    running = [subprocess.Popen([sys.executable, "-c", _SPINS]) for _ in range(count)]
+    command = [sys.executable, "-c", _SPINS, str(os.getpid())]
+    running = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
     finally:

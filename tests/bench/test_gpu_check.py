@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tests import signalled
+from tests.children import runs
 
 from stepfuse.bench.gpu_check import host, parent
 from stepfuse.bench.gpu_check.__main__ import chosen
@@ -114,7 +115,7 @@ def test_a_check_that_hangs_is_killed_with_all_it_started(
     assert outcome.facts["seen"] == 1
     # where it stood, by the child itself
     assert any("pretended_hangs.py" in line for line in outcome.stderr), outcome.stderr
-    assert not _runs(outcome.facts["child"])
+    assert not _runs_on(outcome.facts["child"])
 
 
 ENDED = """
@@ -140,17 +141,13 @@ def test_a_parent_that_is_ended_takes_its_children_along(
     child = json.loads(notes.read_text())["facts"]["child"]
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=30) == 128 + signal.SIGTERM
-    assert not _runs(child)
+    assert not _runs_on(child)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie, once it had time to go."""
-    stat = Path(f"/proc/{pid}/stat")
+def _runs_on(pid: int) -> bool:
+    """Whether a process is there once it had time to go."""
     for _ in range(50):
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
-                return False
-        except (FileNotFoundError, ProcessLookupError):
+        if not runs(pid):
             return False
         time.sleep(0.1)
     return True

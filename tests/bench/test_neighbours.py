@@ -11,24 +11,12 @@ from pathlib import Path
 import pytest
 from tests import signalled
 from tests.bench.test_measure import OURS, bench
+from tests.children import children, runs
 
 from stepfuse.bench.measure import Bench, Plan
 from stepfuse.bench.neighbours import neighbours, noted
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which lists children")
-
-
-def _children(pid: int) -> list[int]:
-    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _runs(pid: int) -> bool:
-    """Whether it is there and no zombie that nobody has asked about."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def _seconds(pid: int) -> float:
@@ -39,15 +27,15 @@ def _seconds(pid: int) -> float:
 
 @LINUX
 def test_they_compute_until_the_block_is_left() -> None:
-    before = _children(os.getpid())
+    before = children(os.getpid())
     with neighbours(2):
-        found = [c for c in _children(os.getpid()) if c not in before]
+        found = [c for c in children(os.getpid()) if c not in before]
         assert len(found) == 2
         until = time.monotonic() + 30
         while time.monotonic() < until and min(map(_seconds, found)) < 0.2:
             time.sleep(0.05)
         assert min(map(_seconds, found)) >= 0.2
-    assert _children(os.getpid()) == before
+    assert children(os.getpid()) == before
 
 
 @LINUX
@@ -62,24 +50,24 @@ with neighbours(1):
     parent = signalled.start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "there\n"
-    (child,) = _children(parent.pid)
+    (child,) = children(parent.pid)
     parent.kill()
     parent.wait()
     until = time.monotonic() + 30
-    while time.monotonic() < until and _runs(child):
+    while time.monotonic() < until and runs(child):
         time.sleep(0.05)
-    assert not _runs(child)
+    assert not runs(child)
 
 
 @LINUX
 def test_they_are_there_while_loops_are_timed_and_a_note_says_so(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, during = _children(os.getpid()), []
+    before, during = children(os.getpid()), []
     real = Bench._latency
 
     def latency(*args: object) -> None:
-        during.append(len(_children(os.getpid())) - len(before))
+        during.append(len(children(os.getpid())) - len(before))
         real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Bench, "_latency", latency)
@@ -87,7 +75,7 @@ def test_they_are_there_while_loops_are_timed_and_a_note_says_so(
     record = bench(tiny, OURS[:1], batches=(1,), rounds=3, busy=1).run()
     assert during
     assert set(during) == {1}
-    assert _children(os.getpid()) == before
+    assert children(os.getpid()) == before
     assert noted(1) in record.notes
     assert not any("Timed beside" in note for note in bench(tiny, OURS[:1]).record.notes)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.children import children, runs
 from tests.engine.generate import case
 
 from stepfuse.engine.generate import crew
@@ -71,7 +72,7 @@ def test_a_killed_one_fails_the_shard_and_another_takes_its_place(tmp_path: Path
     expected = case.make_all(case.new_job(tmp_path / "alone"))
     job = case.new_job(tmp_path / "run")
     run_shard(job, 0, encoders=1)
-    for child in _children(os.getpid()):
+    for child in children(os.getpid()):
         os.kill(child, signal.SIGKILL)
     with pytest.raises(EncoderGone, match="killed by SIGKILL"):
         run_shard(job, 1, encoders=1)
@@ -80,7 +81,7 @@ def test_a_killed_one_fails_the_shard_and_another_takes_its_place(tmp_path: Path
         run_shard(job, k, encoders=1)
     forget()
     assert case.hashes(job) == expected
-    assert _children(os.getpid()) == []
+    assert children(os.getpid()) == []
 
 
 _WORKER = """
@@ -102,14 +103,14 @@ def test_they_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     )
     assert worker.stdout is not None
     assert worker.stdout.readline() == "made\n"
-    children = _children(worker.pid)
+    started = children(worker.pid)
     worker.kill()
     worker.wait()
-    assert len(children) == 2
+    assert len(started) == 2
     end = time.monotonic() + 20
-    while any(map(_alive, children)) and time.monotonic() < end:
+    while any(map(runs, started)) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(map(_alive, children))
+    assert not any(map(runs, started))
 
 
 def test_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,16 +121,3 @@ def test_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, count in ((1, 8), (4, 3), (16, 0)):
         monkeypatch.setattr(crew, "_gpus", lambda gpus=gpus: ["cuda"] * gpus)
         assert crew.choose_encoders(gpu) == count
-
-
-def _children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed if _alive(int(child))]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
