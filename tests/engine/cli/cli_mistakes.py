@@ -141,6 +141,7 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--threads": [["0"], ["100000"]],
         "--against": [["keras"]],
         "--rounds": [["0"], ["-1"]],
+        "--busy": [["-1"], ["257"]],
         "--time-limit": [["-1"]],
         "--out": [["missing/deep/x"], ["/proc/x"], [PICTURES]],
         "--json": [["missing/deep/x"], ["/proc/x"], [FOLDER], ["x", "--html", "x"]],
