@@ -9,7 +9,7 @@ to be fast in, it says: "bf16".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,13 +25,17 @@ def tf32_off(device: torch.device) -> Iterator[None]:
 
     Nothing is touched unless ``device`` is a GPU.
     """
-    if device.type != "cuda":
+    with tf32(False) if device.type == "cuda" else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Inside, float32 products and convolutions on GPUs may use TF32, or may not."""
     before = settings()
     try:
         for place in _switches():
-            place.allow_tf32 = False
+            place.allow_tf32 = on
         yield
     finally:
         for place, name, value in before:

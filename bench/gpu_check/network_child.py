@@ -16,7 +16,7 @@ from stepfuse.bench.gpu_check import capped
 from stepfuse.bench.gpu_check.check import Context
 from stepfuse.bench.gpu_check.network_candidates import Workload
 from stepfuse.bench.gpu_check.network_compare import compare
-from stepfuse.bench.gpu_check.timing import tf32
+from stepfuse.bench.tf32 import tf32
 
 SECONDS = 4.0  # of timing a batch size
 

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -160,18 +160,6 @@ def _capture(run: Call) -> Any:
 def _replay(graph: Any, run: Call) -> None:
     # the graph holds addresses only; ``run`` holds the tensors that lie there
     graph.replay()
-
-
-@contextlib.contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Inside, float32 products and convolutions of every candidate may use TF32, or may not."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = on
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def tf32_flags() -> dict[str, bool]:

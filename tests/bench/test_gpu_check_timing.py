@@ -23,9 +23,9 @@ from stepfuse.bench.gpu_check.timing import (
     captured,
     ratio,
     relative_error,
-    tf32,
     tf32_flags,
 )
+from stepfuse.bench.tf32 import tf32
 from stepfuse.kernels import torch_names
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -21,9 +21,9 @@ from stepfuse.bench.gpu_check.timing import (
     ratio,
     relative_error,
     rounded,
-    tf32,
     tf32_flags,
 )
+from stepfuse.bench.tf32 import tf32
 from stepfuse.engine.networks.checkpoint import load
 from stepfuse.engine.sampling.schedule import Schedule
 

@@ -13,7 +13,8 @@ from stepfuse.bench.gpu_check.check import Check, Context
 from stepfuse.bench.gpu_check.device_profile import breakdown
 from stepfuse.bench.gpu_check.network_candidates import BASE, OURS, Workload, makes_graphs
 from stepfuse.bench.gpu_check.network_compare import compare
-from stepfuse.bench.gpu_check.timing import attempt, rounded, tf32, tf32_flags
+from stepfuse.bench.gpu_check.timing import attempt, rounded, tf32_flags
+from stepfuse.bench.tf32 import tf32
 
 CHILD = "stepfuse.bench.gpu_check.network_child"
 BATCHES, TINY_BATCHES = (2, 16), (1, 2)

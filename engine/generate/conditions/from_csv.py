@@ -15,6 +15,7 @@ from stepfuse.engine.generate.conditions.records import (
     Record,
     Start,
 )
+from stepfuse.engine.generate.words import many
 
 _OTHERS = {";": "semicolons", "\t": "tabs"}
 _WHYS = {  # by what the errors of `csv` say
@@ -60,7 +61,7 @@ def _records(
             continue
         if len(fields) != len(columns):
             raise lines.bad(
-                f"has {_counted(len(fields), 'field')}; accepted: "
+                f"has {many(len(fields), 'field')}; accepted: "
                 f"{len(columns)}, as the header has ({', '.join(columns):.200})"
             )
         yield Record(dict(zip(columns, fields, strict=True)), mark, lines.number)
@@ -87,7 +88,3 @@ def _header(columns: list[str]) -> tuple[str, ...]:
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise BadTable(f"has two columns {twice[0]!r:.100}; accepted: a name of its own for each")
     return tuple(columns)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
