@@ -91,6 +91,7 @@ def _trial(pipe: Connection, order: Order) -> None:
             asked["n"],
             order.device,
             asked["memory"],
+            asked["depth"],
             tell=lambda tried: pipe.send(("tried", tried)),
         )
     except Exception as error:

@@ -32,7 +32,7 @@ from stepfuse.engine.generate.order import Order
 from stepfuse.engine.generate.place import LocalPlace, Place
 from stepfuse.engine.generate.settings import Settings, check_count
 from stepfuse.engine.generate.source import Source, open_source
-from stepfuse.engine.generate.trial import Found, Tried
+from stepfuse.engine.generate.trial import THOROUGH, Depth, Found, Tried
 from stepfuse.engine.generate.words import size
 from stepfuse.kernels.backends import resolve
 
@@ -315,13 +315,17 @@ def _alone(place: Place) -> Iterator[None]:
 
 
 def try_out(
-    ready: Ready, n: int, memory: int | None, tell: Callable[[Tried], Any] = lambda tried: None
+    ready: Ready,
+    n: int,
+    memory: int | None,
+    tell: Callable[[Tried], Any] = lambda tried: None,
+    depth: Depth = THOROUGH,
 ) -> Found:
     """A trial in a process of its own, which runs as a worker would."""
     settings, device = ready.settings, ready.device
     threads = settings.threads or 1
     berth = choose_crew(device, threads, 1)[0]
-    arguments = {"settings": settings.to_json(), "n": n, "memory": memory}
+    arguments = {"settings": settings.to_json(), "n": n, "memory": memory, "depth": depth}
     order = Order("trial", paths(), berth.cpus, threads, berth.device, arguments)
     child = Child(order, berth.environment)
     try:

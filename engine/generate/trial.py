@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
+from stepfuse.engine.compile.heap import returning
 from stepfuse.engine.compile.timings import Timings
 from stepfuse.engine.generate.conditions.row import Row
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.source import Source, open_source
 from stepfuse.engine.generate.worker import Worker
 
-GAIN = 1.03  # less than this for twice the images at a time, and no more are tried
+GAIN = 1.03  # less than this for twice the images at a time is none
 LARGEST_BATCH = 1024
 _LOOPS = 2
 _STEPS = 4  # of a trial's loop: every step costs the same
-_LONG = 20.0  # seconds of a trial, after which no larger one is begun
 _SAMPLES = 16  # images that are encoded to see how large they are
 _GUIDED = 2.0  # any scale but 1, which needs no second evaluation
 
@@ -36,6 +36,23 @@ class Tried:
     batch_size: int
     images_per_s: float
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How far a trial goes: whether twice the images are tried too.
+
+    Attributes:
+        gain: in images per second, that the last doubling must have had.
+        seconds: that trying the last number may have taken.
+    """
+
+    gain: float
+    seconds: float
+
+
+THOROUGH = Depth(GAIN, 20.0)
+LOOK = Depth(1.1, 1.5)
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,14 @@ def measure(
     n: int,
     device: str,
     memory: int | None,
+    depth: Depth = THOROUGH,
     tell: Callable[[Tried], Any] = lambda tried: None,
 ) -> Found:
     """Try 1, 2, 4 ... images at a time, or the number that is asked for, in this process.
 
-    Larger batches are tried as long as a step of twice the images gains `GAIN`, within ``memory``
-    bytes and up to ``n`` images. Then the network is compiled for the batch that won, under the
-    eyes of the `Timings` that every worker will replay.
+    Larger batches are tried as ``depth`` says, within ``memory`` bytes and up to ``n`` images. Then
+    the network is compiled for the batch that won, under the eyes of the `Timings` that every
+    worker will replay.
     """
     trial = _Trial(settings, torch.device(device))
     best: Tried | None = None
@@ -77,12 +95,13 @@ def measure(
         tried, seconds = trial.loop(size)
         tell(tried)
         too_large = memory is not None and tried.peak_bytes > memory
-        if best is None or (tried.images_per_s > GAIN * best.images_per_s and not too_large):
+        gain = depth.gain if best is None else tried.images_per_s / best.images_per_s
+        if best is None or (gain > GAIN and not too_large):
             best = tried
-        else:
-            break
         size *= 2
-        if settings.batch_size or too_large or size > min(n, LARGEST_BATCH) or seconds > _LONG:
+        if settings.batch_size or too_large or size > min(n, LARGEST_BATCH):
+            break
+        if gain < depth.gain or seconds > depth.seconds:
             break
         if settings.shard_size is not None and settings.shard_size % size:
             break  # no batch crosses a shard
@@ -105,7 +124,8 @@ class _Trial:
         steps = sampler.timesteps[:: max(1, evaluations // _STEPS)][:_STEPS]
         sampler.set_timesteps(timesteps=steps)
         numbers, rows = range(size), self._rows(size)
-        worker.sample(numbers, rows)  # warm: compiled, recorded
+        with returning():  # or the largest batch's first step decides how large the process is
+            worker.sample(numbers, rows)  # warm: compiled, recorded
         best = float("inf")
         for _ in range(_LOOPS):
             start = time.perf_counter()
@@ -119,19 +139,17 @@ class _Trial:
     def settle(self, tried: Tried) -> Found:
         """Compile and record for the batch size that won, and see how large its images are."""
         timings = Timings()
+        count = min(_SAMPLES, tried.batch_size)
         with timings.recording():
             worker = self._worker(tried.batch_size)
             rows = self._rows(tried.batch_size)
-            worker.sample(range(tried.batch_size), rows)
+            made = [image for batch in worker.images(rows, 0, count) for image in batch]
             if self.source.num_classes is not None:
                 for guidance in (1.0, _GUIDED):  # as rows of a file may ask for
                     if self.settings.conditions is not None:
                         worker.sample(range(tried.batch_size), rows, guidance)
-        count = min(_SAMPLES, tried.batch_size)
         format = self.settings.output()
-        sizes = [
-            len(format.encode(made)) for batch in worker.images(rows, 0, count) for made in batch
-        ]
+        sizes = [len(format.encode(image)) for image in made]
         return Found(
             batch_size=tried.batch_size,
             images_per_s=tried.images_per_s,

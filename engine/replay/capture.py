@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from stepfuse.engine.compile.weights.parked import home
 from stepfuse.engine.replay import watching_mode
 from stepfuse.engine.replay.watching_mode import WatchingMode
+from stepfuse.engine.replay.workspace import Workspace
 from stepfuse.engine.replay.writer import Writer
 from stepfuse.kernels import torch_names
 from stepfuse.kernels.torch_names import tree_leaves
@@ -97,15 +98,17 @@ class Recording(WatchingMode):
 
     def __init__(self, step: Step) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names: dict[int, str] = {}  # id of a tensor made while recording -> its variable
-        self._alive: list[Tensor] = []  # so that no such id is used twice
-        self._writer = Writer({}, lambda value: self._names.get(id(value)))
+        self._names = WeakIdKeyDictionary()  # tensor made while recording -> its variable
+        self._made = 0
+        self._writer = Writer({}, self._name_of)
         self.read = TensorsRead()
         with NoCopies(), self:
             step()
-        self.replay: Step = self._writer.function("replay", "<recorded step>", memory="own")
+        self.replay: Step = self._writer.function(
+            "replay", "<recorded step>", memory=Workspace()
+        )
         self.operations = len(self._writer.lines)
-        del self._names, self._alive, self._writer
+        del self._names, self._writer
 
     def holds(self) -> bool:
         """Whether the tensors that it reads still lie where they lay."""
@@ -119,10 +122,11 @@ class Recording(WatchingMode):
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         reads = []
         for leaf in read:
-            if id(leaf) in self._names:
-                reads.append(self._names[id(leaf)])
-            else:
+            name = self._name_of(leaf)
+            if name is None:
                 self.read.add(leaf)
+            else:
+                reads.append(name)
         result = func(*args, **kwargs)
         if read and not reads and func.is_view and _is_view_of(result, read):
             return result  # a view of a buffer or a weight stays what it is
@@ -133,16 +137,20 @@ class Recording(WatchingMode):
         makes = [self._name(out) for out in made]
         target = makes[0] if makes else ""
         if makes and isinstance(result, (tuple, list)):
-            target = ", ".join(self._names.get(id(out), "_") for out in result) + ","
+            target = ", ".join(self._name_of(out) or "_" for out in result) + ","
         self._writer.call(
             func, args, kwargs, reads=reads, makes=makes, target=target, result=result
         )
         return result
 
     def _name(self, out: Tensor) -> str:
-        name = f"v{len(self._alive)}"
-        self._names[id(out)] = name
-        self._alive.append(out)
+        name = self._names[out] = f"v{self._made}"
+        self._made += 1
+        return name
+
+    def _name_of(self, value: Any) -> str | None:
+        """The variable of a tensor made while recording, as long as that lives."""
+        name: str | None = self._names.get(value) if isinstance(value, Tensor) else None
         return name
 
 

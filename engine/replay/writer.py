@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stepfuse.engine.replay.workspace import Call, MemoryPlan, Planned, Workspace, may_alias
 from stepfuse.kernels.direct import blank, directly
@@ -101,21 +101,18 @@ class Writer:
         source: str,
         inputs: Sequence[str] = (),
         results: Sequence[str] | None = None,
-        memory: Workspace | Literal["own"] | None = None,
+        memory: Workspace | None = None,
     ) -> Callable[..., Any]:
         """Compile the lines to a function of ``inputs`` that returns ``results`` as a tuple.
 
         Without ``results`` it returns nothing. ``source`` stands for its file in a traceback.
-        ``memory`` is for results whose place is planned: a workspace shared with others, or memory
-        that the function keeps; without it none is.
+        ``memory`` is for results whose place is planned, taken at the first call; without it none
+        is.
         """
         kept = frozenset(results or ())
         plan = MemoryPlan([line.call for line in self.lines] if memory is not None else [], kept)
         arguments, places = list(inputs), dict.fromkeys(plan.index, "")
-        if memory == "own":
-            own = Workspace().take(plan).places
-            places = {made: self._bind(own[i]) for made, i in plan.index.items()}
-        elif places:
+        if places:
             arguments.append("_k_places")
             places = {made: f"_k_places[{i}]" for made, i in plan.index.items()}
         body, self._sources[source] = self._body(inputs, kept, places)
@@ -125,7 +122,7 @@ class Writer:
         text += "".join(f"    {line}\n" for line in body or ["pass"])
         exec(compile(text, source, "exec"), self._bound)
         run: Callable[..., Any] = self._bound.pop(name)
-        return Planned(run, plan, memory) if isinstance(memory, Workspace) and places else run
+        return Planned(run, plan, memory) if memory is not None and places else run
 
     def _body(
         self, inputs: Sequence[str], kept: frozenset[str], places: Mapping[str, str]

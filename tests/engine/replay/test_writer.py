@@ -85,7 +85,7 @@ def test_several_results_and_names_that_are_bound_anew() -> None:
 def test_no_lines() -> None:
     assert writer().function("run", "<a test>")() is None
     assert writer().function("run", "<a test>", ["x"], ["x", "None"])(7) == (7, None)
-    assert writer().function("run", "<a test>", memory="own")() is None
+    assert writer().function("run", "<a test>", memory=Workspace())() is None
 
 
 def doubled(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ def lines() -> Writer:
     return to
 
 
-def test_memory_is_shared_kept_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_shared_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def blank(function: Any, result: Tensor) -> Tensor | None:
         return result if function is doubled else None
 
@@ -110,14 +110,13 @@ def test_memory_is_shared_kept_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     x, workspace = torch.randn(LIKE.shape), Workspace()
     plain = lines().function("run", "<a test>", ["x"], ["y"])
     shared = lines().function("run", "<a test>", ["x"], ["y"], workspace)
-    own = lines().function("run", "<a test>", ["x"], ["y"], "own")
     assert isinstance(shared, Planned)
     assert list(shared.plan.index) == ["v", "w"]
-    for run in (plain, shared, own, shared, own):
+    for run in (plain, shared, shared):
         assert torch.equal(run(x)[0], (4 * x).sum())
     (piece,) = workspace.free
     assert torch.equal(piece.places[1], 4 * x)
-    assert "_k_places" not in (*plain.__code__.co_varnames, *own.__code__.co_varnames)
+    assert "_k_places" not in plain.__code__.co_varnames
     kept = lines().function("run", "<a test>", ["x"], ["v", "w"], workspace)
     assert not isinstance(kept, Planned), "what leaves has memory of its own"
 
