@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <memory>
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -8,6 +10,16 @@
 #endif
 
 namespace stepfuse {
+
+Range* ranges_of(int threads) {
+  thread_local std::unique_ptr<Range[]> parts;
+  thread_local int count = 0;
+  if (count < threads) {
+    parts = std::make_unique<Range[]>(threads);
+    count = threads;
+  }
+  return parts.get();
+}
 
 ThreadPool& thread_pool() {
   static ThreadPool pool;
@@ -42,13 +54,13 @@ bool find_thread_pool() {
   dl_iterate_phdr(is_openmp_runtime, &path);
   void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return false;
-  ThreadPool pool;
-  resolve(library, "GOMP_parallel", pool.parallel);
+  ThreadPool& pool = thread_pool();
+  decltype(pool.parallel) parallel = nullptr;
+  resolve(library, "GOMP_parallel", parallel);
   resolve(library, "omp_get_thread_num", pool.rank);
-  resolve(library, "omp_get_num_threads", pool.size);
-  if (pool.parallel == nullptr || pool.rank == nullptr || pool.size == nullptr) return false;
-  thread_pool() = pool;
-  return true;
+  if (path.find("libgomp") != std::string::npos) resolve(library, "omp_get_num_procs", pool.cores);
+  if (pool.rank != nullptr) pool.parallel = parallel;
+  return pool.parallel != nullptr;
 }
 
 #else
