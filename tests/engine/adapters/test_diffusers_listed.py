@@ -14,8 +14,9 @@ from tests.engine.adapters.diffusers_models import build, least_unet2d, noise
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers import accelerate, explain
+from stepfuse.engine.adapters.diffusers.denoiser import forward_of
+from stepfuse.engine.adapters.diffusers.forward import Forward
 from stepfuse.engine.adapters.diffusers.listed import Listed
-from stepfuse.engine.adapters.diffusers.unet import Forward, forward_of
 
 
 class Pipe:
