@@ -11,12 +11,13 @@ The schedulers need diffusers and are imported when they are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from stepfuse.engine.adapters.diffusers import denoiser, pipelines
+from stepfuse.engine.adapters.diffusers import components, denoiser, pipelines
 from stepfuse.engine.adapters.patch import class_name
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def accelerate(
     optimize: bool = True,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    also: Collection[str] = (),
 ) -> Object:
     """Make a pipeline or a model of diffusers fast, in place, and return it.
 
@@ -70,6 +72,8 @@ def accelerate(
         dtype: torch.bfloat16 (or float16) for the products inside them; inputs and outputs keep
             their dtype. None computes in the dtype of the weights.
         strict: reproduce diffusers where it errs. False does what is right, see the schedulers.
+        also: names of components of a pipeline to be compiled beside its denoisers: "vae" (its
+            encoder and decoder), "text_encoder", ...
 
     Warns (UserWarning) of a denoiser that is left alone, and once for each reason for which a call
     ran the original forward; both say what would help.
@@ -79,14 +83,17 @@ def accelerate(
     """
     pipelines.check_options(optimize, dtype, strict)
     precision = None if dtype is torch.float32 else dtype
+    if not supports(obj):
+        raise TypeError(_unknown(obj))
+    names = components.check_also(obj, also)
+    if names and not optimize:
+        raise ValueError(f"also={list(names)} asks for compiled networks; it needs optimize=True")
     if pipelines.is_pipeline(obj):
-        pipelines.accelerate(obj, optimize, precision, strict)
-    elif denoiser.is_denoiser(obj):
-        if not optimize:
-            raise ValueError("optimize=False leaves nothing to accelerate in a model alone")
+        pipelines.accelerate(obj, optimize, precision, strict, names)
+    elif optimize:
         denoiser.install(obj, precision)  # type: ignore[arg-type]
     else:
-        raise TypeError(_unknown(obj))
+        raise ValueError("optimize=False leaves nothing to accelerate in a model alone")
     return obj
 
 

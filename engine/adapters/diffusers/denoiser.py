@@ -1,4 +1,4 @@
-"""Models of diffusers: which can be given another forward, and how that is put in and taken away.
+"""Models that can be given another forward, and how that is put in and taken away.
 
 A denoiser is any model of diffusers whose forward takes a timestep: U-Nets of two and three
 dimensions, transformers, ControlNets, priors.
@@ -6,6 +6,7 @@ dimensions, transformers, ControlNets, priors.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,98 +21,100 @@ SUPPORTED = "models of diffusers whose forward takes a timestep (U-Nets, transfo
 
 def is_denoiser(obj: Any) -> bool:
     """Whether ``obj`` is a model of diffusers with a timestep, found without importing diffusers"""
-    return isinstance(obj, nn.Module) and is_model(obj) and _time(obj) is not None
+    return is_model(obj) and Parameters(type(obj).forward).time is not None
 
 
 def is_model(obj: Any) -> bool:
-    """Whether the class of ``obj`` is derived from diffusers' ``ModelMixin``."""
-    return any(
+    """Whether ``obj`` is a module of a class derived from diffusers' ``ModelMixin``."""
+    return isinstance(obj, nn.Module) and any(
         kind.__name__ == "ModelMixin" and kind.__module__.partition(".")[0] == "diffusers"
         for kind in type(obj).__mro__
     )
 
 
-def obstacle(module: nn.Module, name: str = "forward") -> str | None:
-    """Why the method ``name`` of this model cannot be replaced and what would help, or None."""
-    kind = type(module).__name__
-    if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+def why_no_denoiser(module: nn.Module) -> str | None:
+    """Why this module is no denoiser and what would help, None where it is one."""
+    if is_denoiser(module) or _is_compiled(module):
+        return None
+    return (
+        f"{type(module).__name__} is no model of diffusers whose forward takes a "
+        f"{' or '.join(TIMES)}; stepfuse.optimize compiles any nn.Module"
+    )
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why the forward of this module cannot be replaced and what would help, or None."""
+    if _is_compiled(module):
+        kind = type(module).__name__
         return f"{kind} was given to torch.compile; accelerate the model without that"
-    if name == "forward" and not is_denoiser(module):
-        return (
-            f"{kind} is no model of diffusers whose forward takes a {' or '.join(TIMES)}; "
-            "stepfuse.optimize compiles any nn.Module"
-        )
-    held = vars(module).get(name)
+    held = vars(module).get("forward")
     # removed hooks leave the class's own forward behind, bound
-    if not (held is None or isinstance(held, Forward) or held == _own(module, name)):
+    if not (held is None or isinstance(held, Forward) or held == _own(module)):
         return (
-            f"its {name} was replaced already, by a {type(held).__name__}; take that away first "
+            f"its forward was replaced already, by a {type(held).__name__}; take that away first "
             "(hooks for offloading: pipe.remove_all_hooks())"
         )
     return None
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or type(module).__name__ == "OptimizedModule"
+
+
+def _own(module: nn.Module) -> Any:
+    """The forward that the module has without any of its own."""
+    return MethodType(type(module).forward, module)
+
+
 def is_plain(module: nn.Module) -> bool:
-    """Whether no method of ours is in this model, not even under another."""
+    """Whether no forward of ours is in this module, not even under another."""
     return not any(isinstance(held, Forward) for held in vars(module).values())
 
 
-def forward_of(module: Any, name: str = "forward") -> Forward | None:
-    """The method ``name`` that an accelerated model has, None where it was not accelerated."""
-    found = vars(module).get(name)
+def forward_of(module: Any) -> Forward | None:
+    """The forward that an accelerated module has, None where it was not accelerated."""
+    found = vars(module).get("forward")
     return found if isinstance(found, Forward) else None
 
 
-def install(module: nn.Module, dtype: torch.dtype | None, name: str = "forward") -> Forward:
-    """Give ``module`` a method that runs compiled networks; one that it has already is kept.
+def install(module: nn.Module, dtype: torch.dtype | None) -> Forward:
+    """Give ``module`` a forward that runs compiled networks; one that it has already is kept.
 
     Raises ValueError where `obstacle` names one.
     """
-    reason = obstacle(module, name)
+    reason = obstacle(module)
     if reason is not None:
-        raise ValueError(f"cannot accelerate the model: {reason}")
-    found = forward_of(module, name)
+        raise ValueError(f"cannot accelerate {type(module).__name__}: {reason}")
+    found = forward_of(module)
     if found is None:
-        found = Forward(module, dtype, vars(module).get(name), name)
+        found = Forward(module, dtype, vars(module).get("forward"))
     elif found.dtype != dtype:
-        found = Forward(module, dtype, found.hidden, name)
-    vars(module)[name] = found
+        found = Forward(module, dtype, found.hidden)
+    vars(module)["forward"] = found
     return found
 
 
-def check_removable(module: nn.Module, name: str = "forward") -> None:
-    """Raise RuntimeError where somebody put another method over ours."""
-    hidden = any(
-        isinstance(held, Forward) and held.name == name and key != name
-        for key, held in vars(module).items()
-    )
-    if hidden and forward_of(module, name) is None:
+def check_removable(module: nn.Module) -> None:
+    """Raise RuntimeError where somebody put another forward over ours."""
+    if forward_of(module) is None and not is_plain(module):
         raise RuntimeError(
-            f"the {name} of {type(module).__name__} was replaced after it was accelerated; undo "
+            f"the forward of {type(module).__name__} was replaced after it was accelerated; undo "
             "that first (hooks for offloading: pipe.remove_all_hooks())"
         )
 
 
-def remove(module: nn.Module, name: str = "forward") -> None:
-    """Take the method away again, if there is one.
+def remove(module: nn.Module) -> None:
+    """Take the forward away again, if there is one.
 
     Raises RuntimeError where somebody put another over it.
     """
-    check_removable(module, name)
-    found = forward_of(module, name)
+    check_removable(module)
+    found = forward_of(module)
     if found is None:
         return
-    del vars(module)[name]
+    del vars(module)["forward"]
     if found.hidden is not None:
-        vars(module)[name] = found.hidden
+        vars(module)["forward"] = found.hidden
     found.forget()
     turn_back(module)
-
-
-def _own(module: nn.Module, name: str) -> Any:
-    """The method that the model has without any of its own."""
-    return getattr(type(module), name).__get__(module)
-
-
-def _time(module: nn.Module) -> str | None:
-    return Parameters(type(module).forward).time

@@ -6,7 +6,7 @@
                                            them counted for `explain`
 
 The module itself is not touched: its class, configuration, submodules and weights stay what they
-are. The only change is the instance attribute ``forward``, or another method by its name.
+are. The only change is the instance attribute ``forward``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.adapters.diffusers.arguments import Given, Parameters, contiguous, fits
+from stepfuse.engine.adapters.diffusers.called import Called, WritesToArgument
 from stepfuse.engine.adapters.diffusers.listed import Listed
 from stepfuse.engine.adapters.diffusers.obstacles import AROUND, ModuleState, not_now
 from stepfuse.engine.adapters.diffusers.results import Conversion, conversion
@@ -40,15 +41,12 @@ class Forward:
 
     Args:
         hidden: what lay in ``__dict__`` in the place of this.
-        name: of another method that is replaced.
     """
 
-    def __init__(
-        self, module: nn.Module, dtype: torch.dtype | None, hidden: Any = None, name: str = "forward"
-    ) -> None:
-        self.module, self.dtype, self.hidden, self.name = module, dtype, hidden, name
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, hidden: Any = None) -> None:
+        self.module, self.dtype, self.hidden = module, dtype, hidden
         self.originals: Counter[str] = Counter()  # calls of the original, by reason
-        self._parameters = Parameters(getattr(type(module), name))
+        self._parameters = Parameters(type(module).forward)
         self.listed = Listed()  # schedulers whose timesteps may come
         self._begin()
 
@@ -60,6 +58,7 @@ class Forward:
         self._return_dict: bool | None = None  # what networks are compiled with
         self._conversion: Conversion | None | str = "unknown"  # to the other kind of results
         self._said: set[str] = set()  # why networks are none
+        self._written: set[str] = set()  # arguments that the forward writes to
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # by torch.compile, which wants the network itself
@@ -72,17 +71,22 @@ class Forward:
             t = self._timesteps(fast, x, given.timestep) if self._parameters.time else None
             if t is not None or not self._parameters.time:
                 call = fast, (x,) if t is None else (x, t), contiguous(given.condition)
-                return self._results(call, given.return_dict, args, kwargs)
-            reason = _UNKNOWN
+                try:
+                    return self._results(call, given.return_dict, args, kwargs)
+                except WritesToArgument as error:
+                    self._written.add(error.argument)
+                    reason = _writes_to(error.argument)
+            else:
+                reason = _UNKNOWN
         if fits(reason) and reason not in self.originals:
-            self._warn(f"runs its own {self.name}, not a compiled one: {reason}")
+            self._warn(f"runs its own forward, not a compiled one: {reason}")
         self.originals[reason] += 1
         return self._original(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the original, which pipelines look up."""
-        signature = inspect.signature(getattr(type(self.module), self.name))
+        signature = inspect.signature(type(self.module).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def refresh(self) -> None:
@@ -100,24 +104,26 @@ class Forward:
         """What was compiled, and which calls ran the original and why."""
         lines = [self._fast.explain() if self._fast is not None else "nothing compiled yet"]
         for reason, count in self.originals.items():
-            lines.append(f"original {self.name:<13} {count} calls: {reason}")
+            lines.append(f"original forward       {count} calls: {reason}")
         return "\n".join(lines)
 
     def _original(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def _obstacle(self, given: Given) -> str | None:
         """Why the original must run this call, or None."""
         reason = not_now(self.module, given.x, given.condition)
         if reason is not None:
             return reason
+        for name in given.condition.keys() & self._written:
+            return _writes_to(name)
         if self._state is None or not self._state.holds():
             self._state = ModuleState(self.module)
         return self._state.reason
 
     def _optimized(self) -> Optimized:
         if self._fast is None:
-            inner = _Method(self.module, self.name, self._parameters)
+            inner = Called(self.module, self._parameters)
             ignored = [f"model.module.{table}" for table in AROUND]
             self._fast = Optimized(inner, self.dtype, (), 8, ignored=ignored)
         return self._fast
@@ -157,7 +163,7 @@ class Forward:
             if why not in self._said:
                 self._said.add(why)
                 self._warn(
-                    f"was not compiled as a whole, {why}; what can be is a {self.name} of tensor "
+                    f"was not compiled as a whole, {why}; what can be is a forward of tensor "
                     "operations that writes to no attribute and reads no value back"
                 )
         return result
@@ -218,23 +224,13 @@ class Forward:
             self._announced.update(values)
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_state", "_fast", "_announced", "_return_dict", "_conversion", "_said")
-        return {name: v for name, v in self.__dict__.items() if name not in made}
+        kept = ("module", "dtype", "hidden", "originals", "listed", "_parameters")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
 
 
-class _Method(nn.Module):
-    """A method of a module, by its class, as a forward that takes x, then the timestep."""
-
-    def __init__(self, module: nn.Module, name: str, parameters: Parameters) -> None:
-        super().__init__()
-        self.module = module
-        self._name, self._x, self._time = name, parameters.x, parameters.time
-
-    def forward(self, x: Tensor, /, *timestep: Any, **condition: Any) -> Any:
-        """What the module makes of x [N, ...], the timestep, if it takes one, and the rest."""
-        given = {self._x: x, **({} if self._time is None else {self._time: timestep[0]})}
-        return getattr(type(self.module), self._name)(self.module, **given, **condition)
+def _writes_to(argument: str) -> str:
+    return f"forward writes to its argument {argument}, which a graph does not"

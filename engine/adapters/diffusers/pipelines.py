@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import stepfuse.engine.adapters.diffusers.denoiser as denoisers
+from stepfuse.engine.adapters.diffusers import components, denoiser
 from stepfuse.engine.adapters.patch import NAME
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
 SUPPORTED = "pipelines of diffusers with such a model, its `unet` or `transformer` mostly"
-_USUAL = ("unet", "transformer")  # where a pipeline has its denoiser
 _SCHEDULERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -35,6 +34,7 @@ class Changes:
         self.theirs: Any = None  # the scheduler that was there
         self.ours: Any = None
         self.models: dict[str, nn.Module] = {}  # whose forward was exchanged by this pipeline
+        self.also: tuple[str, ...] = ()  # components beside the denoisers
         self.notes: dict[str, str] = {}  # part -> why it was left alone
 
 
@@ -43,7 +43,7 @@ def is_pipeline(obj: Any) -> bool:
 
     One whose ``unet`` or ``transformer`` cannot be taken is one, too, which says why.
     """
-    return _is_of_diffusers(obj) and (bool(_denoisers(obj)) or changes_of(obj) is not None)
+    return _is_of_diffusers(obj) and (bool(components.denoisers(obj)) or changes_of(obj) is not None)
 
 
 def _is_of_diffusers(obj: Any) -> bool:
@@ -51,15 +51,6 @@ def _is_of_diffusers(obj: Any) -> bool:
         kind.__name__ == "DiffusionPipeline" and kind.__module__.partition(".")[0] == "diffusers"
         for kind in type(obj).__mro__
     )
-
-
-def _denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The components that are called with a timestep, by name; what stands in the usual place."""
-    return {
-        name: part
-        for name, part in vars(pipe).items()
-        if denoisers.is_denoiser(part) or (name in _USUAL and isinstance(part, nn.Module))
-    }
 
 
 def changes_of(pipe: Any) -> Changes | None:
@@ -77,16 +68,19 @@ def check_options(optimize: Any, dtype: Any, strict: Any) -> None:
         raise ValueError(f"dtype={dtype} is that of compiled networks; it needs optimize=True")
 
 
-def accelerate(pipe: Any, optimize: bool, dtype: torch.dtype | None, strict: bool) -> None:
+def accelerate(
+    pipe: Any, optimize: bool, dtype: torch.dtype | None, strict: bool, also: tuple[str, ...]
+) -> None:
     """Exchange what can be; a pipeline that was accelerated before gets these options.
 
-    Warns of every denoiser that stays as it is although it was to be compiled.
+    Warns of every model that stays as it is although it was to be compiled.
     """
     changes = changes_of(pipe) or Changes()
+    changes.also = also
     _exchange_scheduler(pipe, changes, strict)
     _exchange_forwards(pipe, changes, optimize, dtype)
     vars(pipe)[NAME] = changes
-    for name in _denoisers(pipe) if optimize else ():
+    for name in components.chosen(pipe, also) if optimize else ():
         if name in changes.notes:
             what = f"the {name} of {type(pipe).__name__} is left alone and runs as it is"
             warnings.warn(f"stepfuse: {what}: {changes.notes[name]}", stacklevel=4)
@@ -102,7 +96,7 @@ def restore(pipe: Any) -> None:
     if changes is None:
         return
     for model in changes.models.values():
-        denoisers.check_removable(model)
+        denoiser.check_removable(model)
     for name in list(changes.models):
         _release(changes, name)
     if changes.ours is not None and pipe.scheduler is changes.ours:
@@ -121,8 +115,8 @@ def explain(pipe: Any) -> str:
         lines.append(f"scheduler              {type(changes.ours).__name__} by denoise_step{how}")
     elif "scheduler" in changes.notes and not _is_ours(_scheduler(pipe)):
         lines.append(f"scheduler              left alone: {_left_alone(_scheduler(pipe))}")
-    for name, model in _denoisers(pipe).items():
-        forward = denoisers.forward_of(model)
+    for name, model in components.chosen(pipe, changes.also).items():
+        forward = denoiser.forward_of(model)
         if forward is not None:
             lines += [f"{name:<22} {type(model).__name__}", forward.explain()]
         elif name in changes.notes:
@@ -153,18 +147,21 @@ def _exchange_scheduler(pipe: Any, changes: Changes, strict: bool) -> None:
 def _exchange_forwards(
     pipe: Any, changes: Changes, optimize: bool, dtype: torch.dtype | None
 ) -> None:
-    models = _denoisers(pipe)
+    models = components.chosen(pipe, changes.also)
     for name in list(changes.models):
         if not optimize or changes.models[name] is not models.get(name):
             _release(changes, name)
     for name, model in models.items():
         changes.notes.pop(name, None)
-        reason = denoisers.obstacle(model) if optimize else "optimize=False"
+        reason = None if optimize else "optimize=False"
+        if reason is None and name in components.USUAL:
+            reason = denoiser.why_no_denoiser(model)
+        reason = reason or denoiser.obstacle(model)
         if reason is not None:
             changes.notes[name] = reason
             continue
-        had = denoisers.forward_of(model) is not None
-        denoisers.install(model, dtype).listed.add(pipe)
+        had = denoiser.forward_of(model) is not None
+        denoiser.install(model, dtype).listed.add(pipe)
         if not had:
             changes.models[name] = model
 
@@ -172,8 +169,8 @@ def _exchange_forwards(
 def _release(changes: Changes, name: str) -> None:
     """Take away the forward that this pipeline gave, unless somebody restored the model itself."""
     model = changes.models[name]
-    if not denoisers.is_plain(model):
-        denoisers.remove(model)
+    if not denoiser.is_plain(model):
+        denoiser.remove(model)
     del changes.models[name]
 
 
