@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stepfuse.engine.adapters.diffusers import denoiser
+import stepfuse.engine.adapters.diffusers.denoiser as denoiser
 from stepfuse.kernels.arguments import check_words
 from stepfuse.kernels.checks import shown
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepfuse.engine.adapters.diffusers import components, denoiser
+import stepfuse.engine.adapters.diffusers.components as components
+import stepfuse.engine.adapters.diffusers.denoiser as denoiser
 from stepfuse.engine.adapters.patch import NAME
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
