@@ -35,9 +35,11 @@ def check_also(obj: Any, also: Any) -> tuple[str, ...]:
     """
     found = {name for name, part in vars(obj).items() if isinstance(part, nn.Module)}
     others = sorted(found - denoisers(obj).keys())
-    if others or not also:
+    if others or not isinstance(also, (tuple, list, set, frozenset)):
         return check_words("also", also, others)
-    raise ValueError(f"also must be empty for what has no other components; got {shown(also)}")
+    if also:
+        raise ValueError(f"also must be empty for what has no other components; got {shown(also)}")
+    return ()
 
 
 def chosen(pipe: Any, also: tuple[str, ...]) -> dict[str, nn.Module]:
