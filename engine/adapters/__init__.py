@@ -78,13 +78,29 @@ def explain(obj: Any) -> str:
 
 def _adapter(obj: Any) -> ModuleType:
     """The module that takes this object; TypeError with what all of them take."""
+    found = _find(obj)
+    if found is None:
+        parts = [name for name, part in _held(obj).items() if _find(part) is not None]
+        helps = [f"; accelerate(obj.{name}) would do" for name in parts[:1]]
+        supported = "; ".join(_supported())
+        raise TypeError(f"cannot accelerate {class_name(obj)}; supported: {supported}{''.join(helps)}")
+    return found
+
+
+def _find(obj: Any) -> ModuleType | None:
     for name, library in _LIBRARIES.items():
         # an object of a library exists only where the library was imported
         if library is None or library in sys.modules:
             adapter = _module(name)
             if adapter.supports(obj):
                 return adapter
-    raise TypeError(f"cannot accelerate {class_name(obj)}; supported: {'; '.join(_supported())}")
+    return None
+
+
+def _held(obj: Any) -> dict[str, Any]:
+    """The attributes of an object by name, with the submodules of a module."""
+    held = getattr(obj, "__dict__", {})
+    return {**held, **held["_modules"]} if isinstance(held.get("_modules"), dict) else dict(held)
 
 
 def _supported() -> Iterator[str]:

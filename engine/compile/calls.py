@@ -59,12 +59,14 @@ def is_number(value: Any) -> bool:
 
 
 def as_declared(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, x and the timestep by position, whatever they were given by."""
-    if len(args) < 2 and kwargs and "forward" not in vars(model):
+    """The same arguments, the first ``count`` (x and the timestep) by position, whatever they were
+    given by.
+    """
+    if len(args) < count and kwargs and "forward" not in vars(model):
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        declared = list(inspect.signature(type(model).forward).parameters.values())[1:3]
+        declared = list(inspect.signature(type(model).forward).parameters.values())[1 : 1 + count]
         for parameter in declared[len(args) :]:
             if parameter.kind is not by_position or parameter.name not in kwargs:
                 break

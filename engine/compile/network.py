@@ -46,6 +46,7 @@ class Settings:
     passes: tuple[Pass, ...] = PASSES
     without: tuple[str, ...] = ()
     weights: Holding = "kept"
+    has_timestep: bool = True
 
 
 class CompiledNetwork:
@@ -71,7 +72,7 @@ class CompiledNetwork:
         careful: bool = False,
     ) -> None:
         self.workspace = workspace or Workspace()
-        traced = trace(model, args, kwargs)
+        traced = trace(model, args, kwargs, settings.has_timestep)
         with reading([*model.parameters(), *model.buffers()]):
             self.reports = _rewritten(traced, settings, left_out, careful)
         self.out_spec = traced.out_spec

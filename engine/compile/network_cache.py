@@ -105,9 +105,10 @@ class NetworkCache:
         """What these arguments are like, what runs for them, compiled where nothing does, and the
         leaves to give it.
         """
-        args, kwargs = calls.as_declared(self.model, args, kwargs)
+        timed = self.settings.has_timestep
+        args, kwargs = calls.as_declared(self.model, args, kwargs, 2 if timed else 1)
         leaves, spec = calls.flatten(args, kwargs)
-        number = args[1] if len(args) > 1 and calls.is_number(args[1]) else None
+        number = args[1] if timed and len(args) > 1 and calls.is_number(args[1]) else None
         described = tuple(calls.key(leaf) for leaf in leaves)
         if number is not None:
             described = (described[0], (f"timestep, {type(number).__name__}", None), *described[2:])
@@ -237,7 +238,7 @@ class NetworkCache:
         elif any(map(calls.is_of_any_value, described)):
             reason, leaves = "an argument changes again and again", calls.flatten(args, kwargs)[0]
             network = without_graph(self.model, args, kwargs, settings.dtype, leaves, reason)
-        elif len(args) > 1 and calls.is_number(args[1]):
+        elif settings.has_timestep and len(args) > 1 and calls.is_number(args[1]):
             network = numbered(self.model, args, kwargs, settings, self.workspace)
         else:
             network = compiled(self.model, args, kwargs, settings, self.workspace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -14,6 +14,7 @@ from stepfuse.engine.compile.compiled import Compiled
 from stepfuse.engine.compile.graph import Pass, PassReport
 from stepfuse.engine.compile.held_memory import held_memory
 from stepfuse.engine.compile.listening import Ran, tell
+from stepfuse.engine.compile.method import as_module
 from stepfuse.engine.compile.network import Settings
 from stepfuse.engine.compile.network_cache import RESTLESS, NetworkCache
 from stepfuse.engine.compile.numbered import Numbered
@@ -23,12 +24,11 @@ from stepfuse.engine.compile.weights.watched import Holding
 from stepfuse.kernels.arguments import (
     as_call,
     as_integers,
-    check_kind,
     check_literal,
     check_precision,
     check_words,
 )
-from stepfuse.kernels.checks import as_integer, received, shown
+from stepfuse.kernels.checks import as_integer, check_flag, received, shown
 
 _NOTHING = "nothing compiled yet"
 
@@ -38,7 +38,7 @@ class WeightsChanged(RuntimeError):
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     example_inputs: Sequence[Any],
     dtype: torch.dtype | None = None,
     *,
@@ -48,6 +48,7 @@ def optimize(
     max_networks: int = 8,
     weights: Holding = "parked",
     graph: GraphMode | None = "auto",
+    has_timestep: bool = True,
 ) -> Optimized:
     """Compile ``model(x, t, **condition)`` for inference: same arguments, same result, faster.
 
@@ -57,11 +58,16 @@ def optimize(
         fast(x, t).sample                # as unet(x, t).sample
         print(fast.explain())            # what was fused, and why not the rest
 
+    A model without a timestep is compiled as well, and so is a method:
+
+        decode = optimize(vae.decode, (latents,))                     # decode(latents).sample
+        encode = optimize(text_encoder, (tokens,))                    # tokens int [N, L]
+
     Args:
-        model: an nn.Module; neither it nor the values of its weights are changed (where they are:
-            see ``weights``), and its dropout is off here.
-        example_inputs: (x, t, ...) as the model takes them, x [N, C, H, W], t [N]; a dict at the
-            end holds keyword arguments. Compiled for these shapes now, for others when they come.
+        model: an nn.Module, or a method of one; neither it nor the values of its weights are
+            changed (where they are: see ``weights``), and its dropout is off here.
+        example_inputs: (x, t, ...) as the model takes them, x [N, ...], t [N]; a dict at the end
+            holds keyword arguments. Compiled for these shapes now, for others when they come.
         dtype: torch.bfloat16 (or float16) for convolutions, linear layers and attention; inputs and
             outputs keep the model's own dtype. What does not run in it on this machine is left in
             float32, as `Optimized.explain` tells. None computes in the model's dtype.
@@ -97,6 +103,9 @@ def optimize(
             random numbers or writes to a weight, and a call whose operators somebody else records,
             run operator by operator; `Optimized.explain` tells. None captures nothing. On the CPU
             nothing is captured.
+        has_timestep: whether the second argument, where there is one, is the timestep: [N], a
+            tensor without dimensions or a number. False for a model that has none: what follows x
+            there is an argument like any other, and ``timesteps`` must be empty.
 
     The values of the model stay bitwise what they are, whatever happens, and a mirror of it is
     traced. Strides that were changed are put back where compiling fails. A change of its
@@ -108,7 +117,7 @@ def optimize(
     raises for them. A pass that fails is left out and named; a model that cannot be traced has its
     GroupNorms exchanged instead, and `Optimized.explain` says why.
     """
-    check_kind("model", model, nn.Module, "an nn.Module")
+    module = as_module("model", model)
     check_precision("dtype", dtype)
     passes = as_passes(passes)
     if not passes and isinstance(without, (tuple, list)) and without:
@@ -120,8 +129,11 @@ def optimize(
     max_networks = as_integer("max_networks", max_networks)
     if max_networks < 1:
         raise ValueError(f"max_networks must be at least 1; got {max_networks}")
+    check_flag("has_timestep", has_timestep)
     lower = None if dtype is torch.float32 else dtype
-    fast = Optimized(model, lower, without, max_networks, weights, (), passes, graph)
+    fast = Optimized(
+        module, lower, without, max_networks, weights, (), passes, graph, bool(has_timestep)
+    )
     args, kwargs = as_call("example_inputs", example_inputs)
     fast.prepare(timesteps)
     fast.compile(*args, **kwargs)
@@ -145,18 +157,22 @@ class Optimized(nn.Module):
         ignored: Collection[str] = (),
         passes: Sequence[Pass] = PASSES,
         graph: GraphMode | None = "auto",
+        has_timestep: bool = True,
     ) -> None:
         super().__init__()
         self.original = model
         self.weights, self.passes, self.graph = weights, tuple(passes), graph
         self.dtype, self.without, self.max_networks = dtype, tuple(without), max_networks
         self.timesteps: list[int] = []
+        self.has_timestep = has_timestep
         self._never_counts = frozenset(ignored)  # paths of `PythonState`
         self._forget()
 
     def _forget(self) -> None:
         """Nothing is compiled, and nothing is known of the model."""
-        settings = Settings(self.dtype, self.passes, self.without, self.weights)
+        settings = Settings(
+            self.dtype, self.passes, self.without, self.weights, self.has_timestep
+        )
         self._cache = NetworkCache(
             self.original, settings, self.max_networks, self.timesteps, self._never_counts
         )
@@ -213,6 +229,8 @@ class Optimized(nn.Module):
         wanted = as_integers("timesteps", timesteps, "a list of indices", ordered=False)
         if wanted and min(wanted) < 0:
             raise ValueError(f"timesteps must be at least 0; got {min(wanted)}")
+        if wanted and not self.has_timestep:
+            raise ValueError(f"timesteps must be empty with has_timestep=False; got {wanted[:20]}")
         with self._cache.changing():
             for network in self.networks:
                 network.prepare(wanted)

@@ -159,7 +159,9 @@ class WithoutGraph:
         self.reports = [report]
 
     def _lowered(self, leaves: Sequence[Any], run: Callable[..., Any]) -> Any:
-        """``run`` under autocast, the result in the dtype of x."""
+        """``run`` under autocast, the result in the dtype of x, that of the weights where x has
+        integers.
+        """
         args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         if self._dtype is None:
             return run(*args, **kwargs)
@@ -171,8 +173,9 @@ class WithoutGraph:
             result = run(*args, **kwargs)  # what is wrong without it too is the model's
             self._stay_in_float32(f"{type(error).__name__} in {self._dtype}")
             return result
+        dtype = x.dtype if x.is_floating_point() else _dtype(self._source)
         return pytree.tree_map(
-            lambda v: v.to(x.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
+            lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v,
             result,
         )
 
@@ -231,6 +234,11 @@ def without_graph(
             raise own from None  # the model's own error, without what was tried
         network.run_alone(f"{type(error).__name__}: {error}")
     return network
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    found = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 class _Mirror(Mirror):

@@ -11,12 +11,13 @@ The schedulers need diffusers and are imported when they are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from stepfuse.engine.adapters.diffusers import pipelines, unet
+from stepfuse.engine.adapters.diffusers import components, denoiser, pipelines
 from stepfuse.engine.adapters.patch import class_name
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ __all__ = [
     "supports",
 ]
 
-SUPPORTED: tuple[str, ...] = tuple(
-    f"diffusers.{name}" for name in (*pipelines.CLASSES, *unet.CLASSES)
-)
+SUPPORTED: tuple[str, ...] = (denoiser.SUPPORTED, pipelines.SUPPORTED)
 _HOMES = {
     "DDIMInverseScheduler": "ddim_inverse",
     "DDIMScheduler": "ddim",
@@ -47,8 +46,8 @@ Object = TypeVar("Object")
 
 
 def supports(obj: Any) -> bool:
-    """Whether ``obj`` is one of `SUPPORTED`, or of a class derived from one."""
-    return pipelines.is_pipeline(obj) or unet.is_unet(obj)
+    """Whether ``obj`` is one of `SUPPORTED`."""
+    return pipelines.is_pipeline(obj) or denoiser.is_denoiser(obj)
 
 
 def accelerate(
@@ -57,34 +56,44 @@ def accelerate(
     optimize: bool = True,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    also: Collection[str] = (),
 ) -> Object:
-    """Make a pipeline or a U-Net of diffusers fast, in place, and return it.
+    """Make a pipeline or a model of diffusers fast, in place, and return it.
 
     A pipeline's scheduler, where it is a DDIM, DDPM or inverse DDIM one, is exchanged for ours of
-    the same name, configuration and timesteps; its loop stays its own. The forward of the U-Net
-    runs networks that are compiled when a shape is first met. Nothing else changes: neither module
-    nor weights, nor what ``save_pretrained`` writes. Called again, the last options hold.
+    the same name, configuration and timesteps; its loop stays its own. The forward of every
+    denoiser (U-Net, transformer, ControlNet) runs networks that are compiled when a shape is first
+    met. Nothing else changes: neither module nor weights, nor what ``save_pretrained`` writes.
+    Called again, the last options hold.
 
     Args:
         obj: one of `SUPPORTED`.
-        optimize: compile the U-Net.
-        dtype: torch.bfloat16 (or float16) for the products inside the U-Net; its inputs and outputs
-            keep their dtype. None computes in the dtype of its weights.
+        optimize: compile the denoisers.
+        dtype: torch.bfloat16 (or float16) for the products inside them; inputs and outputs keep
+            their dtype. None computes in the dtype of the weights.
         strict: reproduce diffusers where it errs. False does what is right, see the schedulers.
+        also: names of components of a pipeline to be compiled beside its denoisers: "vae" (its
+            encoder and decoder), "text_encoder", ...
+
+    Warns (UserWarning) of a denoiser that is left alone, and once for each reason for which a call
+    ran the original forward; both say what would help.
 
     Raises TypeError or ValueError for an object or an option that cannot be taken, before anything
     is changed.
     """
     pipelines.check_options(optimize, dtype, strict)
     precision = None if dtype is torch.float32 else dtype
-    if pipelines.is_pipeline(obj):
-        pipelines.accelerate(obj, optimize, precision, strict)
-    elif unet.is_unet(obj):
-        if not optimize:
-            raise ValueError("optimize=False leaves nothing to accelerate in a U-Net alone")
-        unet.install(obj, precision)  # type: ignore[arg-type]
-    else:
+    if not supports(obj):
         raise TypeError(_unknown(obj))
+    names = components.check_also(obj, also)
+    if names and not optimize:
+        raise ValueError(f"also={list(names)} asks for compiled networks; it needs optimize=True")
+    if pipelines.is_pipeline(obj):
+        pipelines.accelerate(obj, optimize, precision, strict, names)
+    elif optimize:
+        denoiser.install(obj, precision)  # type: ignore[arg-type]
+    else:
+        raise ValueError("optimize=False leaves nothing to accelerate in a model alone")
     return obj
 
 
@@ -92,12 +101,12 @@ def restore(obj: Object) -> Object:
     """Undo `accelerate` and return the object, with the scheduler it had and no attribute left.
 
     One that was not accelerated stays as it is. Raises RuntimeError where another library has put
-    its hooks over the U-Net's forward since.
+    its hooks over the forward of a model since.
     """
     if pipelines.is_pipeline(obj):
         pipelines.restore(obj)
-    elif unet.is_unet(obj):
-        unet.remove(obj)  # type: ignore[arg-type]
+    elif denoiser.is_denoiser(obj):
+        denoiser.remove(obj)  # type: ignore[arg-type]
     else:
         raise TypeError(_unknown(obj))
     return obj
@@ -107,9 +116,9 @@ def explain(obj: Any) -> str:
     """What was exchanged and compiled, and what runs as it did and why."""
     if pipelines.is_pipeline(obj):
         return pipelines.explain(obj)
-    if not unet.is_unet(obj):
+    if not denoiser.is_denoiser(obj):
         raise TypeError(_unknown(obj))
-    forward = unet.forward_of(obj)
+    forward = denoiser.forward_of(obj)
     return "not accelerated" if forward is None else forward.explain()
 
 

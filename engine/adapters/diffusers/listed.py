@@ -44,7 +44,11 @@ class Listed:
         self._pipes.add(pipe)
 
     def values(self, t: Tensor) -> list[int] | None:
-        """The timestep at t alone, where that is an entry of a list; None where it is not."""
+        """The timestep at t, where that is an entry of a list, also one that was expanded to all
+        samples; None where it is not.
+        """
+        if t.dim() == 1 and len(t) > 1 and t.stride(0) == 0:
+            t = t[:1]
         for listed in self._lists():
             at = place_in(t, listed) if t.device == listed.device else None
             if at is not None:

@@ -1,31 +1,26 @@
-"""diffusers' pipelines: their scheduler exchanged for ours, their U-Net given another forward.
+"""diffusers' pipelines: their scheduler exchanged for ours, their denoisers given another forward.
 
 The loop stays the pipeline's own, so that its callbacks, generators, progress bar and outputs do.
+Nothing depends on which pipeline it is, but on what it holds: every component whose forward takes a
+timestep is a denoiser (`stepfuse.engine.adapters.diffusers.denoiser`), whatever its name.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-import stepfuse.engine.adapters.diffusers.unet as unets
+import stepfuse.engine.adapters.diffusers.components as components
+import stepfuse.engine.adapters.diffusers.denoiser as denoiser
 from stepfuse.engine.adapters.patch import NAME
 from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
-CLASSES = (
-    "DDPMPipeline",
-    "DDIMPipeline",
-    "LDMPipeline",
-    "LDMSuperResolutionPipeline",
-    "LDMTextToImagePipeline",
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-)
+SUPPORTED = "pipelines of diffusers with such a model, its `unet` or `transformer` mostly"
 _SCHEDULERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -39,14 +34,22 @@ class Changes:
     def __init__(self) -> None:
         self.theirs: Any = None  # the scheduler that was there
         self.ours: Any = None
-        self.unet: nn.Module | None = None  # whose forward was exchanged by this pipeline
+        self.models: dict[str, nn.Module] = {}  # whose forward was exchanged by this pipeline
+        self.also: tuple[str, ...] = ()  # components beside the denoisers
         self.notes: dict[str, str] = {}  # part -> why it was left alone
 
 
 def is_pipeline(obj: Any) -> bool:
-    """Whether ``obj`` is one of `CLASSES`, found without importing diffusers."""
+    """Whether ``obj`` is a pipeline of diffusers with a denoiser, found without importing diffusers
+
+    One whose ``unet`` or ``transformer`` cannot be taken is one, too, which says why.
+    """
+    return _is_of_diffusers(obj) and (bool(components.denoisers(obj)) or changes_of(obj) is not None)
+
+
+def _is_of_diffusers(obj: Any) -> bool:
     return any(
-        kind.__name__ in CLASSES and kind.__module__.partition(".")[0] == "diffusers"
+        kind.__name__ == "DiffusionPipeline" and kind.__module__.partition(".")[0] == "diffusers"
         for kind in type(obj).__mro__
     )
 
@@ -63,27 +66,40 @@ def check_options(optimize: Any, dtype: Any, strict: Any) -> None:
     check_flag("strict", strict)
     check_precision("dtype", dtype)
     if dtype is not None and not optimize:
-        raise ValueError(f"dtype={dtype} is that of the compiled U-Net; it needs optimize=True")
+        raise ValueError(f"dtype={dtype} is that of compiled networks; it needs optimize=True")
 
 
-def accelerate(pipe: Any, optimize: bool, dtype: torch.dtype | None, strict: bool) -> None:
-    """Exchange what can be; a pipeline that was accelerated before gets these options."""
+def accelerate(
+    pipe: Any, optimize: bool, dtype: torch.dtype | None, strict: bool, also: tuple[str, ...]
+) -> None:
+    """Exchange what can be; a pipeline that was accelerated before gets these options.
+
+    Warns of every model that stays as it is although it was to be compiled.
+    """
     changes = changes_of(pipe) or Changes()
+    changes.also = also
     _exchange_scheduler(pipe, changes, strict)
-    _exchange_forward(pipe, changes, optimize, dtype)
+    _exchange_forwards(pipe, changes, optimize, dtype)
     vars(pipe)[NAME] = changes
+    for name in components.chosen(pipe, also) if optimize else ():
+        if name in changes.notes:
+            what = f"the {name} of {type(pipe).__name__} is left alone and runs as it is"
+            warnings.warn(f"stepfuse: {what}: {changes.notes[name]}", stacklevel=4)
 
 
 def restore(pipe: Any) -> None:
     """Put back what was there, the same objects.
 
-    What the user exchanged since stays: a scheduler or a U-Net assigned after `accelerate`.
-    Raises RuntimeError where somebody hides the forward.
+    What the user exchanged since stays: a scheduler or a model assigned after `accelerate`.
+    Raises RuntimeError where somebody hides a forward, before anything is changed.
     """
     changes = changes_of(pipe)
     if changes is None:
         return
-    _release(changes)
+    for model in changes.models.values():
+        denoiser.check_removable(model)
+    for name in list(changes.models):
+        _release(changes, name)
     if changes.ours is not None and pipe.scheduler is changes.ours:
         vars(pipe)["scheduler"] = changes.theirs
     del vars(pipe)[NAME]
@@ -98,18 +114,19 @@ def explain(pipe: Any) -> str:
     if changes.ours is not None and pipe.scheduler is changes.ours:
         how = "" if changes.ours.strict else ", strict=False"
         lines.append(f"scheduler              {type(changes.ours).__name__} by denoise_step{how}")
-    elif "scheduler" in changes.notes and not _is_ours(pipe.scheduler):
-        lines.append(f"scheduler              left alone: {_left_alone(pipe.scheduler)}")
-    forward = unets.forward_of(pipe.unet) if isinstance(pipe.unet, nn.Module) else None
-    if forward is not None:
-        lines.append(forward.explain())
-    elif "unet" in changes.notes:
-        lines.append(f"unet                   left alone: {changes.notes['unet']}")
+    elif "scheduler" in changes.notes and not _is_ours(_scheduler(pipe)):
+        lines.append(f"scheduler              left alone: {_left_alone(_scheduler(pipe))}")
+    for name, model in components.chosen(pipe, changes.also).items():
+        forward = denoiser.forward_of(model)
+        if forward is not None:
+            lines += [f"{name:<22} {type(model).__name__}", forward.explain()]
+        elif name in changes.notes:
+            lines.append(f"{name:<22} left alone: {changes.notes[name]}")
     return "\n".join(lines)
 
 
 def _exchange_scheduler(pipe: Any, changes: Changes, strict: bool) -> None:
-    current = pipe.scheduler
+    current = _scheduler(pipe)
     if _is_ours(current):
         current.strict = strict
         return
@@ -128,27 +145,38 @@ def _exchange_scheduler(pipe: Any, changes: Changes, strict: bool) -> None:
     vars(pipe)["scheduler"] = ours
 
 
-def _exchange_forward(
+def _exchange_forwards(
     pipe: Any, changes: Changes, optimize: bool, dtype: torch.dtype | None
 ) -> None:
-    changes.notes.pop("unet", None)
-    if changes.unet is not None and (not optimize or changes.unet is not pipe.unet):
-        _release(changes)
-    reason = unets.obstacle(pipe.unet) if optimize else "optimize=False"
-    if reason is not None:
-        changes.notes["unet"] = reason
-        return
-    had = unets.forward_of(pipe.unet) is not None
-    unets.install(pipe.unet, dtype).listed.add(pipe)
-    if not had:
-        changes.unet = pipe.unet
+    models = components.chosen(pipe, changes.also)
+    for name in list(changes.models):
+        if not optimize or changes.models[name] is not models.get(name):
+            _release(changes, name)
+    for name, model in models.items():
+        changes.notes.pop(name, None)
+        reason = None if optimize else "optimize=False"
+        if reason is None and name in components.USUAL:
+            reason = denoiser.why_no_denoiser(model)
+        reason = reason or denoiser.obstacle(model)
+        if reason is not None:
+            changes.notes[name] = reason
+            continue
+        had = denoiser.forward_of(model) is not None
+        denoiser.install(model, dtype).listed.add(pipe)
+        if not had:
+            changes.models[name] = model
 
 
-def _release(changes: Changes) -> None:
-    """Take away the forward that this pipeline gave, unless somebody restored the U-Net itself."""
-    if changes.unet is not None and not unets.is_plain(changes.unet):
-        unets.remove(changes.unet)
-    changes.unet = None
+def _release(changes: Changes, name: str) -> None:
+    """Take away the forward that this pipeline gave, unless somebody restored the model itself."""
+    model = changes.models[name]
+    if not denoiser.is_plain(model):
+        denoiser.remove(model)
+    del changes.models[name]
+
+
+def _scheduler(pipe: Any) -> Any:
+    return getattr(pipe, "scheduler", None)
 
 
 def _is_ours(scheduler: Any) -> bool:

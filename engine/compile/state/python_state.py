@@ -132,7 +132,7 @@ class PythonState:
         for (path, held, names), before in zip(self._places, self._values, strict=True):
             olds = before if len(names) > 1 else (before,)
             for name, old in zip(names, olds, strict=True):
-                if not _equal(held.get(name, NOTHING), old):
+                if not _equal(_entry(held, name), old):
                     yield f"{path}.{name}"
         for path, held, name, value in self._same:
             if _entry(held, name) is not value:

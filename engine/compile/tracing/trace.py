@@ -62,8 +62,11 @@ class Traced:
     written: frozenset[str] = frozenset()
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """The graph of ``model(*args, **kwargs)`` in evaluation mode, for exactly these shapes.
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_timestep: bool = True
+) -> Traced:
+    """The graph of ``model(*args, **kwargs)`` in evaluation mode, for exactly these shapes; the
+    second of ``args`` is the timestep, where it ``has_timestep``.
 
     Raises `CannotTrace` for control flow that depends on values, for buffers the forward changes
     and whatever else torch.export refuses.
@@ -77,7 +80,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         shared = [tensor for _, tensor in reachable.reach.tensors]  # by mirrors
         try:
             with kept(shared):
-                return _traced(model, args, kwargs)
+                traced = _traced(model, args, kwargs)
         except CannotMirror as error:
             raise CannotTrace(str(error), alone=True) from error
         except ChangesItself as error:
@@ -85,13 +88,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         finally:
             reachable.forget_fakes()
             sources.put_back()
+    if has_timestep and len(args) > 1 and is_tensor(traced.inputs[1]):
+        traced.time = traced.inputs[1]
+    return traced
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     recorded = record(evaluating(mirrored(model)), args, kwargs)
     if recorded is not None:
         gm, inputs, out_spec, written = recorded
-        return Traced(gm, inputs, {}, out_spec, _time(inputs, args), written)
+        return Traced(gm, inputs, {}, out_spec, None, written)
     written = written_by(evaluating(mirrored(model)), args, kwargs)
     twin = evaluating(mirrored(model))
     try:
@@ -107,7 +113,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if output.kind is not OutputKind.USER_OUTPUT:
             what = "its argument " if output.kind is OutputKind.USER_INPUT_MUTATION else ""
             raise CannotTrace(f"forward writes to {what}{output.target!r}")
-    return _with_named_weights(program, args, written)
+    return _with_named_weights(program, written)
 
 
 def evaluating(model: nn.Module) -> nn.Module:
@@ -122,9 +128,7 @@ def _mutates(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _with_named_weights(
-    program: ExportedProgram, args: tuple[Any, ...], written: frozenset[str]
-) -> Traced:
+def _with_named_weights(program: ExportedProgram, written: frozenset[str]) -> Traced:
     gm = program.graph_module
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     inputs: list[Node] = []
@@ -147,10 +151,5 @@ def _with_named_weights(
             raise CannotTrace(f"the graph reads {spec.target!r}, which is not a tensor")
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Traced(gm, inputs, constants, out_spec, _time(inputs, args), written)
+    return Traced(gm, inputs, constants, out_spec, None, written)
 
-
-def _time(inputs: list[Node], args: tuple[Any, ...]) -> Node | None:
-    """The model contract: the second positional argument is the timestep."""
-    second = inputs[1] if len(args) >= 2 else None
-    return second if second is not None and is_tensor(second) else None

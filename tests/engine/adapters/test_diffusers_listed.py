@@ -14,8 +14,9 @@ from tests.engine.adapters.diffusers_models import build, least_unet2d, noise
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers import accelerate, explain
+from stepfuse.engine.adapters.diffusers.denoiser import forward_of
+from stepfuse.engine.adapters.diffusers.forward import Forward
 from stepfuse.engine.adapters.diffusers.listed import Listed
-from stepfuse.engine.adapters.diffusers.unet import Forward, forward_of
 
 
 class Pipe:
@@ -41,6 +42,8 @@ def test_an_entry_of_a_list_is_known_by_its_address() -> None:
     assert found.values(pipes[0].scheduler.timesteps[1:][0]) == [500]
     assert found.values(torch.tensor(500)) is None
     assert found.values(pipes[0].scheduler.timesteps) is None
+    assert found.values(pipes[0].scheduler.timesteps[1].expand(4)) == [500]
+    assert found.values(torch.tensor(500).expand(4)) is None
 
 
 def test_new_lists_and_lists_that_were_written_to_are_read_again() -> None:

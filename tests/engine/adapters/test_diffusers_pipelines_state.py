@@ -96,16 +96,15 @@ def test_wrong_options_change_nothing(pipe: Any) -> None:
     assert (dict(vars(pipe)), dict(vars(pipe.unet))) == held
 
 
-def test_other_pipelines_are_refused() -> None:
+def test_pipelines_without_a_denoiser_are_refused() -> None:
     from diffusers import DiffusionPipeline
 
     class Another(DiffusionPipeline):  # type: ignore[misc]
         pass
 
-    with pytest.raises(TypeError, match=r"Another; supported: diffusers.DDPMPipeline.*UNet2DModel"):
-        accelerate(Another())
-    with pytest.raises(TypeError, match=r"Another; supported:"):
-        restore(Another())
+    for change in (accelerate, restore, explain):
+        with pytest.raises(TypeError, match=r"Another; supported: models of diffusers .*pipelines"):
+            change(Another())
 
 
 def test_strict_false_takes_the_next_timestep(pipe: Any) -> None:
@@ -241,7 +240,8 @@ def test_hooks_of_accelerate(pipe: Any) -> None:
     pipe.remove_all_hooks()
     restore(pipe)
     hooks.add_hook_to_module(pipe.unet, hooks.ModelHook())
-    accelerate(pipe)
+    with pytest.warns(UserWarning, match=r"the unet of DDIMPipeline .*replaced.*take that away"):
+        accelerate(pipe)
     assert "its forward was replaced already" in explain(pipe)
     assert psnr(call(pipe), before) > SAME
     restore(pipe)
@@ -254,12 +254,39 @@ def test_hooks_of_accelerate(pipe: Any) -> None:
     assert vars(pipe.unet).get("forward") == left
 
 
-def test_a_compiled_unet_is_left_alone(pipe: Any) -> None:
-    pipe.unet = torch.compile(pipe.unet)
-    accelerate(pipe)
-    assert "OptimizedModule is none of" in explain(pipe)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_unet_is_left_alone(in_place: bool, pipe: Any) -> None:
+    if in_place:
+        pipe.unet.compile()
+    else:
+        pipe.unet = torch.compile(pipe.unet)
+    with pytest.warns(UserWarning, match=r"the unet .* left alone.*accelerate the model without"):
+        accelerate(pipe)
+    assert "was given to torch.compile" in explain(pipe)
     assert ours(pipe)
     restore(pipe)
+
+
+def test_a_unet_of_another_library_is_left_alone(pipe: Any) -> None:
+    class Another(torch.nn.Module):
+        dtype, config = torch.float32, pipe.unet.config
+
+        def forward(self, x: Any, t: Any) -> Any:
+            return pipe.unet(x, t)
+
+    pipe.unet = Another()
+    with pytest.warns(UserWarning, match="Another is no model of diffusers.*stepfuse.optimize"):
+        accelerate(pipe)
+    restore(pipe)
+
+
+def test_an_object_around_it_is_refused_with_what_would_help(pipe: Any) -> None:
+    class Wrapper:
+        def __init__(self) -> None:
+            self.inner, self.steps = pipe, 4
+
+    with pytest.raises(TypeError, match=r"Wrapper; .*; accelerate\(obj.inner\) would do"):
+        sf.accelerate(Wrapper())
 
 
 def test_explain_names_what_was_done(pipe: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.engine.adapters.diffusers_models import least_unet2d, noise
 from tests.engine.compile.networks import distance
 
-from stepfuse.engine.adapters.diffusers import accelerate, restore, unet
+from stepfuse.engine.adapters.diffusers import accelerate, forward, restore
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.compile.pass_order import PASSES
 from stepfuse.engine.compile.passes import channels_last
@@ -27,7 +27,7 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """Builds accelerated U-Nets that turn their filters, as those on CUDA do."""
     passes = [pass_ for pass_ in PASSES if pass_.__name__ not in PACKING]
     monkeypatch.setattr(channels_last, "turns_filters", lambda device: True)
-    monkeypatch.setattr(unet, "Optimized", functools.partial(Optimized, passes=passes))
+    monkeypatch.setattr(forward, "Optimized", functools.partial(Optimized, passes=passes))
 
     def build() -> Any:
         torch.manual_seed(0)

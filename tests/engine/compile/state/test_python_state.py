@@ -187,6 +187,29 @@ def test_what_lies_outside_the_model_counts(name: str, monkeypatch: pytest.Monke
     assert torch.allclose(fast(*given), after, atol=1e-5)
 
 
+class WithoutDefault(dict[str, float]):
+    """A dict whose ``get`` takes a name alone, as the registry of transformers' models does."""
+
+    def get(self, name: str) -> float | None:  # type: ignore[override]
+        return dict.get(self, name)
+
+
+def test_a_dict_with_a_get_of_its_own() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings = WithoutDefault(gain=1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.settings["gain"]
+
+    model = Model()
+    state = PythonState({"model": model})
+    assert not list(state.changes())
+    model.settings["gain"] = 2.0
+    assert list(state.changes()) == ["model.settings.gain"]
+
+
 @torch.no_grad()
 def test_a_weight_that_is_gone_is_named_and_then_left_out() -> None:
     model, given = model_with_everything(), inputs()
