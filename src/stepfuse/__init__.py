@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from stepfuse.engine.generate.job import open_job
     from stepfuse.engine.generate.work import run_shard, todo
     from stepfuse.engine.networks.checkpoint import Checkpoint, load
+    from stepfuse.engine.sampling.bound.api import bits_per_dim
+    from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
     from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
     from stepfuse.engine.sampling.guidance.protocol import Guidance, Outputs
@@ -33,6 +35,7 @@ __all__ = [
     "CFG",
     "PASSES",
     "BackendUnavailable",
+    "Bound",
     "Checkpoint",
     "ClassifierGuidance",
     "Guidance",
@@ -42,6 +45,7 @@ __all__ = [
     "Outputs",
     "PassContext",
     "PassReport",
+    "RateDistortion",
     "Sampler",
     "Schedule",
     "Step",
@@ -50,6 +54,7 @@ __all__ = [
     "WeightsReleased",
     "__version__",
     "accelerate",
+    "bits_per_dim",
     "export",
     "generate",
     "interpolate",
@@ -72,6 +77,8 @@ _HOMES = {
     "engine.networks.checkpoint": ("Checkpoint", "load"),
     "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
+    "engine.sampling.bound.api": ("bits_per_dim",),
+    "engine.sampling.bound.result": ("Bound", "RateDistortion"),
     "engine.sampling.guidance.cfg": ("CFG",),
     "engine.sampling.guidance.classifier": ("ClassifierGuidance",),
     "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),

@@ -22,6 +22,10 @@ _LOOP = "called by the sampler in its loop, with tensors of its own, and recorde
 _MODEL = "its arguments are those of the user's model, whose errors are its own"
 
 LEFT_OUT = {
+    "Bound": _RECORD,
+    "Bound.rate_distortion": "it has no arguments",
+    "Bound.standard_error": "it has no arguments",
+    "RateDistortion": _RECORD,
     "group_norm_silu.least_eps": "asked by a pass over a graph, with the dtype of a node",
     "Step": _RECORD,
     "Step.of": "made by the sampler",
