@@ -54,7 +54,7 @@ class Recipe:
         """
         settings = {
             "method": self.method,
-            "steps": _number(self.steps),
+            "steps": number_or_words(self.steps),
             "spacing": self.spacing,
             "eta": self.eta,
             "prediction_type": prediction_type,
@@ -89,7 +89,7 @@ def compiled_for(word: str) -> bool | torch.dtype:
     return torch.bfloat16 if word == "bfloat16" else word == "float32"
 
 
-def _number(text: str) -> int | str:
+def number_or_words(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:

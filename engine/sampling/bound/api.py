@@ -6,31 +6,18 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, empty
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from stepfuse.engine.sampling.bound.chain import Chain
+from stepfuse.engine.sampling.bound.bounding import Bounding
 from stepfuse.engine.sampling.bound.gaussians import Cdf
-from stepfuse.engine.sampling.bound.program import BoundProgram
-from stepfuse.engine.sampling.bound.result import LEVELS, Bound
-from stepfuse.engine.sampling.bound.walk import Walk
-from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model, optimized
-from stepfuse.engine.sampling.program_cache import GraphMode, check_graph
-from stepfuse.engine.sampling.request import Request, check_images
+from stepfuse.engine.sampling.bound.result import Bound
+from stepfuse.engine.sampling.denoiser import Condition, Model
+from stepfuse.engine.sampling.program_cache import GraphMode
 from stepfuse.engine.sampling.schedule import Schedule
-from stepfuse.engine.sampling.timesteps import check_timesteps
-from stepfuse.engine.sampling.update import (
-    PredictionType,
-    Update,
-    VarianceAtZero,
-    VarianceType,
-)
-from stepfuse.kernels.arguments import check_kind, check_literal, check_values
-from stepfuse.kernels.backends import resolve
-from stepfuse.kernels.checks import as_integer, check_flag
+from stepfuse.engine.sampling.update import PredictionType, VarianceAtZero, VarianceType
+from stepfuse.kernels.checks import check_flag
 
 PLENTY = 20.0  # bits/dim, far more than the 8 that the image has
-_OFF_GRID = 1e-3  # grey levels: float32 is off by 1e-5
 
 
 def bits_per_dim(
@@ -94,104 +81,40 @@ def bits_per_dim(
     >>> b = bits_per_dim(ckpt.model, ckpt.schedule, images, condition={"labels": labels})
     >>> b.total.mean(), b.rate_distortion().rmse
     """
-    check_kind("schedule", schedule, Schedule, "a Schedule, Schedule.linear() say")
     check_flag("progress", progress)
-    check_graph(graph)
-    check_literal("cdf", cdf, Cdf)
-    pairs = as_integer("batch_size", batch_size)
-    if pairs < 1:
-        raise ValueError(f"batch_size must be at least 1; got {pairs}")
-    update = Update(
-        "ddpm",
+    bounding = Bounding(
+        model,
+        schedule,
+        x0,
+        condition=condition,
+        timesteps=timesteps,
         prediction_type=prediction_type,
         variance_type=variance_type,
         variance_at_zero=variance_at_zero,
         clip_sample=clip_sample,
-    )
-    total = schedule.num_train_timesteps
-    steps = range(total - 1, -1, -1) if timesteps is None else timesteps
-    chain = Chain.of(schedule, check_timesteps(steps, total), update)
-    denoiser = Denoiser(optimized(model, optimize, 2))
-    x0 = _eight_bits(x0).to(denoiser.place(device))
-    request = Request(
-        chain.timesteps,
-        schedule.alphas_cumprod,
-        x0.device,
-        x0.dtype,
-        resolve(backend, x0.device, x0.dtype),
-        None,
-        x0.shape,
-        seed,
-        first_index,
-        condition,
+        cdf=cdf,
+        seed=seed,
+        first_index=first_index,
         noise=noise,
+        batch_size=batch_size,
+        backend=backend,
+        graph=graph,
+        optimize=optimize,
+        device=device,
     )
-    denoiser.check_labels(request.condition)
-    walk = Walk(
-        denoiser,
-        chain,
-        schedule.alphas_cumprod,
-        request,
-        x0,
-        pairs,
-        cdf,
-        request.backend,
-        graph,
-    )
-    bound = _bound(walk, chain, x0, progress)
-    mean = float(bound.total.mean())
-    if mean > PLENTY:
-        warnings.warn(_too_much(mean, len(chain.timesteps), variance_type), stacklevel=2)
+    bound = bounding.bound(progress)
+    if (remark := too_much(bound, variance_type)) is not None:
+        warnings.warn(remark, stacklevel=2)
     return bound
 
 
-def _bound(walk: Walk, chain: Chain, x0: Tensor, progress: bool) -> Bound:
-    bits = empty(walk.count, dtype=torch.float64, device=x0.device)
-    x0_mse = empty(walk.count, dtype=torch.float64, device=x0.device)
-
-    with tqdm(total=walk.count, unit=" terms", unit_scale=True, disable=not progress) as bar:
-
-        def take(cut: slice, program: BoundProgram) -> None:
-            count = cut.stop - cut.start
-            bits[cut].copy_(program.bits[:count])
-            x0_mse[cut].copy_(program.x0_mse[:count])
-            bar.update(count)
-
-        walk.run(take)
-    shape = (len(chain.timesteps), len(x0))
-    squares = x0_mse.view(shape).T.cpu().contiguous()
-    return Bound(
-        chain.timesteps,
-        chain.prior(x0).cpu(),
-        bits.view(shape).T.cpu().contiguous(),
-        squares,
-        squares * chain.snr,
-    )
-
-
-def _too_much(mean: float, steps: int, variance_type: str) -> str:
+def too_much(bound: Bound, variance_type: VarianceType) -> str | None:
+    """A remark on a mean above 20 bits/dim; None below."""
+    mean = float(bound.total.mean())
+    if mean <= PLENTY:
+        return None
     remedy = "more timesteps"
     if variance_type == "fixed_small":  # whose terms grow with beta / beta~
         remedy += " or variance_type='fixed_large'"
+    steps = len(bound.timesteps)
     return f"{mean:.4g} bits/dim over {steps} timesteps: {remedy} will give a tighter bound"
-
-
-def _eight_bits(x0: Tensor) -> Tensor:
-    """Images in [-1, 1] of uint8 ones, or of floats that are on their grid."""
-    check_values("x0", x0)
-    if x0.dtype == torch.uint8:
-        x0 = x0.to(torch.float64).div_(LEVELS).sub_(1).to(torch.float32)
-    elif x0.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x0 must be one of uint8, float32, float64; got {x0.dtype}")
-    check_images("x0", x0)
-    x0 = x0.detach()
-    levels = (x0.double() + 1) * LEVELS
-    off = ~((levels - levels.round()).abs() <= _OFF_GRID)  # so written, NaN is off
-    off |= (levels < -_OFF_GRID) | (levels > 2 * LEVELS + _OFF_GRID)
-    if bool(off.any()):
-        raise ValueError(
-            "x0 must hold 8-bit images, u / 127.5 - 1 for whole u in 0 .. 255: the decoder gives "
-            f"probabilities of such levels alone; got {float(x0[off][0]):.6g}, which is "
-            f"u = {float(levels[off][0]):.6g}"
-        )
-    return x0

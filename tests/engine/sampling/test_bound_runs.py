@@ -9,11 +9,12 @@ import denoising_diffusion_pytorch.learned_gaussian_diffusion as lucidrains
 import pytest
 import torch
 from tests.engine.sampling.analytic import Bumpy
-from tests.engine.sampling.guided_bound import calc_bpd_loop
 from torch import Tensor, nn
 
 import stepfuse as sf
-from stepfuse.engine.sampling.bound import api
+from stepfuse.bench.guided_bound import calc_bpd_loop
+from stepfuse.engine.sampling.bound import bounding
+from stepfuse.engine.sampling.bound.bounding import Bounding
 from stepfuse.engine.sampling.bound.chain import Chain
 from stepfuse.engine.sampling.bound.gaussians import discretised_log_likelihood, normal_divergence
 from stepfuse.engine.sampling.bound.walk import Walk
@@ -96,10 +97,10 @@ def test_a_sample_does_not_know_its_batch(
     told: dict[str, Any] = {"seed": 3, "timesteps": SPACED, "variance_type": "learned_range"}
     whole = sf.bits_per_dim(Bumpy("learned_range"), SCHEDULE, x0, graph=None, **told)
 
-    def poisoned(*sizes: Any, **options: Any) -> Tensor:
-        return torch.full(sizes, torch.nan, **options)
+    def poisoned(count: int, **options: Any) -> Tensor:
+        return torch.full((count,), torch.nan, **options)
 
-    monkeypatch.setattr(api, "empty", poisoned)
+    monkeypatch.setattr(bounding, "empty", poisoned)
     found = sf.bits_per_dim(
         Bumpy("learned_range"), SCHEDULE, x0, graph=graph, batch_size=batch_size, **told
     )
@@ -230,6 +231,19 @@ def test_digits_compiled_or_not_and_in_batches() -> None:
     ]
     for other in found[1:]:
         torch.testing.assert_close(other.total, found[0].total, rtol=1e-3, atol=0)
+
+
+def test_the_predictions_are_those_of_the_bound() -> None:
+    """Their errors are x0_mse; after the last step nothing is wrong."""
+    x0 = images(3, 2, 4, 5)
+    asked = Bounding(Bumpy(), SCHEDULE, x0, timesteps=SPACED, batch_size=5)
+    bound, shown = asked.bound(), asked.predictions([6, 0, 7, 3])
+    assert shown.shape == (4, 3, 2, 4, 5)
+    assert torch.equal(shown[2], x0)
+    for k, i in ((0, 6), (1, 0), (3, 3)):
+        errors = (shown[k] - x0).double().square().flatten(1).mean(1)
+        torch.testing.assert_close(errors, bound.x0_mse[:, i], rtol=1e-5, atol=1e-7)
+    assert torch.equal(asked.predictions([7]), x0[None])
 
 
 def test_the_step_after_a_part_of_the_bits() -> None:
