@@ -36,7 +36,7 @@ def test_wrong_bits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(2, dtype=torch.float64)
 
     monkeypatch.setattr(bench_likelihood.Work, "theirs", theirs)
-    monkeypatch.setattr(bench_likelihood, "in_turn", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(bench_likelihood, "Turns", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(AssertionError, match="optimized: bits/dim differ by"):
         bench_likelihood.main(["--rounds", "1"])
 
