@@ -44,6 +44,11 @@ def bound_to(options: LikelihoodOptions) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     checkpoint = load_model(options.model)
+    if checkpoint.normalization is not None:
+        raise ValueError(
+            f"model {options.model!r} works on normalised images, whose levels are not those of "
+            "pixels in [-1, 1]; accepted: a model without a normalization"
+        )
     device = choose_device(options.device)
     draws = options.out is not None and options.out.suffix.lower() != ".json"
     if draws:

@@ -9,6 +9,7 @@ import typer
 
 from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, interruptible
 from stepfuse.engine.cli.likelihood_options import CDFS, LABELS, VARIANCES, LikelihoodOptions
+from stepfuse.engine.cli.usual import SPACINGS
 from stepfuse.engine.files.writing import check_file
 
 EXAMPLES = (
@@ -62,7 +63,7 @@ def likelihood_command(
     spacing: Annotated[
         str,
         typer.Option(
-            metavar="leading|trailing|linspace|quadratic",
+            metavar=SPACINGS,
             help="Which timesteps.",
             rich_help_panel=MEASURED,
         ),

@@ -38,7 +38,7 @@ class Measured:
         settings: how to take the same bound again.
         bound: it.
         parts: of the bits.
-        strip: what was known after them, [len(parts), n, C, H, W]; None where nothing is drawn.
+        strip: what was known after them, [len(parts), n, C, H, W]; None for curves alone.
     """
 
     settings: Mapping[str, Any]
@@ -89,7 +89,7 @@ def write(path: Path, measured: Measured) -> None:
         write_file(path, page(measured).encode())
     else:
         charts = beside([chart.pixels() for chart in measured.charts()])
-        picture = below([charts, strip(measured)])
+        picture = charts if measured.strip is None else below([charts, strip(measured)])
         text = {"stepfuse": json.dumps(dict(measured.settings))}
         write_file(path, encode_png(picture, text))
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from stepfuse.engine.generate.api import generate
     from stepfuse.engine.generate.job import open_job
     from stepfuse.engine.generate.work import run_shard, todo
-    from stepfuse.engine.networks.checkpoint import Checkpoint, load
+    from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
+    from stepfuse.engine.networks.normalization import Normalization
+    from stepfuse.engine.networks.sampling_defaults import SamplingDefaults
     from stepfuse.engine.sampling.bound.api import bits_per_dim
     from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
@@ -40,6 +42,7 @@ __all__ = [
     "ClassifierGuidance",
     "Guidance",
     "Method",
+    "Normalization",
     "OnnxDenoiser",
     "Optimized",
     "Outputs",
@@ -47,6 +50,7 @@ __all__ = [
     "PassReport",
     "RateDistortion",
     "Sampler",
+    "SamplingDefaults",
     "Schedule",
     "Step",
     "TensorRTDenoiser",
@@ -59,6 +63,7 @@ __all__ = [
     "generate",
     "interpolate",
     "load",
+    "models",
     "open_job",
     "optimize",
     "restore",
@@ -74,7 +79,9 @@ _HOMES = {
     "engine.generate.api": ("generate",),
     "engine.generate.job": ("open_job",),
     "engine.generate.work": ("run_shard", "todo"),
-    "engine.networks.checkpoint": ("Checkpoint", "load"),
+    "engine.networks.checkpoint": ("Checkpoint", "load", "models"),
+    "engine.networks.normalization": ("Normalization",),
+    "engine.networks.sampling_defaults": ("SamplingDefaults",),
     "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
     "engine.sampling.bound.api": ("bits_per_dim",),
