@@ -56,7 +56,12 @@ def bound_to(options: LikelihoodOptions) -> None:
     chosen = choose(load_images(options.data, options.background), options, checkpoint)  # type: ignore[arg-type]
     variance = options.variance
     if variance == "auto":
-        variance = "learned_range" if checkpoint.model.config.learned_variance else "fixed_large"
+        variance = "learned_range" if checkpoint.learned_variance else "fixed_large"
+    elif variance.startswith("learned") and not checkpoint.learned_variance:
+        raise ValueError(
+            f"--variance {variance} needs a network whose output has a variance, and model "
+            f"{options.model!r} has none; accepted: auto, fixed_large, fixed_small"
+        )
     timesteps = None
     if options.steps is not None:
         total = checkpoint.schedule.num_train_timesteps

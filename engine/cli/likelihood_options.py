@@ -12,6 +12,7 @@ ENDINGS = (".png", ".json", ".html")
 VARIANCES = ("auto", "fixed_large", "fixed_small", "learned", "learned_range")
 CDFS = ("exact", "tanh")
 LABELS = ("data", "none")
+SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LikelihoodOptions:
             ("--variance", self.variance, VARIANCES),
             ("--cdf", self.cdf, CDFS),
             ("--labels", self.labels, LABELS),
+            ("--spacing", self.spacing, SPACINGS),
         ):
             if word not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {word!r}")

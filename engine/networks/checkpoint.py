@@ -188,8 +188,10 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with _describing(path):
         about = Description.read(metadata, tensors.pop(BETAS))
+        model = build(about.config, tensors)
+        model.follow(about.schedule)
         return Checkpoint(
-            model=build(about.config, tensors),
+            model=model,
             schedule=about.schedule,
             prediction_type=about.prediction_type,
             sample_shape=about.sample_shape,
@@ -292,7 +294,7 @@ def save(
     }
     if normalization is not None:
         info["normalization"] = normalization.to_json()
-    if sampling is not None:
+    if sampling is not None and sampling.to_json():
         info["sampling"] = sampling.to_json()
     write_file(path, serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
 

@@ -42,14 +42,6 @@ class Normalization:
                     "whose pixels are all alike"
                 )
 
-    @classmethod
-    def of(cls, pixels: Tensor) -> Normalization:
-        """That of images [N, C, H, W] in [0, 1], in float64; ValueError for a constant channel."""
-        _check_images("pixels", pixels)
-        channels = pixels.movedim(1, 0).flatten(1).double()
-        std = channels.std(1, correction=0)
-        return cls(tuple(channels.mean(1).tolist()), tuple(std.tolist()))
-
     def decode(self, x: Tensor) -> Tensor:
         """Images in [0, 1] of normalised ones, [N, C, H, W]."""
         mean, std = self._columns("x", x)
@@ -95,8 +87,7 @@ def decoded(x: Tensor, normalization: Normalization | None, channels: int) -> Te
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def _check_images(name: str, x: Tensor, channels: int | None = None) -> None:
+def _check_images(name: str, x: Tensor, channels: int) -> None:
     check_floats(name, x)
-    if x.dim() != 4 or not x.numel() or channels not in (None, x.shape[1]):
-        wanted = "C" if channels is None else channels
-        raise ValueError(f"{name} must be [N, {wanted}, H, W]; got shape {tuple(x.shape)}")
+    if x.dim() != 4 or not x.numel() or channels != x.shape[1]:
+        raise ValueError(f"{name} must be [N, {channels}, H, W]; got shape {tuple(x.shape)}")

@@ -101,7 +101,6 @@ CALLS = {
         },
         named={"mean": ("std",), "std": ("mean",)},
     ),
-    "Normalization.of": lambda: Call(sf.Normalization.of, {"pixels": world.images().abs()}),
     "Normalization.decode": lambda: Call(
         sf.Normalization((0.5,), (0.2,)).decode, {"x": world.images()}
     ),

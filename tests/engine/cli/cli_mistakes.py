@@ -114,6 +114,7 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--out": [["/proc/x"], [PICTURES], ["locked"]],
         "--background": [["red"], [""]],
         "--network": [["vgg"], [""]],
+        "--objective": [["vdm"], [""], ["keras", "--prediction", "v_prediction"]],
         "--prediction": [["sample"], [""]],
         "--steps": [["0"], ["-1"], [HUGE]],
         "--batch-size": [["0"], ["-1"], [HUGE]],

@@ -146,6 +146,12 @@ def test_data_that_do_not_fit(tiny: str, arrays: Any, message: str, capsys: Any)
     assert os.listdir() == [DATA]
 
 
+def test_a_spacing_is_looked_at_without_steps_too(tiny: str, capsys: Any) -> None:
+    images()
+    assert likelihood(tiny, "--spacing", "odd") == 2
+    assert "--spacing must be one of leading, trailing" in capsys.readouterr().err
+
+
 def test_far_too_many_bits_are_a_note(tiny: str, capsys: Any) -> None:
     images()
     assert likelihood(tiny, "--steps", "4", "--variance", "fixed_small") == 0
