@@ -111,7 +111,7 @@ def likelihood_command(
     batch_size: Annotated[
         int,
         typer.Option(help="Pairs of an image and a timestep at a time.", rich_help_panel=MACHINE),
-    ] = 64,
+    ] = 32,
     optimize: Annotated[
         str,
         typer.Option(

@@ -26,8 +26,9 @@ class SamplingDefaults:
     def __post_init__(self) -> None:
         check_word("method", self.method, names())
         check_literal("spacing", self.spacing, Spacing)
-        if not isinstance(self.steps, str) and as_integer("steps", self.steps) < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        words = isinstance(self.steps, str)
+        if not self.steps if words else as_integer("steps", self.steps) < 1:
+            raise ValueError(f"steps must be a number of at least 1, or words; got {self.steps!r}")
         if not 0 <= as_number("eta", self.eta) <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}")
 

@@ -86,9 +86,9 @@ CALLS = {
         world.checkpoint().sampler,
         {"steps": 2, "eta": 0.5, "clip_sample": 1.0, "graph": "step"},
         {
-            "steps": {"None"},
-            "eta": {"None", "0"},
-            "clip_sample": {"None", "1.5", "2 ** 70"},
+            "steps": {"None", "a numpy integer"},
+            "eta": {"None", "0", "a numpy float"},
+            "clip_sample": {"None", "1.5", "2 ** 70", "a numpy float"},
             "graph": {"None"},
         },
     ),

@@ -35,7 +35,7 @@ def bits_per_dim(
     seed: int | Tensor = 0,
     first_index: int | Tensor = 0,
     noise: Tensor | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
     progress: bool = False,
     backend: str = "auto",
     graph: GraphMode | None = "auto",

@@ -53,7 +53,7 @@ class Bounding:
         seed: int | Tensor = 0,
         first_index: int | Tensor = 0,
         noise: Tensor | None = None,
-        batch_size: int = 64,
+        batch_size: int = 32,
         backend: str = "auto",
         graph: GraphMode | None = "auto",
         optimize: bool | torch.dtype = False,

@@ -81,7 +81,7 @@ def test_a_model_of_other_channels(channels: int) -> None:
     if channels == 6:  # the half that is a variance is left out
         assert bool(torch.isfinite(sf.bits_per_dim(model, SCHEDULE, IMAGES).terms).all())
         return
-    with pytest.raises(ValueError, match=rf"model must give .* got shape \(64, {channels}, 4, 5\)"):
+    with pytest.raises(ValueError, match=rf"model must give .* got shape \(32, {channels}, 4, 5\)"):
         sf.bits_per_dim(model, SCHEDULE, IMAGES)
 
 
