@@ -65,9 +65,7 @@ class Beside:
         self.job = new_job(folder, 10**6, torch.get_num_threads(), optimize)
         digits = sf.load("digits")
         self.shape = (BATCH, *digits.sample_shape)
-        self.sampler = Recipe(steps=str(STEPS), optimize=optimize).sampler(
-            digits.model, digits.schedule, digits.prediction_type, False
-        )
+        self.sampler = Recipe(steps=str(STEPS), optimize=optimize).sampler(digits.model, digits)
         self.next = 0
 
     def loop(self, k: int = 0) -> list[torch.Tensor]:

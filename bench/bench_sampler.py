@@ -26,6 +26,7 @@ from stepfuse.bench.samples import ratio
 from stepfuse.bench.timing import in_turn
 from stepfuse.bench.verify import LEAST_PSNR, MOST_DIFFERENCE, psnr
 from stepfuse.engine.networks.unet import UNet, UNetConfig
+from stepfuse.engine.sampling.program import Program
 from stepfuse.engine.sampling.program_cache import Runner
 
 peers_setup.prepare()
@@ -164,7 +165,7 @@ def outside_the_network(
         "outside": _ready(network.idle_sampler(batch), network, batch),
     }
 
-    def step(runner: Runner) -> None:
+    def step(runner: Runner[Program]) -> None:
         for _ in range(10):
             runner.program.step.zero_()
             runner.run_step(False)
@@ -180,7 +181,7 @@ def outside_the_network(
     }
 
 
-def _ready(sampler: sf.Sampler, network: Network, batch: int) -> Runner:
+def _ready(sampler: sf.Sampler, network: Network, batch: int) -> Runner[Program]:
     """A runner with its captured step, at the start of a loop."""
     network.ours(sampler, batch)
     request = sampler._request(network.shape(batch), condition=network.condition(batch))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepfuse.bench import peers_setup
 from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.bench.networks import Plain, cifar10
-from stepfuse.engine.networks.checkpoint import Checkpoint, embedded, load
+from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
 from stepfuse.engine.networks.unet import UNet
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
@@ -144,7 +144,7 @@ def _checkpoint(name: str) -> Checkpoint:
     except ValueError as error:
         if "unknown checkpoint" not in str(error):
             raise
-        names = ", ".join([*embedded(), DDPM_CIFAR])
+        names = ", ".join([*models(), DDPM_CIFAR])
         raise ValueError(
             f"unknown --model {name!r}; accepted: {names}, or the path of a .safetensors file"
         ) from None

@@ -26,11 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepfuse.engine.cli.likelihood_output import Measured, write
 from stepfuse.engine.files.images import grid, save_npz, save_png, to_pixels, upscale
 from stepfuse.engine.files.signals import Terminated
 from stepfuse.engine.files.writing import write_file
 from stepfuse.engine.networks import checkpoint
 from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.bound.api import bits_per_dim
+from stepfuse.engine.sampling.bound.result import Bound
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.training.config import TrainConfig
@@ -190,7 +193,17 @@ def embed(options: argparse.Namespace, count: int = 1000) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
     ).stdout.strip()
+    bound = bits(options.work, loaded)
+    rmse = bound.rate_distortion().rmse
+    write(checkpoint.FOLDER / "digits-likelihood.png", Measured({}, bound, (), None))
     card = CARD.format(
+        measured=len(bound.total),
+        bits=float(bound.total.mean()),
+        error=bound.standard_error(),
+        between=float(bound.terms[:, :-1].sum(1).mean()),
+        decoder=float(bound.terms[:, -1].mean()),
+        after_10=float(rmse[bound.step_after(0.1)]),
+        after_30=float(rmse[bound.step_after(0.3)]),
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         size=finished.stat().st_size / 1e6,
         commit=commit or "unknown",
@@ -204,6 +217,21 @@ def embed(options: argparse.Namespace, count: int = 1000) -> None:
     write_file(checkpoint.FOLDER / "digits.md", card.encode())
     for picture in (checkpoint.FOLDER / "digits.png", REPOSITORY / "docs" / "digits.png"):
         save_png(picture, grid(upscale(to_pixels(x[:80]), 2), 10))
+
+
+def bits(work: Path, loaded: checkpoint.Checkpoint, count: int = 200) -> Bound:
+    """The bound of test images over every timestep: some minutes."""
+    test = load_images(work / "test.npz")
+    numbers = torch.arange(count) * len(test) // count
+    return bits_per_dim(
+        loaded.model,
+        loaded.schedule,
+        test.images[numbers],
+        condition={"labels": _known(test.labels)[numbers]},
+        first_index=numbers,
+        optimize=True,
+        progress=True,
+    )
 
 
 CARD = """\
@@ -233,6 +261,17 @@ dropout, bfloat16 autocast |
 classifier with {judge:.1f} % accuracy on MNIST's test images sees the requested digit in
 **{agreement:.1f} %** of them. The weights judged are the ones in this package, after rounding.
 The picture shows the first 80 of these samples, not a selection.
+
+## How many bits an image costs
+
+{measured} of MNIST's test images, evenly spaced, each with its label, over all 1,000 timesteps
+(fixed_large, seed 0): **{bits:.2f} ± {error:.2f} bits/dim**, {between:.2f} of them between the \
+timesteps
+and {decoder:.2f} in the decoder (± is the standard error). After 10 % of the bits the RMSE is \
+{after_10:.1f}
+of 255, after 30 % it is {after_30:.2f}: the rest describe less than a grey level.
+
+![RMSE over rate, and the bits of every timestep's term](digits-likelihood.png)
 
 ## Data
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "docs" / "extending.md", ROOT / "docs" / "generate.md")
-COMMANDS = ROOT / "docs" / "generate.md"
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("extending.md", "generate.md", "likelihood.md"))
+COMMANDS = {"generate.md": 7, "likelihood.md": 5}  # how many there are at the least
 
 
 def blocks() -> dict[str, str]:
@@ -40,11 +40,13 @@ def test_a_block_runs(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_about_generating_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", COMMANDS)
+def test_the_commands_run(document: str, tmp_path: Path) -> None:
     """Line by line, in one folder, as a reader would; but what needs a scheduler."""
-    codes = re.findall(r"^```sh\n(.*?)^```$", COMMANDS.read_text(encoding="utf-8"), re.M | re.S)
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    codes = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
     lines = [line for code in codes for line in code.splitlines() if "sbatch" not in line]
-    assert len(lines) >= 7
+    assert len(lines) >= COMMANDS[document]
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "stepfuse"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m stepfuse "$@"\n', encoding="utf-8")

@@ -38,6 +38,11 @@ DEFERRED = {
         "train_command",
         "Train a network on your own images: a folder of pictures or an .npz file.",
     ),
+    "likelihood": (
+        "stepfuse.engine.cli.likelihood",
+        "likelihood_command",
+        "Bound how many bits images cost under a model.",
+    ),
     "bench": (
         "stepfuse.bench.command",
         "bench",

@@ -169,11 +169,11 @@ def _version(name: str) -> str:
 
 
 def _checkpoints() -> Iterator[Finding]:
-    from stepfuse.engine.networks.checkpoint import FOLDER, SUFFIX, embedded, load
+    from stepfuse.engine.networks.checkpoint import FOLDER, SUFFIX, load, models
 
-    if not embedded():
+    if not models():
         yield Finding("none", False, f"{FOLDER} holds no {SUFFIX} files; give --model a path")
-    for name in embedded():
+    for name in models():
         try:
             checkpoint = load(name)
         except ValueError as error:

@@ -48,15 +48,16 @@ def draw_to(target: Target, options: SampleOptions) -> None:
     if target.needs_pictures:
         check_channels(checkpoint.sample_shape[0])
     labels = choose_labels(options, checkpoint)
-    sampler = build_sampler(options, checkpoint)
-    film = Film(len(sampler.timesteps), target.frames)
+    recipe = recipe_of(options).settled(checkpoint)
+    sampler = recipe.sampler(checkpoint.model, checkpoint)
+    film = Film(checkpoint, len(sampler.timesteps), target.frames)
 
     start = time.perf_counter()
     x0 = sample(sampler, options, checkpoint, labels, film).cpu()
     seconds = time.perf_counter() - start
 
     with failing_on(ValueError):
-        pixels = to_pixels(x0)
+        pixels = to_pixels(checkpoint.decode(x0), low=0)
     classes = checkpoint.num_classes
     drawn = Drawn(
         pixels,
@@ -65,7 +66,7 @@ def draw_to(target: Target, options: SampleOptions) -> None:
         None if labels is None else [-1 if k == classes else k for k in labels.tolist()],
         checkpoint.labels,
         options.first_index,
-        settings_of(options),
+        settings_of(options, recipe),
     )
     paths = write(target, drawn, options.scale, options.columns)
     wrote(*paths)
@@ -94,9 +95,9 @@ def choose_labels(options: SampleOptions, checkpoint: Checkpoint) -> Tensor | No
     return torch.tensor(chosen)[turns]
 
 
-def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
-    """The sampler; its errors name the setting, the value and what is accepted."""
-    recipe = Recipe(
+def recipe_of(options: SampleOptions) -> Recipe:
+    """How the images are sampled, as far as it is asked for."""
+    return Recipe(
         method=options.method,
         steps=options.steps,
         spacing=options.spacing,
@@ -105,21 +106,19 @@ def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
         optimize=options.optimize,  # type: ignore[arg-type]
         backend=options.backend,
     )
-    learned = checkpoint.model.config.learned_variance
-    return recipe.sampler(
-        checkpoint.model, checkpoint.schedule, checkpoint.prediction_type, learned
-    )
 
 
 class Film:
     """Keeps the predicted images of some steps, as pixels.
 
     Args:
+        checkpoint: which makes images of samples.
         steps: of the sampler.
         limit: most frames; 0 keeps nothing. The last is the finished image.
     """
 
-    def __init__(self, steps: int, limit: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, steps: int, limit: int) -> None:
+        self.checkpoint = checkpoint
         self.last = steps - 1
         wanted = frame_indices(steps, limit) if limit else []
         self.parts: dict[int, list[Any]] = {index: [] for index in wanted}
@@ -127,10 +126,9 @@ class Film:
     def take(self, step: Step) -> None:
         """Keep this step where it is wanted; batches follow each other."""
         if step.index in self.parts:
+            shown = step.x if step.index == self.last else step.x0
             with failing_on(ValueError):
-                self.parts[step.index].append(
-                    to_pixels(step.x if step.index == self.last else step.x0)
-                )
+                self.parts[step.index].append(to_pixels(self.checkpoint.decode(shown), low=0))
 
     def frames(self) -> Any | None:
         """uint8 [F, N, H, W] or [F, N, H, W, C]; None where nothing was wanted."""
@@ -194,15 +192,15 @@ def sample(
         )
 
 
-def settings_of(options: SampleOptions) -> dict[str, Any]:
+def settings_of(options: SampleOptions, recipe: Recipe) -> dict[str, Any]:
     """What decides the images, by the names of the command line."""
     return {
         "stepfuse": __version__,
         "model": options.model,
-        "method": options.method,
-        "steps": options.steps,
-        "spacing": options.spacing,
-        "eta": options.eta,
+        "method": recipe.method,
+        "steps": recipe.steps,
+        "spacing": recipe.spacing,
+        "eta": recipe.eta,
         "guidance": options.guidance,
         "label": list(options.labels),
         "seed": options.seed,

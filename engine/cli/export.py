@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli.errors import choosing_places, interruptible
-from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
+from stepfuse.engine.cli.export_options import ExportOptions
+from stepfuse.engine.cli.usual import SPACINGS, usual
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
 from stepfuse.engine.sampling.methods import names
@@ -74,26 +75,12 @@ def export_command(
             rich_help_panel=LOOP,
         ),
     ] = False,
-    steps: Annotated[
-        str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
-    ] = STEPS,
-    method: Annotated[
-        str, typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=LOOP)
-    ] = METHOD,
-    spacing: Annotated[
-        str,
-        typer.Option(
-            metavar="leading|trailing|linspace|quadratic",
-            help="Which timesteps.",
-            rich_help_panel=LOOP,
-        ),
-    ] = SPACING,
+    steps: Annotated[str | None, usual("As in stepfuse sample.", LOOP)] = None,
+    method: Annotated[str | None, usual("The sampler.", LOOP, "|".join(names()))] = None,
+    spacing: Annotated[str | None, usual("Which timesteps.", LOOP, SPACINGS)] = None,
     eta: Annotated[
-        float,
-        typer.Option(
-            help="Noise of ddim; above 0 the noise is an input of the file.", rich_help_panel=LOOP
-        ),
-    ] = 0.0,
+        float | None, usual("Noise of ddim; above 0 the noise is an input of the file.", LOOP)
+    ] = None,
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=LOOP)
     ] = 1.0,

@@ -10,7 +10,6 @@ from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.precisions import PRECISIONS
 from stepfuse.kernels.limits import check_seed
 
-STEPS, METHOD, SPACING = "50", "ddim", "leading"
 REPORTS = (".md", ".json")
 
 
@@ -24,10 +23,10 @@ class ExportOptions:
     batch: BatchProfile
     opset: int | None
     whole_loop: bool
-    steps: str
-    method: str
-    spacing: str
-    eta: float
+    steps: str | None
+    method: str | None
+    spacing: str | None
+    eta: float | None
     guidance: float
     tensorrt: Path | None
     compute_capability: str | None
@@ -52,14 +51,15 @@ class ExportOptions:
                 if value is not None:
                     raise ValueError(f"{name} is for a network alone; got --whole-loop too")
         else:
-            for option, said, usual in (
-                ("--steps", self.steps, STEPS),
-                ("--method", self.method, METHOD),
-                ("--spacing", self.spacing, SPACING),
-                ("--eta", f"{self.eta:g}", "0"),
-                ("--guidance", f"{self.guidance:g}", "1"),
+            guidance = None if self.guidance == 1 else f"{self.guidance:g}"
+            for option, said in (
+                ("--steps", self.steps),
+                ("--method", self.method),
+                ("--spacing", self.spacing),
+                ("--eta", None if self.eta is None else f"{self.eta:g}"),
+                ("--guidance", guidance),
             ):
-                if said != usual:
+                if said is not None:
                     raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")
         if self.tensorrt is None:
             for name, given in (

@@ -21,6 +21,7 @@ from stepfuse.engine.export.to_onnx.network_file import onnx
 from stepfuse.engine.export.to_tensorrt.engine import BuildFailed, tensorrt
 from stepfuse.engine.export.to_tensorrt.library import find_library, parse_compute_capabilities
 from stepfuse.engine.files.writing import write_file
+from stepfuse.engine.generate.recipe import number_or_words
 from stepfuse.engine.networks.checkpoint import Checkpoint
 from stepfuse.engine.sampling.guidance.cfg import CFG
 
@@ -41,7 +42,7 @@ def export_to(options: ExportOptions) -> None:
         _build(console, options, progress)
     if options.check and not options.whole_loop:
         _check(console, options, checkpoint, progress)
-    _say_next(console, options)
+    _say_next(console, options, checkpoint)
 
 
 def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> Exported:
@@ -60,13 +61,15 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> E
                 f"--guidance {options.guidance:g} needs labels to be guided by, but model "
                 f"{options.model!r} has no classes"
             )
+        given = {
+            "steps": None if options.steps is None else number_or_words(options.steps),
+            **{name: getattr(options, name) for name in ("method", "spacing", "eta")},
+        }
         return onnx_loop(
             checkpoint,
             options.out,
-            steps=int(options.steps) if options.steps.isdecimal() else options.steps,
-            method=options.method,
-            spacing=options.spacing,  # type: ignore[arg-type]
-            eta=options.eta,
+            **checkpoint.sampling.with_own(given),
+            clip_sample=None if checkpoint.normalization else 1.0,
             guidance=CFG(options.guidance, unconditional={"labels": None}) if guided else None,
             **shared,
         )
@@ -137,7 +140,7 @@ def _say(console: Console, path: Path, what: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _say_next(console: Console, options: ExportOptions) -> None:
+def _say_next(console: Console, options: ExportOptions, checkpoint: Checkpoint) -> None:
     """A command or two to go on with, in Python."""
     if options.whole_loop:
         console.print(
@@ -150,9 +153,10 @@ def _say_next(console: Console, options: ExportOptions) -> None:
         if options.tensorrt is None
         else ("TensorRTDenoiser", options.tensorrt)
     )
+    clip = ", clip_sample=None" if checkpoint.normalization else ""
     console.print(
         f'next: model = stepfuse.{kind}("{path}"); '
-        "stepfuse.Sampler(model, model.schedule).sample(...)",
+        f"stepfuse.Sampler(model, model.schedule{clip}).sample(...)",
         soft_wrap=True,
     )
     if not options.check:

@@ -9,6 +9,7 @@ import typer
 
 from stepfuse.engine.cli import generate_look as look
 from stepfuse.engine.cli import generating
+from stepfuse.engine.cli.usual import SPACINGS, usual
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
@@ -77,23 +78,11 @@ def generate_command(
         int, typer.Option(help="Image k of a seed is always the same.", rich_help_panel=MADE)
     ] = 0,
     steps: Annotated[
-        str,
-        typer.Option(
-            help="As in stepfuse sample: a number, 'ddim25', '10,15'.", rich_help_panel=MADE
-        ),
-    ] = "50",
-    method: Annotated[
-        str, typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=MADE)
-    ] = "ddim",
-    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 to 1.", rich_help_panel=MADE)] = 0.0,
-    spacing: Annotated[
-        str,
-        typer.Option(
-            metavar="leading|trailing|linspace|quadratic",
-            help="Which timesteps.",
-            rich_help_panel=MADE,
-        ),
-    ] = "leading",
+        str | None, usual("As in stepfuse sample: a number, 'ddim25', '10,15'.", MADE)
+    ] = None,
+    method: Annotated[str | None, usual("The sampler.", MADE, "|".join(names()))] = None,
+    eta: Annotated[float | None, usual("Noise of ddim: 0 to 1.", MADE)] = None,
+    spacing: Annotated[str | None, usual("Which timesteps.", MADE, SPACINGS)] = None,
     guidance: Annotated[
         float,
         typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=MADE),

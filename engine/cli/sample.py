@@ -10,6 +10,7 @@ import typer
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.cli.sample_options import SampleOptions
+from stepfuse.engine.cli.usual import SPACINGS, usual
 from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
@@ -55,31 +56,18 @@ def sample(
         ),
     ] = None,
     steps: Annotated[
-        str,
-        typer.Option(
-            help="Evaluations per image, up to the model's training steps; or timesteps in "
+        str | None,
+        usual(
+            "Evaluations per image, up to the model's training steps; or timesteps in "
             "guided-diffusion's words: 'ddim25', '10,15,20'.",
-            rich_help_panel=SAMPLING,
+            SAMPLING,
         ),
-    ] = "50",
-    method: Annotated[
-        str,
-        typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=SAMPLING),
-    ] = "ddim",
+    ] = None,
+    method: Annotated[str | None, usual("The sampler.", SAMPLING, "|".join(names()))] = None,
     eta: Annotated[
-        float,
-        typer.Option(
-            help="Noise of ddim: 0 is deterministic, 1 as much as DDPM.", rich_help_panel=SAMPLING
-        ),
-    ] = 0.0,
-    spacing: Annotated[
-        str,
-        typer.Option(
-            metavar="leading|trailing|linspace|quadratic",
-            help="Which timesteps.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = "leading",
+        float | None, usual("Noise of ddim: 0 is deterministic, 1 as much as DDPM.", SAMPLING)
+    ] = None,
+    spacing: Annotated[str | None, usual("Which timesteps.", SAMPLING, SPACINGS)] = None,
     guidance: Annotated[
         float,
         typer.Option(

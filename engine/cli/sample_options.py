@@ -15,10 +15,10 @@ class SampleOptions:
 
     model: str
     count: int
-    steps: str
-    method: str
-    spacing: str
-    eta: float
+    steps: str | None
+    method: str | None
+    spacing: str | None
+    eta: float | None
     guidance: float
     labels: tuple[str, ...]
     seed: int

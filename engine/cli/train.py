@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, inter
 from stepfuse.engine.cli.models import choose_device
 from stepfuse.engine.cli.printing import wrote
 from stepfuse.engine.networks.unet import UNetConfig
-from stepfuse.engine.training.config import TrainConfig
+from stepfuse.engine.training.config import TrainConfig, keras_config
 from stepfuse.engine.training.loop import train
 from stepfuse.engine.training.place import STATE, check_place
 
@@ -41,22 +41,42 @@ def train_command(
         Literal["digits", "ddpm_cifar10", "adm64"],
         typer.Option(help="Network; image channels and classes come from the data."),
     ] = "digits",
+    objective: Annotated[
+        Literal["simple", "keras"],
+        typer.Option(
+            help="simple: DDPM's. keras: that of Keras' DDIM example, with its settings: angles "
+            "for a schedule, normalised images, absolute errors at continuous times."
+        ),
+    ] = "simple",
     prediction: Annotated[
         Literal["epsilon", "v_prediction"], typer.Option(help="Training target.")
     ] = "epsilon",
     steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, after the warm-up.")] = 1e-3,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 200,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of linear warm-up. Default: 200; 0 with keras.", show_default=False
+        ),
+    ] = None,
     decay: Annotated[
-        Literal["none", "linear", "cosine"], typer.Option(help="Fall of the learning rate to 0.")
-    ] = "cosine",
+        Literal["none", "linear", "cosine"] | None,
+        typer.Option(
+            help="Fall of the learning rate to 0. Default: cosine; none with keras.",
+            show_default=False,
+        ),
+    ] = None,
     label_dropout: Annotated[
         float, typer.Option(help="Probability of training without the label, for guidance.")
     ] = 0.1,
     ema_decay: Annotated[
-        float, typer.Option(help="Of the moving average of the weights.")
-    ] = 0.9999,
+        float | None,
+        typer.Option(
+            help="Of the moving average of the weights. Default: 0.9999; 0.999 with keras.",
+            show_default=False,
+        ),
+    ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between saved states.")] = 500,
     sample_every: Annotated[int, typer.Option(help="Steps between sample grids; 0: none.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and dropout.")] = 0,
@@ -70,26 +90,24 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a U-Net on your images. Ctrl-C saves and stops; --resume continues bit for bit."""
-    config = TrainConfig(
-        data=data,
-        out=out,
-        unet=PRESETS[network](),
-        prediction_type=prediction,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay=decay,
-        label_dropout=label_dropout,
-        ema_decay=ema_decay,
-        save_every=save_every,
-        sample_every=sample_every,
-        seed=seed,
-        autocast=autocast,
-        device=str(choose_device(device)),
-        resume=resume,
-        background=background,
-    )
+    settings: dict[str, Any] = {
+        "prediction_type": prediction,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "label_dropout": label_dropout,
+        "save_every": save_every,
+        "sample_every": sample_every,
+        "seed": seed,
+        "autocast": autocast,
+        "device": str(choose_device(device)),
+        "resume": resume,
+        "background": background,
+    }
+    own = {"warmup_steps": warmup_steps, "decay": decay, "ema_decay": ema_decay}
+    settings |= {name: value for name, value in own.items() if value is not None}
+    make = keras_config if objective == "keras" else TrainConfig
+    config = make(data, out, unet=PRESETS[network](), **settings)
 
     def left() -> str:
         saved = (out / STATE).is_file()

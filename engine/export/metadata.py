@@ -23,6 +23,7 @@ from stepfuse._version import __version__
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.files.reading import NOT_THERE, check_regular, kind_of, reason
+from stepfuse.engine.networks.normalization import Normalization
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels.arguments import check_mapping, check_path
 
@@ -48,6 +49,8 @@ class Metadata:
         batch: batch sizes that it takes.
         opset: of the file.
         kind: "denoiser", the network alone, or "sampler", the whole loop.
+        normalization: of the images it was trained on; None for pixels in [-1, 1]. The images of
+            a "sampler" are decoded, and are in [-1, 1] again.
         sampler: of a "sampler": method, steps, timesteps, eta and so on.
         version: of the stepfuse that wrote the file.
         format_version: of these keys.
@@ -64,6 +67,7 @@ class Metadata:
     batch: BatchProfile | None = None
     opset: int | None = None
     kind: Kind = "denoiser"
+    normalization: Normalization | None = None
     sampler: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     format_version: int = FORMAT_VERSION
@@ -83,6 +87,7 @@ class Metadata:
             "precision": self.precision,
             "batch": None if self.batch is None else str(self.batch),
             "opset": self.opset,
+            "normalization": None if self.normalization is None else self.normalization.to_json(),
             "sampler": dict(self.sampler),
         }
         if self.schedule is not None:
@@ -129,6 +134,11 @@ class Metadata:
             betas = torch.from_numpy(np.frombuffer(content, dtype="<f8").astype(np.float64))
             schedule = Schedule.from_betas(betas, found.get("schedule.name", "custom"))
         shape = parsed("sample_shape")
+        normalization = parsed("normalization")
+        if normalization is not None:
+            if shape is None:
+                raise ValueError("a normalization without a sample_shape")
+            normalization = Normalization.from_json(normalization, int(shape[0]))
         kind = found["kind"]
         if kind not in ("denoiser", "sampler"):
             raise ValueError(f"kind {kind!r}; accepted: 'denoiser', 'sampler'")
@@ -144,6 +154,7 @@ class Metadata:
             batch=BatchProfile.parse(found["batch"]) if "batch" in found else None,
             opset=parsed("opset"),
             kind="denoiser" if kind == "denoiser" else "sampler",
+            normalization=normalization,
             sampler=parsed("sampler", {}),
             version=found["version"],
             format_version=int(found["format_version"]),

@@ -109,6 +109,7 @@ def describe(
             prediction_type=model.prediction_type,
             sample_shape=model.sample_shape,
             label_names=model.labels,
+            normalization=model.normalization,
         )
         model = model.model
     if isinstance(model, Optimized):

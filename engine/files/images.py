@@ -31,32 +31,32 @@ VIEWABLE = 64
 MAX_SCALE = 8
 
 
-def to_uint8(x: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Samples to pixel values, uint8 of the same shape:
+def to_uint8(x: Tensor, rounding: Rounding = "nearest", low: float = -1.0) -> Tensor:
+    """Samples in [low, 1] to pixel values, uint8 of the same shape:
 
-        u = floor(127.5 (clamp(x, -1, 1) + 1) + 1/2)      "nearest"
-        u = floor(127.5 (clamp(x, -1, 1) + 1))            "truncate"
+        u = floor(255 (clamp(x, low, 1) - low) / (1 - low) + 1/2)      "nearest"
+        u = floor(255 (clamp(x, low, 1) - low) / (1 - low))            "truncate"
 
-    so that -1 is 0, 1 is 255 and a half is rounded up; it inverts u / 127.5 - 1. Truncated is how
-    guided-diffusion (ADM) writes its samples, half a grey level darker. Infinities are clamped.
-    Raises TypeError for integers and ValueError for NaN.
+    so that low is 0, 1 is 255 and a half is rounded up; with the usual low, -1, it inverts
+    u / 127.5 - 1. Truncated is how guided-diffusion (ADM) writes its samples, half a grey level
+    darker. Infinities are clamped. Raises TypeError for integers and ValueError for NaN.
     """
     check_literal("rounding", rounding, Rounding)
     if not x.is_floating_point():
-        raise TypeError(f"samples must be of a floating-point type in [-1, 1]; got {x.dtype}")
+        raise TypeError(f"samples must be of a floating-point type in [{low:g}, 1]; got {x.dtype}")
     missing = int(x.isnan().sum())
     if missing:
         raise ValueError(f"{missing} of {x.numel()} values of the samples are NaN")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    grey = 127.5 * (x.clamp(-1, 1) + 1)
+    grey = 255 / (1 - low) * (x.clamp(low, 1) - low)
     return (grey + 0.5 if rounding == "nearest" else grey).floor().to(torch.uint8)
 
 
-def to_pixels(x: Tensor) -> Pixels:
-    """Samples [N, C, H, W] in [-1, 1] as pixels: [N, H, W] for one channel, else [N, H, W, C]."""
+def to_pixels(x: Tensor, low: float = -1.0) -> Pixels:
+    """Samples [N, C, H, W] in [low, 1] as pixels: [N, H, W] for one channel, else [N, H, W, C]."""
     if x.dim() != 4:
         raise ValueError(f"samples must be [N, C, H, W]; got shape {tuple(x.shape)}")
-    pixels: Pixels = to_uint8(x).movedim(1, -1).cpu().contiguous().numpy()
+    pixels: Pixels = to_uint8(x, low=low).movedim(1, -1).cpu().contiguous().numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 

@@ -29,10 +29,10 @@ def generate(
     out: str | os.PathLike[str] = "run",
     *,
     seed: int = 0,
-    method: str = "ddim",
-    steps: int | str = 50,
-    spacing: str = "leading",
-    eta: float = 0.0,
+    method: str | None = None,
+    steps: int | str | None = None,
+    spacing: str | None = None,
+    eta: float | None = None,
     guidance: float = 1.0,
     optimize: Optimize = "off",
     backend: str = "auto",
@@ -77,7 +77,8 @@ def generate(
         model: embedded checkpoint, .safetensors file or "module:function", see `open_source`.
         n: how many; None goes on with the job that is there. It may be raised, never lowered.
         out: a folder, or a URL that fsspec knows.
-        method, steps, spacing, eta, guidance, optimize, backend: see `Sampler`.
+        method, steps, spacing, eta: see `Sampler`; None for what is usual for the model.
+        guidance, optimize, backend: see `Sampler`.
         labels, label, per_class, conditions, per_row: see docs/generate.md.
         format, image, quality, level, rounding: of what is written.
         features: "module:function", for `stats`.
@@ -125,7 +126,9 @@ def generate(
         model=model,
         recipe=Recipe(
             method=method,
-            steps=steps if isinstance(steps, str) else str(as_integer("steps", steps)),
+            steps=steps
+            if steps is None or isinstance(steps, str)
+            else str(as_integer("steps", steps)),
             spacing=spacing,
             eta=eta,
             guidance=guidance,

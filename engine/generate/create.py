@@ -144,7 +144,7 @@ def prepared(settings: Settings, n: int) -> Iterator[Ready]:
     with _given("--model", settings.model):
         source = open_source(settings.model)
     device = resolve_device(settings.device)
-    settings = _settled(settings, n)
+    settings = _settled(settings, source, n)
     identity = asked(settings, source, device)
     with _rows_of(settings, source) as (conditions, index):
         conditions.check(n)
@@ -175,7 +175,7 @@ def _write(place: Place, ready: Ready, n: int, found: Found | None, workers: int
 def asked(settings: Settings, source: Source, device: str) -> dict[str, Any]:
     """The part of the identity that does not wait for a trial or a file of conditions."""
     recipe = settings.recipe
-    table = recipe.table_hash(source.schedule, source.prediction_type, source.learned_variance)
+    table = recipe.table_hash(source)
     if recipe.guidance != 1 and source.num_classes is None:
         raise ValueError(
             f"--guidance {recipe.guidance:g} needs labels to be guided by, but the model has no "
@@ -225,8 +225,8 @@ def check_disk(place: Place, needed: float, force: bool) -> None:
         )
 
 
-def _settled(settings: Settings, n: int) -> Settings:
-    """With a format, and paths that hold wherever a worker is started."""
+def _settled(settings: Settings, source: Source, n: int) -> Settings:
+    """With a recipe, a format, and paths that hold wherever a worker is started."""
     conditions = settings.conditions
     if conditions is not None:
         conditions = str(Path(conditions).absolute())
@@ -236,7 +236,8 @@ def _settled(settings: Settings, n: int) -> Settings:
     format = settings.format
     if format is None:
         format = "webdataset" if n > MANY else settings.image
-    return replace(settings, conditions=conditions, model=model, format=format)
+    recipe = settings.recipe.settled(source)
+    return replace(settings, recipe=recipe, conditions=conditions, model=model, format=format)
 
 
 def _found(place: Place, given: Settings, identity: dict[str, Any], n: int) -> Job:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stepfuse.engine.generate.typed import settle
+from stepfuse.engine.networks.sampling_defaults import Trained, sampler_settings
 from stepfuse.engine.sampling.guidance.cfg import CFG
 from stepfuse.engine.sampling.sampler import Sampler
-from stepfuse.engine.sampling.schedule import Schedule
 
 Optimize = Literal["off", "float32", "bfloat16"]
+_OWN = ("method", "steps", "spacing", "eta")
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,17 @@ class Recipe:
     """Settings of a `Sampler` that can be written down.
 
     Attributes:
-        method, steps, spacing, eta, backend: see `Sampler`; a string of digits is a number.
+        method, steps, spacing, eta: see `Sampler`; a string of digits is a number. None for what
+            is usual for the network.
         guidance: classifier-free; 1 is none.
         optimize: "off", or the type of matrix products that the network is compiled for.
+        backend: see `Sampler`.
     """
 
-    method: str = "ddim"
-    steps: str = "50"
-    spacing: str = "leading"
-    eta: float = 0.0
+    method: str | None = None
+    steps: str | None = None
+    spacing: str | None = None
+    eta: float | None = None
     guidance: float = 1.0
     optimize: Optimize = "off"
     backend: str = "auto"
@@ -38,43 +41,37 @@ class Recipe:
     def __post_init__(self) -> None:
         settle(self)
 
+    def settled(self, trained: Trained) -> Recipe:
+        """The same with nothing left to the network."""
+        own = trained.sampling.with_own({name: getattr(self, name) for name in _OWN})
+        return replace(self, **{**own, "steps": str(own["steps"])})
+
     def sampler(
-        self,
-        model: Any,
-        schedule: Schedule,
-        prediction_type: str,
-        learned_variance: bool,
-        *,
-        guidance: float | None = None,
-        **overrides: Any,
+        self, model: Any, trained: Trained, *, guidance: float | None = None, **overrides: Any
     ) -> Sampler:
         """The sampler; its errors name the setting, the value and what is accepted.
 
-        ``guidance`` stands for the recipe's own where it is given.
+        ``trained`` says what the model was trained on; ``guidance`` stands for the recipe's own
+        where it is given.
         """
-        settings = {
+        given = {
             "method": self.method,
-            "steps": _number(self.steps),
+            "steps": None if self.steps is None else number_or_words(self.steps),
             "spacing": self.spacing,
             "eta": self.eta,
-            "prediction_type": prediction_type,
-            "variance_type": "learned_range" if learned_variance else "fixed_small",
             "guidance": steering(self.guidance if guidance is None else guidance),
             "backend": self.backend,
             "optimize": compiled_for(self.optimize),
             **overrides,
         }
-        return Sampler(model, schedule, **settings)
+        return Sampler(model, trained.schedule, **sampler_settings(trained, given))
 
-    def table_hash(self, schedule: Schedule, prediction_type: str, learned_variance: bool) -> str:
+    def table_hash(self, trained: Trained) -> str:
         """sha256 of the float64 step table, which is everything the update knows of the settings.
 
         Raises as `Sampler` does, before a network is there.
         """
-        overrides = {"optimize": False, "graph": None}
-        sampler = self.sampler(
-            _nobody, schedule, prediction_type, learned_variance, guidance=1.0, **overrides
-        )
+        sampler = self.sampler(_nobody, trained, guidance=1.0, optimize=False, graph=None)
         table = sampler.plan.table.detach().cpu().contiguous()
         return hashlib.sha256(table.numpy().tobytes()).hexdigest()
 
@@ -89,7 +86,8 @@ def compiled_for(word: str) -> bool | torch.dtype:
     return torch.bfloat16 if word == "bfloat16" else word == "float32"
 
 
-def _number(text: str) -> int | str:
+def number_or_words(text: str) -> int | str:
+    """Of the command line's ``steps``."""
     try:
         return int(text)
     except ValueError:

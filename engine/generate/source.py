@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepfuse.engine.files.reading import open_regular
 from stepfuse.engine.generate import users
-from stepfuse.engine.networks.checkpoint import SUFFIX, describe, load, locate
+from stepfuse.engine.networks.checkpoint import SUFFIX, Checkpoint, describe, load, locate
+from stepfuse.engine.networks.normalization import Normalization, decoded
+from stepfuse.engine.networks.sampling_defaults import SamplingDefaults
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels.checks import received
 
@@ -45,6 +47,7 @@ class Source:
         sha256: of the file of weights, or of the state_dict.
         schedule, prediction_type, sample_shape, labels: see `Checkpoint`.
         learned_variance: whether its outputs have 2C channels.
+        normalization, sampling: see `Checkpoint`.
         load: makes the network anew.
     """
 
@@ -55,7 +58,13 @@ class Source:
     sample_shape: tuple[int, int, int]
     labels: tuple[str, ...]
     learned_variance: bool
+    normalization: Normalization | None
+    sampling: SamplingDefaults
     load: Callable[[], Any]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] of samples [N, C, H, W], see `Checkpoint.decode`."""
+        return decoded(x, self.normalization, self.sample_shape[0])
 
     @property
     def num_classes(self) -> int | None:
@@ -90,6 +99,8 @@ def open_source(name: str) -> Source:
         sample_shape=about.sample_shape,
         labels=about.labels,
         learned_variance=about.config.learned_variance,
+        normalization=about.normalization,
+        sampling=about.sampling,
         load=lambda: load(name).model,
     )
 
@@ -116,6 +127,8 @@ def _of_function(name: str) -> Source:
         sample_shape=shape,
         labels=tuple(made.labels),
         learned_variance=bool(getattr(config, "learned_variance", False)),
+        normalization=made.normalization if isinstance(made, Checkpoint) else None,
+        sampling=made.sampling if isinstance(made, Checkpoint) else SamplingDefaults(),
         load=lambda: made.model,
     )
 

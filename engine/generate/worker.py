@@ -116,14 +116,9 @@ class Worker:
         if scale not in self._samplers:
             while len(self._samplers) >= _SAMPLERS:
                 del self._samplers[next(iter(self._samplers))]
-            source = self.source
             with self._pinned():
                 self._samplers[scale] = self.settings.recipe.sampler(
-                    self._model,
-                    source.schedule,
-                    source.prediction_type,
-                    source.learned_variance,
-                    guidance=scale,
+                    self._model, self.source, guidance=scale
                 )
         return self._samplers[scale]
 
@@ -131,8 +126,10 @@ class Worker:
         if self.settings.format == "npy":
             if bool(x.isnan().any()):
                 raise ValueError(f"{int(x.isnan().sum())} of {x.numel()} values are NaN")
+            if self.source.normalization is not None:
+                x = 2 * self.source.decode(x) - 1
             return np.ascontiguousarray(x.float().cpu().numpy())
-        pixels = to_uint8(x, self.settings.rounding)
+        pixels = to_uint8(self.source.decode(x), self.settings.rounding, low=0)
         return np.ascontiguousarray(pixels.movedim(1, -1).cpu().numpy())
 
     def _label(self, row: Row) -> int | None:

@@ -6,10 +6,11 @@ The embedded ones are in ``checkpoints/`` beside this file and are loaded by nam
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from stepfuse._version import __version__
 from stepfuse.engine.files.reading import NOT_THERE, kind_of, open_regular, read_text
 from stepfuse.engine.files.writing import write_file
+from stepfuse.engine.networks.build import build
+from stepfuse.engine.networks.normalization import Normalization, decoded
+from stepfuse.engine.networks.sampling_defaults import SamplingDefaults, sampler_settings
 from stepfuse.engine.networks.unet import UNet, UNetConfig
+from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.sampling.update import PredictionType
 from stepfuse.kernels.arguments import (
@@ -36,9 +41,15 @@ from stepfuse.kernels.checks import received
 from stepfuse.kernels.limits import check_memory
 
 FOLDER = Path(__file__).resolve().parent.parent / "checkpoints"
-FORMAT = "stepfuse-unet-1"
+FAMILY = "stepfuse-"
+FORMAT = f"{FAMILY}unet-1"
+KEYS = {
+    *("unet", "schedule", "prediction_type", "sample_shape", "labels", "training"),
+    *("normalization", "sampling"),  # may be absent
+}
 SUFFIX = ".safetensors"
 BETAS = "schedule.betas"
+_OVERRIDES = list(inspect.signature(Sampler).parameters)[2:]  # but model and schedule
 MOST_WORDS = 500  # characters of a reason
 
 
@@ -54,6 +65,8 @@ class Checkpoint:
         labels: names of the classes; empty for an unconditional network.
         training: steps, images, loss and the like, as recorded by the trainer.
         card: the model card, markdown.
+        normalization: of the images it was trained on; None where they are pixels in [-1, 1].
+        sampling: how it is sampled where nobody asks for something else.
 
     Raises TypeError or ValueError for an attribute that is none of these.
     """
@@ -65,6 +78,8 @@ class Checkpoint:
     labels: tuple[str, ...]
     training: dict[str, Any]
     card: str
+    normalization: Normalization | None = None
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self) -> None:
         check_kind("model", self.model, UNet, "a UNet")
@@ -78,11 +93,47 @@ class Checkpoint:
             raise TypeError(f"labels must be a tuple of strings; got {received(names)}")
         check_mapping("training", self.training)
         check_text("card", self.card)
+        check_kind("sampling", self.sampling, SamplingDefaults, "a SamplingDefaults")
+        if self.normalization is not None:
+            kind = "a Normalization or None"
+            check_kind("normalization", self.normalization, Normalization, kind)
+            if len(self.normalization.mean) != sizes[0]:
+                raise ValueError(
+                    f"normalization must have {sizes[0]} channels like sample_shape; got "
+                    f"{len(self.normalization.mean)}"
+                )
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes, which is the index of the null class; None if unconditional."""
         return self.model.config.num_classes
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network's output has 2C channels."""
+        return self.model.config.learned_variance
+
+    def sampler(self, **overrides: Any) -> Sampler:
+        """The `Sampler` of this network, as it was trained and is usually sampled.
+
+        ``overrides`` are its other arguments, or others in the place of the checkpoint's: method,
+        steps, spacing, eta (None for the checkpoint's own), prediction_type, variance_type and
+        clip_sample, which is None where there is a normalization. Raises as `Sampler` does.
+        """
+        for name in overrides:
+            if name not in _OVERRIDES:
+                raise TypeError(
+                    f"sampler has no argument {name!r}; accepted: {', '.join(_OVERRIDES)}"
+                )
+        return Sampler(self.model, self.schedule, **sampler_settings(self, overrides))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] of samples x [N, C, H, W]: clamp((x + 1) / 2, 0, 1), or with a
+        normalization clamp(mean + std x, 0, 1). Float32, or float64 of such.
+
+        Raises TypeError or ValueError for what are no samples of this network.
+        """
+        return decoded(x, self.normalization, self.sample_shape[0])
 
 
 @dataclass(frozen=True)
@@ -95,19 +146,27 @@ class Description:
     sample_shape: tuple[int, int, int]
     labels: tuple[str, ...]
     training: dict[str, Any]
+    normalization: Normalization | None
+    sampling: SamplingDefaults
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], betas: Tensor) -> Description:
         """From the metadata of a file; any of several errors for what describes no network."""
         info = json.loads(metadata[FORMAT])
+        unknown = sorted(set(info) - KEYS)
+        if unknown:
+            raise ValueError(
+                f"it has {', '.join(unknown)}, which stepfuse {__version__} does not know: it "
+                "needs a newer version"
+            )
         config = UNetConfig.from_dict(info["unet"])
         described = _described(info, config)
         schedule = Schedule.from_betas(betas, info["schedule"])
         return cls(config=config, schedule=schedule, **described)
 
 
-def embedded() -> list[str]:
-    """Names of the checkpoints inside the package."""
+def models() -> list[str]:
+    """Names of the embedded checkpoints, which `load` takes."""
     return sorted(file.stem for file in FOLDER.glob(f"*{SUFFIX}"))
 
 
@@ -129,14 +188,18 @@ def load(name_or_path: str | os.PathLike[str]) -> Checkpoint:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with _describing(path):
         about = Description.read(metadata, tensors.pop(BETAS))
+        model = build(about.config, tensors)
+        model.follow(about.schedule)
         return Checkpoint(
-            model=_build(about.config, tensors),
+            model=model,
             schedule=about.schedule,
             prediction_type=about.prediction_type,
             sample_shape=about.sample_shape,
             labels=about.labels,
             training=about.training,
             card=_card(path),
+            normalization=about.normalization,
+            sampling=about.sampling,
         )
 
 
@@ -159,6 +222,12 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            later = [key for key in metadata if key.startswith(FAMILY) and key != FORMAT]
+            if FORMAT not in metadata and later:
+                raise ValueError(
+                    f"{path} is a checkpoint of the kind {later[0]!r}, which stepfuse "
+                    f"{__version__} does not know: it needs a newer version; accepted: {FORMAT!r}"
+                )
             if FORMAT not in metadata:
                 raise ValueError(
                     f"{path} is no stepfuse checkpoint: it has metadata {sorted(metadata)}, "
@@ -195,6 +264,8 @@ def save(
     sample_shape: tuple[int, int, int],
     labels: Sequence[str] = (),
     training: dict[str, Any] | None = None,
+    normalization: Normalization | None = None,
+    sampling: SamplingDefaults | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write a checkpoint that ``load`` reads, with its weights in ``dtype``.
@@ -213,7 +284,7 @@ def save(
         tensors[key] = weight.detach().to("cpu", dtype).contiguous()
         if not bool(torch.isfinite(tensors[key]).all()):
             raise ValueError(f"{key} is not finite in {dtype}")
-    info = {
+    info: dict[str, Any] = {
         "unet": asdict(model.config),
         "schedule": schedule.name,
         "prediction_type": prediction_type,
@@ -221,6 +292,10 @@ def save(
         "labels": list(labels),
         "training": training or {},
     }
+    if normalization is not None:
+        info["normalization"] = normalization.to_json()
+    if sampling is not None and sampling.to_json():
+        info["sampling"] = sampling.to_json()
     write_file(path, serialise(tensors, {FORMAT: json.dumps(info, sort_keys=True)}))
 
 
@@ -235,11 +310,11 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         return Path(name)
     if kind != NOT_THERE:
         raise ValueError(
-            f"{name} is {kind}; accepted: {', '.join(map(repr, embedded()))} or the path of a "
+            f"{name} is {kind}; accepted: {', '.join(map(repr, models()))} or the path of a "
             f"{SUFFIX} file"
         )
     raise ValueError(
-        f"unknown checkpoint {name!r}; accepted: {', '.join(map(repr, embedded()))} "
+        f"unknown checkpoint {name!r}; accepted: {', '.join(map(repr, models()))} "
         f"or the path of a {SUFFIX} file"
     )
 
@@ -282,52 +357,17 @@ def _described(info: dict[str, Any], config: UNetConfig) -> dict[str, Any]:
             raise ValueError(f"{name} is {str(value)[:60]!r}; accepted: {accepted}")
     channels, height, width = shape
     check_memory(f"an image of {channels}x{height}x{width}", 4 * channels * height * width)
+    normalization = info.get("normalization")
+    if normalization is not None:
+        normalization = Normalization.from_json(normalization, channels)
     return {
+        "normalization": normalization,
+        "sampling": SamplingDefaults.from_json(info.get("sampling", {})),
         "prediction_type": prediction_type,
         "labels": tuple(labels),
         "sample_shape": (channels, height, width),
         "training": training,
     }
-
-
-class _WithoutFirstValues(TorchFunctionMode):
-    """Weights that get others at once are not drawn: to draw on the meta device PyTorch loads its
-    compiler, a second and 140 MB.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        named = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
-
-
-def _build(config: UNetConfig, weights: dict[str, Tensor]) -> UNet:
-    # every block has weights of its own, so that what is built is no larger than the file
-    blocks = len(config.channel_multipliers) * config.blocks_per_level
-    if blocks > len(weights):
-        raise ValueError(f"it has {blocks} blocks, and the file {len(weights)} weights")
-    with torch.device("meta"), _WithoutFirstValues():
-        model = UNet(config)
-    wanted = model.state_dict()
-    for what, names in (
-        ("lacks", sorted(set(wanted) - set(weights))),
-        ("has beside them", sorted(set(weights) - set(wanted))),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"of its weights the file {what} {', '.join(names[:3])}{more}")
-    for key, weight in weights.items():
-        if weight.shape != wanted[key].shape or not weight.is_floating_point():
-            raise ValueError(
-                f"{key} is {weight.dtype} {list(weight.shape)} in the file; accepted: "
-                f"floating-point numbers {list(wanted[key].shape)}"
-            )
-    weights = {key: weight.to(torch.float32) for key, weight in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def _card(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,20 @@ from stepfuse.engine.networks.unet_blocks import (
     Downsample,
     EmbeddingOrder,
     GroupNormSiLU,
+    NoiseVariances,
     Resample,
     ResidualBlock,
     SelfAttention,
     Stage,
     Upsample,
+    noise_variance_embedding,
     timestep_embedding,
     zeroed,
 )
 from stepfuse.engine.sampling.labels import check_range
+from stepfuse.engine.sampling.schedule import Schedule
 
+EmbeddingInput = Literal["timestep", "noise_variance"]
 MOST_LEVELS = 16  # images of 2^15 pixels a side at the least
 
 
@@ -48,6 +52,8 @@ class UNetConfig:
             block (BigGAN).
         asymmetric_downsample: "conv" pads bottom and right only, as the DDPM paper's code does.
         embedding_order: see ``timestep_embedding``.
+        embedding_input: "timestep", or "noise_variance", 1 - abar_t, which `UNet.follow` tells; a
+            floating t is the noise variance itself then. See ``noise_variance_embedding``.
         embedding_features: sinusoids of the timestep, ``base_channels`` where None; the embedding
             has four times as many channels as there are sinusoids.
         num_classes: number of classes, or None; the class table has one row more, the null class.
@@ -69,6 +75,7 @@ class UNetConfig:
     updown: Literal["conv", "resblock"] = "conv"
     asymmetric_downsample: bool = False
     embedding_order: EmbeddingOrder = "sin_cos"
+    embedding_input: EmbeddingInput = "timestep"
     embedding_features: int | None = None
     num_classes: int | None = None
     dropout: float = 0.0
@@ -129,13 +136,13 @@ class UNetConfig:
         )
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above 0")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _require(self.updown in ("conv", "resblock"), "updown", self.updown, "'conv' or 'resblock'")
-        _require(
-            self.embedding_order in ("sin_cos", "cos_sin"),
-            "embedding_order",
-            self.embedding_order,
-            "'sin_cos' or 'cos_sin'",
-        )
+        for name, words in (
+            ("updown", ("conv", "resblock")),
+            ("embedding_order", get_args(EmbeddingOrder)),
+            ("embedding_input", get_args(EmbeddingInput)),
+        ):
+            word = getattr(self, name)
+            _require(word in words, name, word, " or ".join(map(repr, words)))
         if self.num_classes is not None:
             _require(self.num_classes >= 1, "num_classes", self.num_classes, "None or at least 1")
 
@@ -241,6 +248,8 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(embedding_channels, embedding_channels),
         )
+        noisy = config.embedding_input == "noise_variance"
+        self.noise_variances = NoiseVariances() if noisy else None
         self.class_embedding = (
             None
             if config.num_classes is None
@@ -339,7 +348,10 @@ class UNet(nn.Module):
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """MLP(sinusoid(t)) + class row: [N, 4 base_channels]. The null class is the last row."""
         width = self.config.embedding_features or self.config.base_channels
-        features = timestep_embedding(t, width, self.config.embedding_order)
+        if self.noise_variances is None:
+            features = timestep_embedding(t, width, self.config.embedding_order)
+        else:
+            features = noise_variance_embedding(self.noise_variances(t), width)
         embedding: Tensor = self.time_embedding(features.to(self.conv_in.weight.dtype))
         if self.class_embedding is None:
             return embedding
@@ -351,6 +363,11 @@ class UNet(nn.Module):
             self.check_labels(labels)
             raise
         return embedding + rows
+
+    def follow(self, schedule: Schedule) -> None:
+        """Tell a network that is fed noise variances those of its timesteps."""
+        if self.noise_variances is not None:
+            self.noise_variances.follow(schedule.alphas_cumprod)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless every label is in 0..num_classes, see `check_range`."""

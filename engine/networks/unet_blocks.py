@@ -43,6 +43,51 @@ def timestep_embedding(t: Tensor, channels: int, order: EmbeddingOrder) -> Tenso
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def noise_variance_embedding(variance: Tensor, channels: int) -> Tensor:
+    """Sinusoidal features of the noise variance, float32 [N, channels] (Keras' DDIM example).
+
+    With half = channels / 2, sines first, the angles are 2 pi f variance for half frequencies f
+    from 1 to 1000 in equal ratios.
+
+    Args:
+        variance: [N], floating, in [0, 1].
+        channels: even number of features.
+    """
+    powers = torch.linspace(0, math.log(1000.0), channels // 2, device=variance.device)
+    angles = variance.to(torch.float32)[:, None] * (2 * math.pi * torch.exp(powers))[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class NoiseVariances(nn.Module):
+    """1 - abar_t, float32 [N], of the schedule that it follows, for integers t [N].
+
+    A floating t is the noise variance itself. The numbers are kept as integers, 2^40 to 1: a
+    network that is cast to half precision would lose them.
+    """
+
+    table: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", None, persistent=False)  # a checkpoint has the schedule
+
+    def follow(self, alphas_cumprod: Tensor) -> None:
+        """Take over the numbers of a schedule, float64 [T]."""
+        table = ((1 - alphas_cumprod) * _ONE).round().to(torch.int64)
+        self.table = table if self.table is None else table.to(self.table.device)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The noise variance at t."""
+        if t.is_floating_point():
+            return t
+        if self.table is None:
+            raise RuntimeError("the network knows no noise variances yet: call follow(schedule)")
+        return self.table.index_select(0, t).to(torch.float32) / _ONE
+
+
+_ONE = float(2**40)
+
+
 class GroupNormSiLU(nn.Module):
     """act((1 + scale) * GroupNorm(x + add) + shift), act being SiLU or the identity."""
 

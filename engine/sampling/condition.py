@@ -106,6 +106,11 @@ def split_condition(condition: Any, start: int, stop: int) -> Any:
     return pytree.tree_map_only(Tensor, lambda v: v[start:stop], condition)
 
 
+def pick_condition(condition: Any, which: Tensor) -> Any:
+    """The condition of the samples of these numbers, int64 [B] on its device, in their order."""
+    return pytree.tree_map_only(Tensor, lambda v: v[which], condition)
+
+
 def structure_key(tree: Any) -> Hashable:
     """Structure, shapes and dtypes, and the values of settings: equal where one program serves."""
     children, spec, _ = _level(tree)

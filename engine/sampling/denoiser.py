@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.sampling.condition import Kept
 from stepfuse.engine.sampling.uncapturable import check_refusal
-from stepfuse.kernels.arguments import check_callable
+from stepfuse.kernels.arguments import check_callable, check_kind, flag_or_precision
 from stepfuse.kernels.checks import as_device
 
 Model = nn.Module | Callable[..., Any]
@@ -94,6 +95,18 @@ class Denoiser:
         given = None if name is None else condition.get(name)
         if given is not None and not isinstance(given, Kept):
             model.check_labels(given)
+
+
+def optimized(model: Model, optimize: bool | torch.dtype, max_networks: int) -> Model:
+    """What a caller's ``optimize`` makes of the model: True, a dtype, or False for as it is.
+
+    Raises TypeError or ValueError for another value, and for a model that is no nn.Module.
+    """
+    dtype = flag_or_precision("optimize", optimize)
+    if not optimize or isinstance(model, Optimized):
+        return model
+    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
+    return Optimized(model, dtype, (), max_networks)  # type: ignore[arg-type]
 
 
 def _original(model: Model) -> Any:

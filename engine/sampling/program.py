@@ -183,6 +183,19 @@ class Program:
         """The buffers a step changes."""
         return (self.x, self.x0, self.step, self.t)
 
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The images that a step makes."""
+        return (self.x, self.x0)
+
+    def to_other_step(self, repeat: int) -> None:
+        """Go to the last ``repeat`` rows of the table."""
+        self.step.fill_(self.rows - repeat)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the buffers."""
+        return self.layout.device
+
     def kept(self) -> AbstractContextManager[None]:
         """Do steps inside and be where it was before on leaving, the guidance's tensors too."""
         return untouched((*self.state(), *(self.guidance.held() if self.guidance else ())))

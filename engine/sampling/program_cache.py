@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from stepfuse.engine.compile.listening import Ran, listening
 from stepfuse.engine.compile.state.python_state import PythonState
@@ -23,15 +24,57 @@ from stepfuse.engine.replay.capture import (
 )
 from stepfuse.engine.replay.cuda_graph import CudaGraph
 from stepfuse.engine.replay.device_order import DeviceOrder
+from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.engine.sampling.guidance.protocol import Steering
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.checks import as_integer, shown
 
 GraphMode = Literal["auto", "step", "loop"]
 Build = Callable[[Layout, Part], Program]
+P = TypeVar("P", bound="StaticStep")
 _RESTLESS = 8  # changes of one thing after which steps that read it are not captured any more
 _MOST_LOOPS = 4  # unrolled graphs of a program
+
+
+class StaticStep(Protocol):
+    """Static buffers and a step over them, as `Runner` captures it."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Whose model is in the step."""
+
+    @property
+    def guidance(self) -> Steering | None:
+        """What is in the step beside it."""
+
+    @property
+    def staged(self) -> Staged:
+        """The buffers of the condition."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the buffers."""
+
+    @property
+    def uncapturable(self) -> str:
+        """Why the step must not be captured; empty where it may be."""
+
+    def advance(self, guided: bool) -> None:
+        """Do the step, which has two forms."""
+
+    def state(self) -> tuple[Tensor, ...]:
+        """The buffers that a step changes."""
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Those that a replay must leave as the step itself does."""
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Do steps inside and be where it was before on leaving."""
+
+    def to_other_step(self, repeat: int) -> None:
+        """Let what comes next be at another timestep, from which ``repeat`` steps can be done."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +85,7 @@ class _Kept:
     networks: list[Ran]
 
 
-class Runner:
+class Runner(Generic[P]):
     """A program with its captured steps: one with and one without guidance, and whole loops.
 
     Of the loops, each of another length, the least recently used goes where there are more than
@@ -56,7 +99,7 @@ class Runner:
 
     def __init__(
         self,
-        program: Program,
+        program: P,
         graph: GraphMode | None,
         counts: Counter[str],
         optimized: WeakSet[Any],
@@ -139,7 +182,7 @@ class Runner:
         That is so without graph="loop" and CUDA graphs, with a caller's noise, which is handed over
         between the steps, and where only some steps are guided.
         """
-        if self.graph != "loop" or not _has_graphs(self.program.layout.device):
+        if self.graph != "loop" or not _has_graphs(self.program.device):
             return False
         if part.noise is not None or len(set(guided)) != 1 or self.refused:
             return False
@@ -219,14 +262,11 @@ class Runner:
             captured: Captured
             with program.kept():
                 captured = (
-                    self._graph(step, repeat)
-                    if _has_graphs(program.layout.device)
-                    else Recording(step)
+                    self._graph(step, repeat) if _has_graphs(program.device) else Recording(step)
                 )
-            # another timestep than the one recorded: a frozen branch shows there
-            program.step.fill_(program.rows - repeat)
+            program.to_other_step(repeat)  # a branch that was frozen shows there
             try:
-                check_replay(captured, steps, program.state(), (program.x, program.x0))
+                check_replay(captured, steps, program.state(), program.outputs())
             except torch.OutOfMemoryError as error:
                 raise CaptureRefused(
                     "no memory to compare a replay with the eager step, which needs as much as the "
@@ -237,9 +277,16 @@ class Runner:
     def _graph(self, step: Step, repeat: int) -> CudaGraph:
         # a pool that has lost its last graph cannot be used again
         pool = self._pool if self._captured else None
-        graph = CudaGraph(step, self.program.layout.device, repeat, pool)
+        graph = CudaGraph(step, self.program.device, repeat, pool)
         self._pool = graph.pool
         return graph
+
+
+def check_graph(graph: Any) -> None:
+    """ValueError unless it is a `GraphMode` or None."""
+    modes = get_args(GraphMode)
+    if graph is not None and not (isinstance(graph, str) and graph in modes):
+        raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {shown(graph)}")
 
 
 def _has_graphs(device: torch.device) -> bool:
@@ -271,18 +318,16 @@ class Programs:
         order: DeviceOrder,
     ) -> None:
         limit = as_integer("max_programs", limit)
-        modes = get_args(GraphMode)
-        if graph is not None and not (isinstance(graph, str) and graph in modes):
-            raise ValueError(f"graph must be 'auto', 'step', 'loop' or None; got {shown(graph)}")
+        check_graph(graph)
         if limit < 1:
             raise ValueError(f"max_programs must be at least 1; got {limit}")
         self._build, self._denoiser, self._graph, self._limit = build, denoiser, graph, limit
         self._order = order
-        self._runners: dict[Layout, Runner] = {}  # the one used last at the end
+        self._runners: dict[Layout, Runner[Program]] = {}  # the one used last at the end
         self._counts: Counter[str] = Counter()
         self.optimized: WeakSet[Any] = WeakSet()  # models that ran in a step
 
-    def get(self, part: Part) -> Runner:
+    def get(self, part: Part) -> Runner[Program]:
         """The runner for a part's layout, built where there is none; to be loaded, then checked."""
         layout = Layout.of(part, self._denoiser)
         runner = self._runners.pop(layout, None)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.condition import Staged
-from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model
+from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model, optimized
 from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method
@@ -32,7 +32,7 @@ from stepfuse.engine.sampling.update import (
     VarianceAtZero,
     VarianceType,
 )
-from stepfuse.kernels.arguments import check_kind, flag_or_precision
+from stepfuse.kernels.arguments import check_kind
 from stepfuse.kernels.backends import resolve
 from stepfuse.kernels.checks import as_integer, check_dtype
 
@@ -123,7 +123,8 @@ class Sampler(Planned):
             rederive_epsilon,
             final_alpha_one,
         )
-        self.denoiser = Denoiser(_optimized(model, optimize, self.max_programs))
+        # guidance may need two shapes for each of the sampler's
+        self.denoiser = Denoiser(optimized(model, optimize, 2 * self.max_programs))
         self.device = self.denoiser.place(device)
         self.backend = resolve(backend, self.device, dtype)
         self._renew()
@@ -330,7 +331,7 @@ class Sampler(Planned):
                 result[part.start : part.stop].copy_(runner.program.x)
         return result
 
-    def _steps(self, runner: Runner, part: Part, plan: Plan) -> Iterator[int]:
+    def _steps(self, runner: Runner[Program], part: Part, plan: Plan) -> Iterator[int]:
         """The loop: one step after the other, yielding the number of each when it is done."""
         for i in range(part.first_row, len(plan.timesteps)):
             with torch.no_grad():
@@ -339,7 +340,7 @@ class Sampler(Planned):
                 runner.run_step(plan.guided[i])
             yield i
 
-    def _load(self, part: Part, plan: Plan) -> Runner:
+    def _load(self, part: Part, plan: Plan) -> Runner[Program]:
         """The runner for a part, its buffers filled."""
         with torch.no_grad():
             runner = self._programs.get(part)
@@ -377,12 +378,3 @@ class Sampler(Planned):
         for condition in (request.condition, request.replacement or {}):
             self.denoiser.check_labels(condition)
         return request
-
-
-def _optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
-    dtype = flag_or_precision("optimize", optimize)
-    if not optimize or isinstance(model, Optimized):
-        return model
-    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
-    # guidance may need two shapes for each of the sampler's
-    return Optimized(model, dtype, (), 2 * max_programs)  # type: ignore[arg-type]

@@ -206,9 +206,8 @@ class Schedule:
                 "signal rates must be 0 <= min_signal_rate < max_signal_rate <= 1; got "
                 f"{low} and {high}"
             )
-        first, last = math.acos(high), math.acos(low)
         u = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-        return cls.from_alphas_cumprod((first + u * (last - first)).cos().square(), "keras")
+        return cls.from_alphas_cumprod(keras_abar(u, high, low), "keras")
 
     def zero_terminal_snr(self) -> Schedule:
         """Shift and scale sqrt(abar) so that the last is 0 and the first unchanged.
@@ -221,6 +220,15 @@ class Schedule:
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return Schedule.from_alphas_cumprod(root.square(), f"{self.name}, zero terminal SNR")
+
+
+def keras_abar(u: Tensor, max_signal_rate: float = 0.95, min_signal_rate: float = 0.02) -> Tensor:
+    """abar = cos^2 theta, theta = a0 + u (a1 - a0), at diffusion times u in [0, 1], float64.
+
+    a0 and a1 are the angles whose cosines are the two rates (Keras DDIM example).
+    """
+    first, last = math.acos(max_signal_rate), math.acos(min_signal_rate)
+    return (first + u.double() * (last - first)).cos().square()
 
 
 def _line(start: float, end: float, count: int) -> Tensor:

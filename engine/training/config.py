@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stepfuse.engine.networks.unet import UNetConfig
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.training.pictures import BACKGROUNDS, Background
 
+Objective = Literal["simple", "keras"]
 FREE_ON_RESUME = ("data", "out", "steps", "save_every", "sample_every", "resume", "device")
 MOST_STEPS, MOST_IMAGES = 10**9, 10**6
 
@@ -25,6 +26,8 @@ class TrainConfig:
         unet: the network. Image channels and number of classes are taken from the data.
         schedule: the forward process.
         prediction_type: "epsilon" or "v_prediction"; "epsilon" with a learned variance.
+        objective: "simple", L_simple or with a learned variance L_hybrid; or "keras", the mean
+            absolute error of Keras' DDIM example (`keras_config` has all of its settings).
         steps: optimiser steps in all; the learning rate's decay is laid over them.
         batch_size: images per step.
         learning_rate: AdamW's, after the warm-up.
@@ -32,7 +35,7 @@ class TrainConfig:
         decay: the learning rate falls to zero over the remaining steps, or stays ("none").
         weight_decay: AdamW's.
         grad_clip: largest gradient norm.
-        ema_decay: see ``EMA``.
+        ema_decay, ema_warm_up: see ``EMA``.
         label_dropout: probability of the null class, for classifier-free guidance.
         autocast: bfloat16 autocast; None where the device has bfloat16 arithmetic.
         save_every: steps between saved states.
@@ -48,6 +51,7 @@ class TrainConfig:
     unet: UNetConfig = field(default_factory=UNetConfig.digits)
     schedule: Schedule = field(default_factory=Schedule.linear)
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    objective: Objective = "simple"
     steps: int = 10_000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -56,6 +60,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
+    ema_warm_up: bool = True
     label_dropout: float = 0.1
     autocast: bool | None = None
     save_every: int = 500
@@ -80,6 +85,7 @@ class TrainConfig:
             ("grad_clip", self.grad_clip > 0, "above 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
             ("label_dropout", 0 <= self.label_dropout <= 1, "in [0, 1]"),
+            ("objective", self.objective in get_args(Objective), "'simple' or 'keras'"),
             ("save_every", self.save_every >= 1, "at least 1"),
             ("sample_every", self.sample_every >= 0, "at least 0"),
             ("seed", -(2**63) <= self.seed < 2**64, "64 bits"),
@@ -93,6 +99,21 @@ class TrainConfig:
         for name, good, accepted in checks:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {accepted}")
+        if self.objective == "keras":
+            self._check_keras()
+
+    def _check_keras(self) -> None:
+        unfit = {
+            "prediction_type": self.prediction_type != "epsilon",
+            "unet": self.unet.embedding_input != "noise_variance" or self.unet.learned_variance,
+            "schedule": self.schedule != Schedule.keras(self.schedule.num_train_timesteps),
+        }
+        for name, wrong in unfit.items():
+            if wrong:
+                raise ValueError(
+                    f"{name} is not that of objective 'keras'; accepted: 'epsilon', a network with "
+                    "embedding_input='noise_variance' and no learned variance, Schedule.keras(T)"
+                )
 
     def possible_prediction_types(self) -> tuple[str, ...]:
         """The hybrid loss is written for epsilon."""
@@ -104,3 +125,24 @@ class TrainConfig:
         values["schedule"] = self.schedule.betas.tolist()
         values["unet"] = asdict(self.unet)
         return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
+
+
+def keras_config(data: Path, out: Path, *, unet: UNetConfig, **changes: Any) -> TrainConfig:
+    """A run with the settings of Keras' DDIM example, on this network fed with noise variances.
+
+    AdamW at 1e-3 and 1e-4 of weight decay, without warm-up, decay or clipping of gradients; an
+    average of decay 0.999 from the start; 16 + 16 sinusoids. ``changes`` are other fields.
+    """
+    fed = replace(unet, embedding_input="noise_variance", embedding_features=32)
+    settings = {
+        "schedule": Schedule.keras(),
+        "objective": "keras",
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "decay": "none",
+        "weight_decay": 1e-4,
+        "grad_clip": math.inf,
+        "ema_decay": 0.999,
+        "ema_warm_up": False,
+    }
+    return TrainConfig(data=data, out=out, unet=fed, **{**settings, **changes})

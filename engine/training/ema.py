@@ -11,19 +11,23 @@ from stepfuse.kernels import torch_names
 class EMA:
     """shadow <- d shadow + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)).
 
+    Without ``warm_up`` d is decay from the start.
+
     n counts the updates made before. The warm-up lets the average forget the random start in short
     runs; DDPM (section 4) uses decay 0.9999 at full length. Parameters are averaged, in float32.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, warm_up: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay!r}; accepted: in [0, 1)")
-        self.decay = decay
+        self.decay, self.warm_up = decay, warm_up
         self.updates = 0
         self.shadow = {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
     def current_decay(self) -> float:
         """d of the next update."""
+        if not self.warm_up:
+            return self.decay
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()

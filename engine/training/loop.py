@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from stepfuse.engine.files.reading import reason
 from stepfuse.engine.files.signals import kept, terminating
-from stepfuse.engine.networks import checkpoint
+from stepfuse.engine.networks.checkpoint import Checkpoint, save
 from stepfuse.engine.networks.unet import UNet
 from stepfuse.engine.training.config import TrainConfig
 from stepfuse.engine.training.data import ImageData, load_images
 from stepfuse.engine.training.ema import EMA
+from stepfuse.engine.training.keras import SAMPLING, KerasObjective, normalization_of
 from stepfuse.engine.training.loss import HybridLoss, simple_loss
 from stepfuse.engine.training.place import MODEL, STATE, check_place, prepare
 from stepfuse.engine.training.preview import save_preview
@@ -35,7 +36,8 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
 
     Each step draws t uniformly, noises the batch by x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     (``add_noise``), replaces labels by the null class with ``label_dropout``, takes a gradient step
-    on L_simple (or L_hybrid with a learned variance) and updates the moving average.
+    on L_simple (L_hybrid with a learned variance, `KerasObjective` where it is asked for) and
+    updates the moving average.
 
     The state is saved every ``save_every`` steps and on Ctrl-C or SIGTERM, which end the run after
     the step at hand with KeyboardInterrupt. A resumed run continues bit for bit.
@@ -75,10 +77,10 @@ def train(config: TrainConfig, progress: bool = False) -> Path:
         while run.step < config.steps and not ending:
             run.advance()
             bar.update(config.batch_size)
-            bar.set_postfix(loss=f"{run.loss:.4f}", step=run.step, refresh=False)
+            bar.set_postfix(**run.figures(), step=run.step, refresh=False)
             if config.sample_every and run.step % config.sample_every == 0:
                 path = config.out / f"samples_{run.step:07d}.png"
-                save_preview(path, run.averaged(), config, data.sample_shape)
+                save_preview(path, run.result(), config.seed)
             ending = bool(signals.pending)
             if run.step % config.save_every == 0 or ending or run.step == config.steps:
                 save_state(state_file, run.state())
@@ -116,7 +118,8 @@ class Run:
         self.config = config
         self.data = data
         self.model = UNet(unet).to(config.device)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.model.follow(config.schedule)
+        self.ema = EMA(self.model, config.ema_decay, config.ema_warm_up)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -125,17 +128,20 @@ class Run:
         )
         self.generator = torch.Generator().manual_seed(config.seed)
         self.hybrid = HybridLoss(config.schedule) if unet.learned_variance else None
+        self.keras = None
+        if config.objective == "keras":
+            self.keras = KerasObjective(normalization_of(data))
         self.abar = config.schedule.alphas_cumprod.to(config.device)
         self.autocast = has_bfloat16(config.device) if config.autocast is None else config.autocast
         self.step = 0
-        self.loss = math.nan
+        self.loss = self.image_loss = math.nan
 
     def advance(self) -> None:
         """One optimiser step."""
         config = self.config
         indices = batch_indices(self.step, len(self.data), config.batch_size, config.seed)
         x0, labels = self.data.batch(indices)
-        t = torch.randint(config.schedule.num_train_timesteps, (len(x0),), generator=self.generator)
+        t = self.times(len(x0))
         noise = torch.randn(x0.shape, generator=self.generator)
         if labels is not None:
             null = len(self.data.class_names)
@@ -155,12 +161,28 @@ class Run:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at step {self.step}")
-        smoothed = LOSS_SMOOTHING * self.loss + (1 - LOSS_SMOOTHING) * value
-        self.loss = value if math.isnan(self.loss) else smoothed
+        self.loss = _smoothed(self.loss, value)
         self.step += 1
+
+    def times(self, count: int) -> Tensor:
+        """Where the images of a batch are noised to: timesteps, or Keras' continuous times."""
+        if self.keras is not None:
+            return self.keras.times(count, self.generator)
+        total = self.config.schedule.num_train_timesteps
+        return torch.randint(total, (count,), generator=self.generator)
+
+    def figures(self) -> dict[str, str]:
+        """The smoothed losses, to be shown."""
+        shown = {"loss": f"{self.loss:.4f}"}
+        return shown if self.keras is None else {**shown, "image": f"{self.image_loss:.4f}"}
 
     def losses(self, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The objective per sample, [N]."""
+        if self.keras is not None:
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
+                errors, image = self.keras.errors(self.model, x0, noise, t, labels)
+            self.image_loss = _smoothed(self.image_loss, float(image.mean()))
+            return errors
         kind = self.config.prediction_type
         x_t, target = add_noise(x0, noise, t, self.abar, target=kind)
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.autocast):
@@ -172,8 +194,31 @@ class Run:
     def averaged(self) -> UNet:
         """A copy of the network with the averaged weights, for evaluation."""
         model = UNet(self.model.config).to(self.config.device)
+        model.follow(self.config.schedule)
         self.ema.copy_to(model)
         return model.eval().requires_grad_(False)
+
+    def result(self) -> Checkpoint:
+        """The checkpoint of the averaged weights."""
+        training: dict[str, Any] = {
+            "steps": self.step,
+            "images": self.step * self.config.batch_size,
+            "loss": round(self.loss, 6),
+        }
+        more: dict[str, Any] = {}
+        if self.keras is not None:
+            training["image_loss"] = round(self.image_loss, 6)
+            more = {"normalization": self.keras.normalization, "sampling": SAMPLING}
+        return Checkpoint(
+            model=self.averaged(),
+            schedule=self.config.schedule,
+            prediction_type=self.config.prediction_type,
+            sample_shape=self.data.sample_shape,
+            labels=self.data.class_names,
+            training=training,
+            card="",
+            **more,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed: settings, and what the data decide."""
@@ -191,7 +236,9 @@ class Run:
 
     def state(self) -> dict[str, object]:
         """Everything that ``restore`` needs to continue bit for bit."""
+        more = {} if self.keras is None else {"image_loss": self.image_loss}
         return {
+            **more,
             "identity": self.identity(),
             "step": self.step,
             "loss": self.loss,
@@ -212,6 +259,7 @@ class Run:
             torch.set_rng_state(state["rng"])  # type: ignore[arg-type]
             self.step = int(state["step"])  # type: ignore[call-overload]
             self.loss = float(state["loss"])  # type: ignore[arg-type]
+            self.image_loss = float(state.get("image_loss", math.nan))  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the saved state does not fit this run: {reason(error)}; start a run of its own "
@@ -220,21 +268,26 @@ class Run:
 
     def export(self) -> Path:
         """Write the averaged weights as a checkpoint that ``stepfuse.load`` reads."""
-        path = self.config.out / MODEL
-        checkpoint.save(
+        path, made = self.config.out / MODEL, self.result()
+        save(
             path,
-            self.averaged(),
-            self.config.schedule,
-            prediction_type=self.config.prediction_type,
-            sample_shape=self.data.sample_shape,
-            labels=self.data.class_names,
-            training={
-                "steps": self.step,
-                "images": self.step * self.config.batch_size,
-                "loss": round(self.loss, 6),
-            },
+            made.model,
+            made.schedule,
+            prediction_type=made.prediction_type,
+            sample_shape=made.sample_shape,
+            labels=made.labels,
+            training=made.training,
+            normalization=made.normalization,
+            sampling=made.sampling,
         )
         return path
+
+
+def _smoothed(before: float, value: float) -> float:
+    """Over about a hundred steps; the first is taken as it is."""
+    if math.isnan(before):
+        return value
+    return LOSS_SMOOTHING * before + (1 - LOSS_SMOOTHING) * value
 
 
 def batch_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:

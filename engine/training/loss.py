@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from stepfuse.engine.sampling.bound.gaussians import (
+    discretised_log_likelihood,
+    normal_divergence,
+)
 from stepfuse.engine.sampling.schedule import Schedule
 
 HYBRID_LAMBDA = 1e-3
@@ -61,26 +65,7 @@ class HybridLoss:
         mean = at(self.c_x0) * x0_hat + at(self.c_xt) * x_t
         true_mean = at(self.c_x0) * x0 + at(self.c_xt) * x_t
         log_true = at(self.log_posterior)
-        divergence = 0.5 * (
-            log_variance
-            - log_true
-            + (log_true - log_variance).exp()
-            + (true_mean - mean).square() * (-log_variance).exp()
-            - 1
-        )
+        divergence = normal_divergence(true_mean, log_true, mean, log_variance)
         decoder = -discretised_log_likelihood(x0, mean, (0.5 * log_variance).exp())
         nats = torch.where(t.view(-1, 1, 1, 1) == 0, decoder, divergence)
         return nats.flatten(1).mean(dim=1) / math.log(2)
-
-
-def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the mass of N(mean, std^2) on the bin of each 8-bit pixel, in nats (DDPM, eq. 13).
-
-    The bin of x0 in [-1, 1] is x0 +- 1/255, open to infinity at the two ends. The exact normal
-    distribution; masses below 1e-12 count as 1e-12.
-    """
-    upper = torch.special.ndtr((x0 + 1 / 255 - mean) / std)
-    lower = torch.special.ndtr((x0 - 1 / 255 - mean) / std)
-    upper = torch.where(x0 > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(x0 < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()

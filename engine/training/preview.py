@@ -7,30 +7,25 @@ from pathlib import Path
 import torch
 
 from stepfuse.engine.files.images import grid, save_png, to_pixels
-from stepfuse.engine.networks.unet import UNet
-from stepfuse.engine.sampling.sampler import Sampler
-from stepfuse.engine.training.config import TrainConfig
+from stepfuse.engine.networks.checkpoint import Checkpoint
 
 COLUMNS, ROWS, STEPS = 10, 4, 25
 
 
-def save_preview(
-    path: Path, model: UNet, config: TrainConfig, sample_shape: tuple[int, int, int]
-) -> None:
-    """Write a PNG grid of DDIM samples (25 steps, eta 0); class k in column k mod 10."""
+def save_preview(path: Path, made: Checkpoint, seed: int) -> None:
+    """Write a PNG grid of samples, in the checkpoint's own way or by 25 steps where that has more.
+
+    Class k is in column k mod 10.
+    """
     condition = None
-    if model.config.num_classes is not None:
+    if made.num_classes is not None:
         column = torch.arange(COLUMNS * ROWS) % COLUMNS
-        condition = {"labels": (column % model.config.num_classes).to(config.device)}
-    sampler = Sampler(
-        model,
-        config.schedule,
-        steps=min(STEPS, config.schedule.num_train_timesteps),
-        prediction_type=config.prediction_type,
-        variance_type="learned_range" if model.config.learned_variance else "fixed_small",
-    )
-    x0 = sampler.sample(
-        shape=(COLUMNS * ROWS, *sample_shape), seed=config.seed, condition=condition
-    )
-    shown = x0[:, :3] if sample_shape[0] >= 3 else x0[:, :1]
-    save_png(path, grid(to_pixels(shown), COLUMNS))
+        condition = {"labels": column % made.num_classes}
+    own = made.sampling.steps
+    fewer = {} if isinstance(own, int) and own <= STEPS else {"steps": STEPS}
+    total = made.schedule.num_train_timesteps
+    sampler = made.sampler(**{n: min(steps, total) for n, steps in fewer.items()})
+    x = sampler.sample(shape=(COLUMNS * ROWS, *made.sample_shape), seed=seed, condition=condition)
+    images = made.decode(x)
+    shown = images[:, :3] if made.sample_shape[0] >= 3 else images[:, :1]
+    save_png(path, grid(to_pixels(shown, low=0), COLUMNS))

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from stepfuse.engine.generate.api import generate
     from stepfuse.engine.generate.job import open_job
     from stepfuse.engine.generate.work import run_shard, todo
-    from stepfuse.engine.networks.checkpoint import Checkpoint, load
+    from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
+    from stepfuse.engine.networks.normalization import Normalization
+    from stepfuse.engine.networks.sampling_defaults import SamplingDefaults
+    from stepfuse.engine.sampling.bound.api import bits_per_dim
+    from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
     from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
     from stepfuse.engine.sampling.guidance.protocol import Guidance, Outputs
@@ -33,16 +37,20 @@ __all__ = [
     "CFG",
     "PASSES",
     "BackendUnavailable",
+    "Bound",
     "Checkpoint",
     "ClassifierGuidance",
     "Guidance",
     "Method",
+    "Normalization",
     "OnnxDenoiser",
     "Optimized",
     "Outputs",
     "PassContext",
     "PassReport",
+    "RateDistortion",
     "Sampler",
+    "SamplingDefaults",
     "Schedule",
     "Step",
     "TensorRTDenoiser",
@@ -50,10 +58,12 @@ __all__ = [
     "WeightsReleased",
     "__version__",
     "accelerate",
+    "bits_per_dim",
     "export",
     "generate",
     "interpolate",
     "load",
+    "models",
     "open_job",
     "optimize",
     "restore",
@@ -69,9 +79,13 @@ _HOMES = {
     "engine.generate.api": ("generate",),
     "engine.generate.job": ("open_job",),
     "engine.generate.work": ("run_shard", "todo"),
-    "engine.networks.checkpoint": ("Checkpoint", "load"),
+    "engine.networks.checkpoint": ("Checkpoint", "load", "models"),
+    "engine.networks.normalization": ("Normalization",),
+    "engine.networks.sampling_defaults": ("SamplingDefaults",),
     "engine.export.to_onnx.denoiser": ("OnnxDenoiser",),
     "engine.export.to_tensorrt.runtime": ("TensorRTDenoiser",),
+    "engine.sampling.bound.api": ("bits_per_dim",),
+    "engine.sampling.bound.result": ("Bound", "RateDistortion"),
     "engine.sampling.guidance.cfg": ("CFG",),
     "engine.sampling.guidance.classifier": ("ClassifierGuidance",),
     "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),

@@ -81,6 +81,38 @@ def supporting(module: Any, obj: Any) -> Call:
 
 
 CALLS = {
+    "models": lambda: Call(sf.models, {}),
+    "Checkpoint.decode": lambda: Call(world.checkpoint().decode, {"x": world.images()}),
+    "Checkpoint.sampler": lambda: Call(
+        world.checkpoint().sampler,
+        {"steps": 2, "eta": 0.5, "clip_sample": 1.0, "graph": "step"},
+        {
+            "steps": {"None", "a numpy integer"},
+            "eta": {"None", "0", "a numpy float"},
+            "clip_sample": {"None", "1.5", "2 ** 70", "a numpy float"},
+            "graph": {"None"},
+        },
+    ),
+    "Normalization": lambda: Call(
+        sf.Normalization,
+        {"mean": (0.5,), "std": (0.2,)},
+        {
+            "mean": {"as an iterator", "as a list", "with a fraction inside"},
+            "std": {"as an iterator", "as a list", "with a fraction inside"},
+        },
+        named={"mean": ("std",), "std": ("mean",)},
+    ),
+    "Normalization.decode": lambda: Call(
+        sf.Normalization((0.5,), (0.2,)).decode, {"x": world.images()}
+    ),
+    "Normalization.encode": lambda: Call(
+        sf.Normalization((0.5,), (0.2,)).encode, {"pixels": world.images().abs()}
+    ),
+    "SamplingDefaults": lambda: Call(
+        sf.SamplingDefaults,
+        {"method": "ddim", "steps": 20, "spacing": "trailing", "eta": 0.5},
+        {"steps": {"a text", "2 ** 70"}, "eta": {"0"}},
+    ),
     "load": lambda: Call(
         sf.load,
         {"name_or_path": world.checkpoint_file()},

@@ -91,7 +91,39 @@ def drawing(function: Any, accepts: dict[str, set[str]], **more: Any) -> Call:
     )  # fmt: skip
 
 
+def bounding() -> Call:
+    return Call(
+        sf.bits_per_dim,
+        {
+            "model": world.net(), "schedule": world.schedule(), "x0": -torch.ones(SHAPE),
+            "seed": 3, "first_index": 1, "timesteps": [9, 5, 1], "batch_size": 2,
+        },
+        {
+            "timesteps": LIST_OF_STEPS,
+            "clip_sample": {"1.5", "2 ** 70"},
+            "seed": SEED,
+            "first_index": SEED,
+            "batch_size": {"2 ** 70"},
+        },
+        # how many images there are, and how large, the other arguments are asked
+        named={"x0": ("first_index", "x")},
+        undefined={"condition": UNKNOWN, "x0": OTHER_IMAGES},
+        instead={
+            "condition": CONDITION, "clip_sample": 1.0, "noise": torch.zeros(3, *SHAPE),
+            "variance_type": "fixed_small", "graph": "step", "device": "cpu",
+        },
+    )  # fmt: skip
+
+
+def bound() -> sf.Bound:
+    return sf.bits_per_dim(
+        world.net(), world.schedule(), -torch.ones(SHAPE), timesteps=[9, 5, 1], graph=None
+    )
+
+
 CALLS = {
+    "bits_per_dim": bounding,
+    "Bound.step_after": lambda: Call(bound().step_after, {"fraction": 0.5}, {"fraction": {"0"}}),
     "Sampler": constructor,
     "Sampler.set_timesteps": set_timesteps,
     "Sampler.sample": lambda: drawing(

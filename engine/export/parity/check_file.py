@@ -300,6 +300,7 @@ def _completed(
         schedule=plan,
         prediction_type=prediction_type or said.prediction_type or own.prediction_type,
         variance_type=said.variance_type or own.variance_type,
+        normalization=said.normalization or own.normalization,
     )
 
 

@@ -51,7 +51,8 @@ def onnx_loop(
 
     The inputs are "x_T" float32 [N, C, H, W], standard normal, the conditions by name, and where a
     step adds noise (eta > 0, or method "ddpm"), "noise" float32 [S, N, C, H, W], row i for step i.
-    The output "images" is what `Sampler.sample` returns for the same x_T and noise. The rows of the
+    The output "images" is what `Sampler.sample` returns for the same x_T and noise; of a checkpoint
+    with a normalization, 2 `Checkpoint.decode` - 1 of that. The rows of the
     step table are computed in float64 and stored as float32, as the sampler's own are; the update
     is float32 whatever the ``precision`` of the network.
 
@@ -78,6 +79,10 @@ def onnx_loop(
     known, source = job.metadata, job.source
     if known.schedule is None or known.prediction_type is None:
         raise ValueError("give schedule=... and prediction_type=...: the model does not name them")
+    if known.normalization is not None and clip_sample is not None:
+        raise ValueError(
+            f"clip_sample must be None for a checkpoint with a normalization; got {clip_sample}"
+        )
     network = Network(source, job.precision)
     guided = _guidance(guidance, source)
     sampler = Sampler(
@@ -104,6 +109,7 @@ def onnx_loop(
         None if guided is None else guided.unconditional,
         sampler.update.uses_learned_variance,
         noisy,
+        known.normalization,
     )
     settings = {
         "method": str(method),
@@ -120,7 +126,7 @@ def onnx_loop(
         return looped(build(network, source, profile, job.opset, False), loop)
 
     def compare(draft: Draft) -> str:
-        return verify_loop(draft, sampler, source, job.batch, noisy)
+        return verify_loop(draft, sampler, source, job.batch, loop)
 
     whole = replace(job, metadata=replace(known, kind="sampler", sampler=settings))
     return whole.write(graph, compare)

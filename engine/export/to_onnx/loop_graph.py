@@ -13,6 +13,7 @@ from torch import Tensor
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.to_onnx.graph import BATCH, rename_sizes
 from stepfuse.engine.export.to_onnx.job import sizes
+from stepfuse.engine.networks.normalization import Normalization
 from stepfuse.kernels.step_row import Column
 
 _PREFIX = "loop."  # of every name that is not the network's
@@ -28,12 +29,14 @@ class Loop:
             that broadcast against them; None for no guidance.
         learned_variance: the update uses the second half of the network's channels.
         noisy: an input "noise" [S, N, C, ...] is added, row i in step i.
+        normalization: of the samples, which are decoded to images in [-1, 1]; None where they are.
     """
 
     table: Tensor
     unconditional: Mapping[str, Tensor] | None
     learned_variance: bool
     noisy: bool
+    normalization: Normalization | None = None
 
 
 def looped(model: Any, loop: Loop) -> Any:
@@ -58,16 +61,18 @@ def looped(model: Any, loop: Loop) -> Any:
     if loop.unconditional is not None:
         rename_sizes(network, {BATCH: "both_batches"})
     body = _body(ops, network, loop, shape, conditions, noise)
-    images = ops.value("images", ir.DataType.FLOAT, shape)
+    samples = ops.value("images", ir.DataType.FLOAT, shape)
     turns = ops.constant("steps", np.array(len(loop.table), np.int64))
     going = ops.constant("going", np.array(True))
     attributes = {"body": body}
-    node = ir.node("Loop", [turns, going, start], attributes, outputs=[images], name="loop")
+    node = ir.node("Loop", [turns, going, start], attributes, outputs=[samples], name="loop")
+    ops.nodes = [node]
+    images = _decoded(ops, samples, shape, loop.normalization)
     network.initializers.clear()
     graph = ir.Graph(
         inputs,
         [images],
-        nodes=[node],
+        nodes=ops.nodes,
         initializers=list(ops.initializers.values()),
         opset_imports=dict(network.opset_imports),
         name="sampler",
@@ -164,6 +169,29 @@ def _body(
     still = ops("Identity", going)
     still.type, still.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
     return ir.Graph([step, going, x], [still, x_next], nodes=ops.nodes, name="step")
+
+
+def _decoded(
+    ops: _Ops, samples: Any, shape: Sequence[int | str], normalization: Normalization | None
+) -> Any:
+    """clamp(2 (mean + std x) - 1, -1, 1), the output "images"; the samples where it is None."""
+    if normalization is None:
+        return samples
+    samples.name = f"{_PREFIX}samples"
+
+    def column(values: Sequence[float]) -> Any:
+        return np.array(values, np.float32).reshape(-1, *[1] * (len(shape) - 2))
+
+    scale = ops.constant("std", 2 * column(normalization.std))
+    shift = ops.constant("mean", 2 * column(normalization.mean) - 1)
+    most, least = (
+        ops.constant(n, np.array(v, np.float32)) for n, v in (("most", 1), ("least", -1))
+    )
+    x = ops("Add", ops("Mul", samples, scale), shift)
+    images = ops("Max", ops("Min", x, most), least)
+    images.name = "images"
+    images.type, images.shape = samples.type, samples.shape
+    return images
 
 
 def _evaluated(

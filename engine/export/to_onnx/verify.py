@@ -10,6 +10,7 @@ from torch import Tensor
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.network import Network, Source
+from stepfuse.engine.export.to_onnx.loop_graph import Loop
 from stepfuse.engine.export.to_onnx.promote import promoted
 from stepfuse.engine.export.to_onnx.runtime import CPU, quiet_options
 from stepfuse.engine.export.to_onnx.write import Draft
@@ -42,7 +43,7 @@ def verify_network(draft: Draft, network: Network, source: Source, batch: BatchP
 
 
 def verify_loop(
-    draft: Draft, sampler: Sampler, source: Source, batch: BatchProfile, noisy: bool
+    draft: Draft, sampler: Sampler, source: Source, batch: BatchProfile, loop: Loop
 ) -> str:
     """The same for a whole sampler, whose model is a `Network.promoted`."""
     cases = []
@@ -50,11 +51,13 @@ def verify_loop(
         example = source.with_batch(count)
         shape = tuple(example.x.shape)
         inputs = {"x_T": _noise(shape), **example.condition}
-        if noisy:
+        if loop.noisy:
             inputs["noise"] = _noise((len(sampler.timesteps), *shape))
         expected = sampler.sample(
             shape, x_T=inputs["x_T"], noise=inputs.get("noise"), condition=example.condition
         )
+        if loop.normalization is not None:
+            expected = 2 * loop.normalization.decode(expected) - 1
         cases.append((inputs, expected))
     return _compared(draft, cases, LOOP_FACTOR * TOLERANCES[draft.metadata.precision])
 

@@ -26,6 +26,7 @@ USUAL = {
     ),
     "export": ("--model", GOOD),
     "train": (PICTURES, "--out", "run", "--steps", "1", "--batch-size", "2"),
+    "likelihood": (PICTURES, "--model", GOOD, "-n", "1", "--steps", "2", "--optimize", "off"),
     "bench": ("--quick", "--no-cold", "--model", GOOD),
     "doctor": (),
 }  # fmt: skip
@@ -113,6 +114,7 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--out": [["/proc/x"], [PICTURES], ["locked"]],
         "--background": [["red"], [""]],
         "--network": [["vgg"], [""]],
+        "--objective": [["vdm"], [""], ["keras", "--prediction", "v_prediction"]],
         "--prediction": [["sample"], [""]],
         "--steps": [["0"], ["-1"], [HUGE]],
         "--batch-size": [["0"], ["-1"], [HUGE]],
@@ -125,6 +127,24 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--sample-every": [["-1"]],
         "--seed": [[str(2**64)], [HUGE]],
         "--device": [["tpu"], [""]],
+    },
+    "likelihood": {
+        "data": [],
+        "--model": [[path] for path in _PATHS_IN] + [[""], ["no such name"]],
+        "--count": [["0"], ["-1"]],
+        "--steps": [["0"], ["1"], ["101"], ["abc"], [""], ["ddim300"], [HUGE]],
+        "--spacing": [["odd"], [""]],
+        "--variance": [["large"], [""], ["learned_range"], ["learned"]],
+        "--cdf": [["erf"], [""]],
+        "--labels": [["all"], [""]],
+        "--seed": [[str(2**64)], [HUGE]],
+        "--background": [["red"], [""]],
+        "--out": [["x.jpg"], [""], ["/"], [".png"], *([out.format(".png")] for out in _OUT)],
+        "--batch-size": [["0"], ["-1"]],
+        "--optimize": [["fp8"], [""]],
+        "--backend": [["fpga"], [""]],
+        "--device": [["tpu"], [""], ["meta"]],
+        "--threads": [["0"], ["-1"], ["100000"], [HUGE]],
     },
     "bench": {
         "--model": [[path] for path in _PATHS_IN] + [[""]],
@@ -156,6 +176,7 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
 }  # fmt: skip
 # lines that are wrong as a whole
 WHOLE = {
+    "likelihood": [["nothing.npz"], [FOLDER], [DAMAGED], [], ["locked"]],
     "train": [
         ["nothing.npz", "--out", "run"],
         [FOLDER, "--out", "run"],

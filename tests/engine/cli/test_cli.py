@@ -189,7 +189,7 @@ def test_doctor_says_what_runs_and_why_not(capsys: Any, monkeypatch: pytest.Monk
         assert report["triton on cuda"][0] == "no"
         assert "cuda" in report["triton on cuda"][1].lower()
     assert report["diffusers"][0] == "yes"
-    for name in checkpoint.embedded():
+    for name in checkpoint.models():
         assert report[name][0] == "yes"
 
 

@@ -169,7 +169,7 @@ def digits() -> checkpoint.Checkpoint:
 
 
 def test_digits_is_what_the_contract_says(digits: checkpoint.Checkpoint) -> None:
-    assert checkpoint.embedded() == ["digits"]
+    assert checkpoint.models() == ["digits"]
     assert digits.sample_shape == (1, 32, 32)
     assert digits.labels == tuple("0123456789")
     assert digits.num_classes == 10

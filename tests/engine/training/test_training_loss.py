@@ -9,9 +9,10 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
+from stepfuse.engine.sampling.bound.gaussians import discretised_log_likelihood
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.training.ema import EMA
-from stepfuse.engine.training.loss import HybridLoss, discretised_log_likelihood, simple_loss
+from stepfuse.engine.training.loss import HybridLoss, simple_loss
 
 
 def hybrid_inputs(count: int = 5) -> tuple[torch.Tensor, ...]:
