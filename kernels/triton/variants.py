@@ -160,7 +160,7 @@ def _denoise(
     uncond, noise = o.clone() if guided else None, x.clone() if given else None
     seeds = _indices(samples) if drawn else None
     table = _meta(50, 16, dtype=torch.float32)
-    memory = (None, None)
+    memory: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if slots:
         memory = _meta(slots, *x.shape, dtype=torch.float32), _meta(50, 8, dtype=torch.float32)
 

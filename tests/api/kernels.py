@@ -76,7 +76,7 @@ def denoising() -> Call:
                 ("x", "model_output", "table", "uncond_output", "noise", "out", "x0_out"), FAKES
             ),
             # both are given or none
-            **dict.fromkeys(("history", "history_table"), {*FAKES, "None"}),
+            "history": {*FAKES, "None"}, "history_table": {*FAKES, "None"},
         },
     )  # fmt: skip
 
