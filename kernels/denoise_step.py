@@ -254,7 +254,8 @@ def _write_out(
     elementwise = {"x": x, "model_output": output, "uncond_output": uncond, "noise": noise}
     written = {"out": out, "x0_out": x0_out, "history": history}
     check_memory(written, elementwise, (table, step, seed, sample, history_table))
-    _write(out, x0_out, *args, history=history, history_table=history_table)
+    every = (*args, history, history_table)
+    _write(out, x0_out, *every)
     raise_versions([tensor for tensor in written.values() if tensor is not None])
 
 

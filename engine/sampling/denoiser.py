@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.sampling.condition import Kept
 from stepfuse.engine.sampling.uncapturable import check_refusal
-from stepfuse.kernels.arguments import check_callable
+from stepfuse.kernels.arguments import check_callable, check_kind, flag_or_precision
 from stepfuse.kernels.checks import as_device
 
 Model = nn.Module | Callable[..., Any]
@@ -72,6 +73,18 @@ class Denoiser:
                 f"device must be one that this machine has; got '{asked}': {why}"
             ) from None
 
+    def check_timesteps(self, timesteps: Sequence[float]) -> None:
+        """ValueError where a model that asks for whole timesteps would get others.
+
+        It says so by ``integer_timesteps = True``.
+        """
+        between = [t for t in timesteps if not isinstance(t, int)]
+        if between and getattr(_original(self.model), "integer_timesteps", False):
+            raise ValueError(
+                f"timesteps must be whole for {type(_original(self.model)).__name__} "
+                f"(integer_timesteps=True); got {between[0]:.6g}"
+            )
+
     def parameters(self) -> list[Tensor]:
         """Weights and buffers of the model, none for a plain function."""
         if self.module is None:
@@ -94,6 +107,16 @@ class Denoiser:
         given = None if name is None else condition.get(name)
         if given is not None and not isinstance(given, Kept):
             model.check_labels(given)
+
+
+def optimized(model: Model, optimize: bool | torch.dtype, max_programs: int) -> Model:
+    """The model compiled where that is asked for; raises for what is no module or no dtype."""
+    dtype = flag_or_precision("optimize", optimize)
+    if not optimize or isinstance(model, Optimized):
+        return model
+    check_kind("a model for optimize", model, nn.Module, "an nn.Module")
+    # guidance may need two shapes for each of the sampler's
+    return Optimized(model, dtype, (), 2 * max_programs)  # type: ignore[arg-type]
 
 
 def _original(model: Model) -> Any:

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from stepfuse.engine.sampling.points import log_sigmas
 from stepfuse.engine.sampling.schedule import Schedule
+from stepfuse.engine.sampling.timesteps import Spacing, check_timesteps, spaced_timesteps
+from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.arguments import as_list
-from stepfuse.kernels.checks import as_number, received
+from stepfuse.kernels.checks import as_integer, as_number, received
 
 GridName = Literal["karras", "exponential", "logsnr", "beta"]
 Grid = GridName | Sequence[float] | Tensor
@@ -36,7 +38,46 @@ RHO = 7.0
 SHAPE = 0.6  # of both ends of the beta distribution
 
 
-def grid_timesteps(schedule: Schedule, grid: Grid, steps: int) -> list[float]:
+def choose(
+    schedule: Schedule,
+    update: Update,
+    steps: int | str,
+    spacing: Spacing,
+    steps_offset: int,
+    timesteps: Sequence[float] | None,
+    grid: Grid | None,
+) -> list[float]:
+    """Where the steps of a sampler start, descending: ints where they are whole.
+
+    A model of flow matching is at sigma = t / T, from 1 at the first timestep T: spacings are those
+    of 0 .. T-1, one further up.
+
+    Raises ValueError for both timesteps and grid, and for a grid, or timesteps that are not whole,
+    with a method that takes none.
+    """
+    total, method = schedule.num_train_timesteps, f"method {str(update.method)!r}"
+    flow = update.prediction_type == "flow_prediction"
+    if grid is None:
+        if timesteps is not None:
+            whole = "grid" not in update.solver.takes
+            return check_timesteps(timesteps, total, whole, int(flow))
+        spaced = spaced_timesteps(total, steps, spacing, steps_offset)
+        return [t + flow for t in spaced]
+    if "grid" not in update.solver.takes:
+        raise ValueError(f"{method} takes no grid: it must be None; got {received(grid)}")
+    if timesteps is not None:
+        raise ValueError("give timesteps or grid, not both")
+    if flow:
+        if isinstance(grid, str):
+            raise ValueError(
+                "grid must be a list of sigmas for 'flow_prediction', whose sigmas are in (0, 1]; "
+                f"got {grid!r}"
+            )
+        return [total * sigma for sigma in _falling(grid, 1 / total, 1.0)]
+    return grid_timesteps(schedule, grid, steps)
+
+
+def grid_timesteps(schedule: Schedule, grid: Grid, steps: int | str) -> list[float]:
     """The timesteps of a grid, descending, within 0 .. T-1.
 
     A list of sigmas has its own length; a 0 at its end is x_0, where every sampler ends.
@@ -45,9 +86,9 @@ def grid_timesteps(schedule: Schedule, grid: Grid, steps: int) -> list[float]:
     finite, and sigmas that do not fall or that the schedule has not.
     """
     if isinstance(grid, str):
-        sigmas = named_sigmas(schedule, grid, steps)
+        sigmas = named_sigmas(schedule, grid, as_integer("steps", steps, "an int for a grid"))
     else:
-        sigmas = _own_sigmas(schedule, grid)
+        sigmas = _falling(grid, *_range(schedule))
     return timesteps_of(schedule, sigmas)
 
 
@@ -79,8 +120,8 @@ def timesteps_of(schedule: Schedule, sigmas: Sequence[float]) -> list[float]:
     logs = log_sigmas(schedule).numpy()
     if not bool((np.diff(logs) > 0).all()):
         raise ValueError("a grid needs a schedule whose noise grows at every timestep")
-    found: list[float] = np.interp(np.log(sigmas), logs, np.arange(len(logs))).tolist()
-    return found
+    found = np.interp(np.log(sigmas), logs, np.arange(len(logs))).tolist()
+    return [int(t) if t == int(t) else t for t in found]
 
 
 def _range(schedule: Schedule) -> tuple[float, float]:
@@ -94,12 +135,12 @@ def _range(schedule: Schedule) -> tuple[float, float]:
     return low, high
 
 
-def _own_sigmas(schedule: Schedule, grid: Sequence[float] | Tensor) -> list[float]:
+def _falling(grid: Sequence[float] | Tensor, low: float, high: float) -> list[float]:
+    """A caller's own sigmas, without the 0 of x_0."""
     values = as_list("grid", grid, "a name or a list of sigmas")
     sigmas = [as_number("grid", v.item() if isinstance(v, Tensor) else v) for v in values]
     if sigmas and sigmas[-1] == 0:
         sigmas.pop()
-    low, high = _range(schedule)
     if not sigmas or any(a <= b for a, b in pairwise(sigmas)):
         raise ValueError(f"the sigmas of grid must fall, and be one at least; got {sigmas}")
     near = 1e-6  # of rounding to float32
@@ -108,7 +149,7 @@ def _own_sigmas(schedule: Schedule, grid: Sequence[float] | Tensor) -> list[floa
             f"the sigmas of grid must be in {low:g} .. {high:g}, those of the schedule; got "
             f"{sigmas[0]:g} .. {sigmas[-1]:g}"
         )
-    return sigmas
+    return [min(sigma, high) for sigma in sigmas]
 
 
 def beta_quantiles(probabilities: Vector) -> Vector:

@@ -91,6 +91,14 @@ class Points:
         return Points(self.timesteps[first:], self.signal[first:], self.noise[first:])
 
 
+def level_at(schedule: Schedule, t: float, prediction_type: str) -> tuple[float, float]:
+    """(signal, noise) of x = signal x0 + noise eps at a timestep, whole or not."""
+    if prediction_type == "flow_prediction":
+        return 1 - t / schedule.num_train_timesteps, t / schedule.num_train_timesteps
+    signal, noise = roots_at(schedule, torch.tensor([t], dtype=torch.float64))
+    return float(signal), float(noise)
+
+
 def roots_at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(sqrt(abar), sqrt(1 - abar)) at timesteps, float64 [S] each, whole or not.
 

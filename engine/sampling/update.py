@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from stepfuse.engine.sampling.methods import Method, named
 from stepfuse.kernels.arguments import check_literal
-from stepfuse.kernels.checks import LARGEST, as_number, check_flag, received
+from stepfuse.kernels.checks import LARGEST, as_integer, as_number, check_flag, received
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "mean", "flow_prediction"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -46,6 +46,9 @@ class Update:
         check_flag("strict", self.strict)
         if not self.strict and "strict" not in solver.takes:
             raise ValueError(f"method {str(self.method)!r} has no other form: strict must be True")
+        if self.order is not None:
+            order = as_integer("order", self.order, "an int or None")
+            object.__setattr__(self, "order", order)
         _check_choice("order", self.order, solver.orders, self.method)
         _check_choice("solver_type", self.solver_type, solver.solver_types, self.method)
         object.__setattr__(self, "eta", as_number("eta", self.eta, finite=False))
@@ -84,6 +87,30 @@ class Update:
         return self.solver_type or next(iter(self.solver.solver_types), "")
 
     @property
+    def chosen(self) -> str:
+        """The order and the type of a solver that has several, in words; empty for others."""
+        parts = []
+        if self.solver.orders:
+            parts.append(f" of order {self.solver_order}")
+        if self.solver.solver_types and self.solver_order > 1:
+            parts.append(f" ({self.kind})")
+        if not self.strict:
+            parts.append(", not strict")
+        return "".join(parts)
+
+    def deterministic(self, clip_sample: float | None) -> Update:
+        """DDIM with eta = 0 for the same model, as inversion needs it."""
+        return replace(
+            self,
+            method="ddim",
+            eta=0.0,
+            clip_sample=clip_sample,
+            order=None,
+            solver_type=None,
+            strict=True,
+        )
+
+    @property
     def uses_learned_variance(self) -> bool:
         """Whether the second half of the model's channels enters the update."""
         learned = self.variance_type.startswith("learned")
@@ -98,8 +125,8 @@ class Update:
 def _check_choice(
     name: str, value: object, accepted: tuple[object, ...], method: str | Method
 ) -> None:
-    """ValueError unless it is None or one of those that the method accepts, of their type."""
-    if value is None or any(type(value) is type(one) and value == one for one in accepted):
+    """ValueError unless it is None or one of those that the method accepts."""
+    if value is None or (isinstance(value, (int, str)) and value in accepted):
         return
     if not accepted:
         raise ValueError(
