@@ -104,6 +104,9 @@ def build_sampler(options: SampleOptions, checkpoint: Checkpoint) -> Sampler:
         guidance=options.guidance,
         optimize=options.optimize,  # type: ignore[arg-type]
         backend=options.backend,
+        order=options.order,
+        solver_type=options.solver_type,
+        grid=options.grid,
     )
     learned = checkpoint.model.config.learned_variance
     return recipe.sampler(
@@ -203,6 +206,9 @@ def settings_of(options: SampleOptions) -> dict[str, Any]:
         "steps": options.steps,
         "spacing": options.spacing,
         "eta": options.eta,
+        "order": options.order,
+        "solver_type": options.solver_type,
+        "grid": options.grid,
         "guidance": options.guidance,
         "label": list(options.labels),
         "seed": options.seed,

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from stepfuse.engine.cli import solver_options
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
-from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -77,17 +77,10 @@ def export_command(
     steps: Annotated[
         str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
     ] = STEPS,
-    method: Annotated[
-        str, typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=LOOP)
-    ] = METHOD,
-    spacing: Annotated[
-        str,
-        typer.Option(
-            metavar="leading|trailing|linspace|quadratic",
-            help="Which timesteps.",
-            rich_help_panel=LOOP,
-        ),
-    ] = SPACING,
+    method: Annotated[str, solver_options.method(LOOP)] = METHOD,
+    spacing: Annotated[str, solver_options.spacing(LOOP)] = SPACING,
+    order: Annotated[int | None, solver_options.order(LOOP)] = None,
+    solver_type: Annotated[str | None, solver_options.solver_type(LOOP)] = None,
     eta: Annotated[
         float,
         typer.Option(
@@ -164,6 +157,8 @@ def export_command(
         method=method,
         spacing=spacing,
         eta=eta,
+        order=order,
+        solver_type=solver_type,
         guidance=guidance,
         tensorrt=tensorrt,
         compute_capability=compute_capability,

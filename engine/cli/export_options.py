@@ -28,6 +28,8 @@ class ExportOptions:
     method: str
     spacing: str
     eta: float
+    order: int | None
+    solver_type: str | None
     guidance: float
     tensorrt: Path | None
     compute_capability: str | None
@@ -58,6 +60,8 @@ class ExportOptions:
                 ("--spacing", self.spacing, SPACING),
                 ("--eta", f"{self.eta:g}", "0"),
                 ("--guidance", f"{self.guidance:g}", "1"),
+                ("--order", str(self.order), "None"),
+                ("--solver-type", str(self.solver_type), "None"),
             ):
                 if said != usual:
                     raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")

@@ -67,6 +67,8 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> E
             method=options.method,
             spacing=options.spacing,  # type: ignore[arg-type]
             eta=options.eta,
+            order=options.order,
+            solver_type=options.solver_type,
             guidance=CFG(options.guidance, unconditional={"labels": None}) if guided else None,
             **shared,
         )

@@ -19,6 +19,9 @@ class SampleOptions:
     method: str
     spacing: str
     eta: float
+    order: int | None
+    solver_type: str | None
+    grid: str | None
     guidance: float
     labels: tuple[str, ...]
     seed: int

@@ -33,6 +33,9 @@ def generate(
     steps: int | str = 50,
     spacing: str = "leading",
     eta: float = 0.0,
+    order: int | None = None,
+    solver_type: str | None = None,
+    grid: str | None = None,
     guidance: float = 1.0,
     optimize: Optimize = "off",
     backend: str = "auto",
@@ -77,7 +80,8 @@ def generate(
         model: embedded checkpoint, .safetensors file or "module:function", see `open_source`.
         n: how many; None goes on with the job that is there. It may be raised, never lowered.
         out: a folder, or a URL that fsspec knows.
-        method, steps, spacing, eta, guidance, optimize, backend: see `Sampler`.
+        method, steps, spacing, eta, order, solver_type, grid, guidance, optimize, backend: see
+            `Sampler`; sigmas of one's own are a text, "80,10,1".
         labels, label, per_class, conditions, per_row: see docs/generate.md.
         format, image, quality, level, rounding: of what is written.
         features: "module:function", for `stats`.
@@ -131,6 +135,9 @@ def generate(
             guidance=guidance,
             optimize=optimize,
             backend=backend,
+            order=order,
+            solver_type=solver_type,
+            grid=grid,
         ),
         seed=seed,
         labels=labels,

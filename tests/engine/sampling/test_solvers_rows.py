@@ -248,7 +248,7 @@ def test_grids_are_those_of_diffusers(grid: str, steps: int) -> None:
     found = torch.tensor(named_sigmas(schedule, grid, steps))
     # theirs are of a float32 table
     torch.testing.assert_close(found, scheduler.sigmas[:-1].float(), rtol=1e-4, atol=0)
-    times = torch.tensor(grid_timesteps(schedule, grid, steps))
+    times = torch.tensor(grid_timesteps(schedule, grid, steps), dtype=torch.float32)
     torch.testing.assert_close(times, scheduler.timesteps.float(), rtol=0, atol=0.01)
 
 
