@@ -99,8 +99,9 @@ void bind_denoise_step(py::module_& m) {
   m.def("denoise_step",
         [](uintptr_t x, uintptr_t cond, uintptr_t uncond, uintptr_t table, int64_t rows,
            uintptr_t step, uintptr_t noise, uintptr_t seed, uintptr_t sample, uintptr_t out,
-           uintptr_t x0, int dtype, int output_dtype, bool learned, int64_t count, int64_t elements,
-           int64_t cond_stride, int64_t uncond_stride, int threads) {
+           uintptr_t x0, uintptr_t history, uintptr_t history_table, int slots, int dtype,
+           int output_dtype, bool learned, int64_t count, int64_t elements, int64_t cond_stride,
+           int64_t uncond_stride, int threads) {
           const int64_t row = *pointer<int64_t>(step);
           check_rows(row, rows);
           const DenoiseStep a{pointer<void>(x),
@@ -118,7 +119,10 @@ void bind_denoise_step(py::module_& m) {
                               count,
                               elements,
                               cond_stride,
-                              uncond_stride};
+                              uncond_stride,
+                              pointer<float>(history),
+                              history == 0 ? nullptr : pointer<float>(history_table) + row * 8,
+                              slots};
           run(count * elements, [&] { denoise_step(a, threads); });
         });
 }

@@ -59,6 +59,9 @@ struct DenoiseStep {
   bool learned;                           // cond + elements holds the variance
   int64_t count, elements;                // x: [count, elements]
   int64_t cond_stride, uncond_stride;     // elements from one sample to the next
+  float* history = nullptr;               // [slots][count, elements], or null
+  const float* memory = nullptr;          // [8], the second part of the row
+  int slots = 0;
 };
 void denoise_step(const DenoiseStep&, int threads);
 

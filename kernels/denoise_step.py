@@ -20,6 +20,7 @@ from stepfuse.kernels.checks import (
     sample_indices,
 )
 from stepfuse.kernels.layout import buffer_for, cast, laid_out, layout_of, resolved
+from stepfuse.kernels.memory import check_history
 from stepfuse.kernels.overlap import check_memory
 from stepfuse.kernels.reference.denoise_step import gradients, row_of
 from stepfuse.kernels.registration import define, eager, raise_versions, records_gradient
@@ -41,17 +42,21 @@ def denoise_step(
     inplace: bool = False,
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
+    history: Tensor | None = None,
+    history_table: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Go from x_t to x_s by row ``step`` of a step table.
 
         o   = o_uncond + guidance (o_cond - o_uncond)
         x0  = clamp(p_x x + p_o o)
-        x_s = c_x x + c_o o + c_0 x0 + sigma z
+        x_s = c_x x + c_o o + c_0 x0 + sigma z          + c_h0 h_0 + c_h1 h_1 + c_h2 h_2
+        h_w <- h_x x + h_o o + h_0 x0                   with a history
 
     DDPM (Ho et al. 2020), eq. 6-7 and 11; DDIM (Song et al. 2021), eq. 12; classifier-free guidance
     (Ho & Salimans 2022), eq. 6; learned variance (Nichol & Dhariwal 2021), eq. 15. The coefficients
-    are those of `stepfuse.kernels.step_row`; `stepfuse.engine.sampling.rows` computes them.
+    are those of `stepfuse.kernels.step_row`; `stepfuse.engine.sampling.rows` computes them, and
+    for solvers with a memory `stepfuse.engine.sampling.terms`.
 
     Args:
         x: x_t, [N, C, ...], float32, bfloat16, float16 or float64.
@@ -69,13 +74,17 @@ def denoise_step(
             Nothing is allocated where they are laid out like x. ``x0_out`` implies ``return_x0``.
             They must not overlap each other, themselves or an input, unless they are x, a model
             output or noise exactly.
+        history: what was remembered, [K, N, C, ...] with K = 1, 2 or 3, written by rows that say
+            so: float32, or float64 like x, each of the K laid out like x. One whose weight is 0 is
+            not read and may hold anything.
+        history_table: [S, 8], the second part of the rows.
         backend: "auto", "reference", "cpp" or "triton".
 
     Returns x_s, or (x_s, x0), of the dtype of x. Differentiable in x, the model outputs and the
-    noise, twice too, unless it writes into ``out``, ``x0_out`` or in place. Raises ValueError or
-    TypeError for arguments that do not fit together, IndexError for a step outside the table,
-    `BackendUnavailable` where ``backend`` cannot run. A step on another device than the CPU is not
-    read on the host: x_s, x0 and the gradients are NaN where the table has no such row.
+    noise, twice too, unless it writes into ``out``, ``x0_out``, ``history`` or in place. Raises
+    ValueError or TypeError for arguments that do not fit together, IndexError for a step outside
+    the table, `BackendUnavailable` where ``backend`` cannot run. A step on another device than the
+    CPU is not read on the host: x_s, x0 and the gradients are NaN where the table has no such row.
     """
     check_float("x", x)
     shape, device = x.shape, x.device
@@ -103,6 +112,8 @@ def denoise_step(
         raise ValueError(f"step must be an int or int64 [1]; got {step.dtype} {tuple(step.shape)}")
     elif step.device != device:
         raise ValueError(f"step must be on {device} like x; got {step.device}")
+    if history is not None or history_table is not None:
+        check_history(history, history_table, x, len(table))
     seeds = samples = None
     if noise is not None:
         if seed is not None:
@@ -118,13 +129,15 @@ def denoise_step(
     return_x0 = return_x0 or x0_out is not None
     inputs = (x, model_output, uncond_output, table, step, noise, seeds, samples)
 
-    direct = eager(*inputs, out, x0_out)
-    if out is None and x0_out is None and not direct:
+    direct = eager(*inputs, out, x0_out, history)
+    if out is None and x0_out is None and history is None and not direct:
         x_s, x0 = _OP(*inputs, learned_variance, return_x0, backend)
         return (x_s, x0) if return_x0 else x_s
-    written = [tensor for tensor in (out, x0_out) if tensor is not None]
-    if written and records_gradient(inputs):
-        raise ValueError("out= and inplace=True record no gradient; call under torch.no_grad()")
+    written = [tensor for tensor in (out, x0_out, history) if tensor is not None]
+    if written and records_gradient((*inputs, history)):
+        raise ValueError(
+            "out=, inplace=True and history= record no gradient; call under torch.no_grad()"
+        )
     if out is None:
         out = torch.empty_like(x)
     elif out is not x:
@@ -133,14 +146,15 @@ def denoise_step(
         check_out("x0_out", x0_out, x)
     elif return_x0:
         x0_out = torch.empty_like(x)
+    memory = {} if history is None else {"history": history, "history_table": history_table}
     if direct and written:
-        _write_out(*inputs, learned_variance, backend, out=out, x0_out=x0_out)
+        _write_out(*inputs, learned_variance, backend, out=out, x0_out=x0_out, **memory)
     elif direct:
         _write(out, x0_out, *inputs, learned_variance, backend)
     elif out is x:
-        _OP_INPLACE(*inputs, learned_variance, backend, x0_out)
+        _OP_INPLACE(*inputs, learned_variance, backend, x0_out, **memory)
     else:
-        _OP_OUT(*inputs, learned_variance, backend, out=out, x0_out=x0_out)
+        _OP_OUT(*inputs, learned_variance, backend, out=out, x0_out=x0_out, **memory)
     return out if x0_out is None else (out, x0_out)
 
 
@@ -186,6 +200,8 @@ def _write(
     sample: Tensor | None,
     learned_variance: bool,
     backend: str,
+    history: Tensor | None = None,
+    history_table: Tensor | None = None,
 ) -> None:
     """Run a backend, on tensors of one layout and one dtype."""
     x, model_output, uncond_output, table, step, noise, seed, sample = resolved(
@@ -202,6 +218,8 @@ def _write(
         noise = laid_out(cast(noise, dtype), layout)
     if dtype is not torch.float64:
         table = cast(table, torch.float32)
+    if history_table is not None:
+        history_table = cast(history_table, table.dtype).contiguous()
     x_s = buffer_for(out, layout)
     x0 = None if x0_out is None else buffer_for(x0_out, layout)
     function("denoise_step", "run", backend, x)(
@@ -216,6 +234,8 @@ def _write(
         learned_variance,
         x_s,
         x0,
+        history,
+        history_table,
     )
     if x_s is not out:
         out.copy_(x_s)
@@ -223,17 +243,27 @@ def _write(
         x0_out.copy_(x0)
 
 
-def _write_out(*args: Any, out: Tensor, x0_out: Tensor | None) -> None:
+def _write_out(
+    *args: Any,
+    out: Tensor,
+    x0_out: Tensor | None,
+    history: Tensor | None = None,
+    history_table: Tensor | None = None,
+) -> None:
     x, output, uncond, table, step, noise, seed, sample, _, _ = args
     elementwise = {"x": x, "model_output": output, "uncond_output": uncond, "noise": noise}
-    check_memory({"out": out, "x0_out": x0_out}, elementwise, (table, step, seed, sample))
-    _write(out, x0_out, *args)
-    raise_versions([out] if x0_out is None else [out, x0_out])
+    written = {"out": out, "x0_out": x0_out, "history": history}
+    check_memory(written, elementwise, (table, step, seed, sample, history_table))
+    every = (*args, history, history_table)
+    _write(out, x0_out, *every)
+    raise_versions([tensor for tensor in written.values() if tensor is not None])
 
 
-def _write_over(x: Tensor, *args: Any) -> None:
+def _write_over(
+    x: Tensor, *args: Any, history: Tensor | None = None, history_table: Tensor | None = None
+) -> None:
     *rest, x0_out = args
-    _write_out(x, *rest, out=x, x0_out=x0_out)
+    _write_out(x, *rest, out=x, x0_out=x0_out, history=history, history_table=history_table)
 
 
 def _functional(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -286,6 +316,7 @@ _INPUTS = (
     "Tensor model_output, Tensor? uncond_output, Tensor table, Tensor step, "
     "Tensor? noise, Tensor? seed, Tensor? sample, bool learned_variance"
 )
+_MEMORY = "Tensor(c!)? history=None, Tensor? history_table=None"
 
 _OP = define(
     f"denoise_step(Tensor x, {_INPUTS}, bool return_x0, str backend) -> (Tensor, Tensor)",
@@ -296,12 +327,12 @@ _OP = define(
 )
 _OP_OUT = define(
     f"denoise_step_out(Tensor x, {_INPUTS}, str backend, *, "
-    "Tensor(a!) out, Tensor(b!)? x0_out) -> ()",
+    f"Tensor(a!) out, Tensor(b!)? x0_out, {_MEMORY}) -> ()",
     _write_out,
     lambda *args, **kwargs: None,
 )
 _OP_INPLACE = define(
-    f"denoise_step_(Tensor(a!) x, {_INPUTS}, str backend, Tensor(b!)? x0_out) -> ()",
+    f"denoise_step_(Tensor(a!) x, {_INPUTS}, str backend, Tensor(b!)? x0_out, *, {_MEMORY}) -> ()",
     _write_over,
-    lambda *args: None,
+    lambda *args, **kwargs: None,
 )

@@ -83,7 +83,9 @@ def _adapter(obj: Any) -> ModuleType:
         parts = [name for name, part in _held(obj).items() if _find(part) is not None]
         helps = [f"; accelerate(obj.{name}) would do" for name in parts[:1]]
         supported = "; ".join(_supported())
-        raise TypeError(f"cannot accelerate {class_name(obj)}; supported: {supported}{''.join(helps)}")
+        raise TypeError(
+            f"cannot accelerate {class_name(obj)}; supported: {supported}{''.join(helps)}"
+        )
     return found
 
 

@@ -105,6 +105,9 @@ def recipe_of(options: SampleOptions) -> Recipe:
         guidance=options.guidance,
         optimize=options.optimize,  # type: ignore[arg-type]
         backend=options.backend,
+        order=options.order,
+        solver_type=options.solver_type,
+        grid=options.grid,
     )
 
 
@@ -201,6 +204,9 @@ def settings_of(options: SampleOptions, recipe: Recipe) -> dict[str, Any]:
         "steps": recipe.steps,
         "spacing": recipe.spacing,
         "eta": recipe.eta,
+        "order": options.order,
+        "solver_type": options.solver_type,
+        "grid": options.grid,
         "guidance": options.guidance,
         "label": list(options.labels),
         "seed": options.seed,

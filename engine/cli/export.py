@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from stepfuse.engine.cli import solver_options
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.export_options import ExportOptions
-from stepfuse.engine.cli.usual import SPACINGS, usual
+from stepfuse.engine.cli.usual import usual
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
-from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -76,8 +76,10 @@ def export_command(
         ),
     ] = False,
     steps: Annotated[str | None, usual("As in stepfuse sample.", LOOP)] = None,
-    method: Annotated[str | None, usual("The sampler.", LOOP, "|".join(names()))] = None,
-    spacing: Annotated[str | None, usual("Which timesteps.", LOOP, SPACINGS)] = None,
+    method: Annotated[str | None, solver_options.method(LOOP)] = None,
+    spacing: Annotated[str | None, solver_options.spacing(LOOP)] = None,
+    order: Annotated[int | None, solver_options.order(LOOP)] = None,
+    solver_type: Annotated[str | None, solver_options.solver_type(LOOP)] = None,
     eta: Annotated[
         float | None, usual("Noise of ddim; above 0 the noise is an input of the file.", LOOP)
     ] = None,
@@ -151,6 +153,8 @@ def export_command(
         method=method,
         spacing=spacing,
         eta=eta,
+        order=order,
+        solver_type=solver_type,
         guidance=guidance,
         tensorrt=tensorrt,
         compute_capability=compute_capability,

@@ -27,6 +27,8 @@ class ExportOptions:
     method: str | None
     spacing: str | None
     eta: float | None
+    order: int | None
+    solver_type: str | None
     guidance: float
     tensorrt: Path | None
     compute_capability: str | None
@@ -58,6 +60,8 @@ class ExportOptions:
                 ("--spacing", self.spacing),
                 ("--eta", None if self.eta is None else f"{self.eta:g}"),
                 ("--guidance", guidance),
+                ("--order", None if self.order is None else str(self.order)),
+                ("--solver-type", self.solver_type),
             ):
                 if said is not None:
                     raise ValueError(f"{option} {said} is part of a sampler; give --whole-loop too")

@@ -70,6 +70,8 @@ def _export(options: ExportOptions, checkpoint: Checkpoint, progress: bool) -> E
             options.out,
             **checkpoint.sampling.with_own(given),
             clip_sample=None if checkpoint.normalization else 1.0,
+            order=options.order,
+            solver_type=options.solver_type,
             guidance=CFG(options.guidance, unconditional={"labels": None}) if guided else None,
             **shared,
         )

@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli import generate_look as look
-from stepfuse.engine.cli import generating
-from stepfuse.engine.cli.usual import SPACINGS, usual
+from stepfuse.engine.cli import generating, solver_options
+from stepfuse.engine.cli.usual import usual
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
 from stepfuse.engine.generate.slices import parse
-from stepfuse.engine.sampling.methods import names
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -80,9 +79,12 @@ def generate_command(
     steps: Annotated[
         str | None, usual("As in stepfuse sample: a number, 'ddim25', '10,15'.", MADE)
     ] = None,
-    method: Annotated[str | None, usual("The sampler.", MADE, "|".join(names()))] = None,
+    method: Annotated[str | None, solver_options.method(MADE)] = None,
     eta: Annotated[float | None, usual("Noise of ddim: 0 to 1.", MADE)] = None,
-    spacing: Annotated[str | None, usual("Which timesteps.", MADE, SPACINGS)] = None,
+    spacing: Annotated[str | None, solver_options.spacing(MADE)] = None,
+    order: Annotated[int | None, solver_options.order(MADE)] = None,
+    solver_type: Annotated[str | None, solver_options.solver_type(MADE)] = None,
+    grid: Annotated[str | None, solver_options.grid(MADE)] = None,
     guidance: Annotated[
         float,
         typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=MADE),
@@ -360,9 +362,10 @@ def generate_command(
         return generating.resume(run, count, how, watch)
     if count is None:
         raise ValueError("-n must say how many images are wanted, or RUN which job is to go on")
+    sampled = (method, steps, spacing, eta, guidance, optimize, "auto", order, solver_type, grid)
     settings = Settings(
         model=model,
-        recipe=Recipe(method, steps, spacing, eta, guidance, optimize),  # type: ignore[arg-type]
+        recipe=Recipe(*sampled),  # type: ignore[arg-type]
         seed=seed,
         labels=labels,
         label=tuple(label or ()),

@@ -44,10 +44,10 @@ _SHOWN = 20  # numbers of failed shards in a line
 
 # what job.json says of a job that is there
 _NOT_OF_A_JOB = (
-    "model", "seed", "steps", "method", "eta", "spacing", "guidance", "labels", "label",
-    "per_class", "conditions", "per_row", "optimize", "batch_size", "threads", "out", "format",
-    "image", "quality", "level", "rounding", "shard_size", "features", "memory", "dry_run",
-    "price_per_hour",
+    "model", "seed", "steps", "method", "eta", "spacing", "order", "solver_type", "grid",
+    "guidance", "labels", "label", "per_class", "conditions", "per_row", "optimize", "batch_size",
+    "threads", "out", "format", "image", "quality", "level", "rounding", "shard_size", "features",
+    "memory", "dry_run", "price_per_hour",
 )  # fmt: skip
 
 

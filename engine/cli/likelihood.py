@@ -8,8 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, interruptible
-from stepfuse.engine.cli.likelihood_options import CDFS, LABELS, VARIANCES, LikelihoodOptions
-from stepfuse.engine.cli.usual import SPACINGS
+from stepfuse.engine.cli.likelihood_options import (
+    CDFS,
+    LABELS,
+    SPACINGS,
+    VARIANCES,
+    LikelihoodOptions,
+)
 from stepfuse.engine.files.writing import check_file
 
 EXAMPLES = (
@@ -63,7 +68,7 @@ def likelihood_command(
     spacing: Annotated[
         str,
         typer.Option(
-            metavar=SPACINGS,
+            metavar="|".join(SPACINGS),
             help="Which timesteps.",
             rich_help_panel=MEASURED,
         ),

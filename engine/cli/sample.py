@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from stepfuse.engine.cli import solver_options
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.cli.sample_options import SampleOptions
-from stepfuse.engine.cli.usual import SPACINGS, usual
-from stepfuse.engine.sampling.methods import names
+from stepfuse.engine.cli.usual import usual
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -19,6 +19,8 @@ EXAMPLES = (
     "  [cyan]stepfuse sample --out digits.png[/cyan]\n\n"
     "Sixteen threes, fast, with guidance:\n\n"
     "  [cyan]stepfuse sample -n 16 --label 3 --steps 20 --guidance 2 --out threes.png[/cyan]\n\n"
+    "The same in half the evaluations, by a solver of higher order:\n\n"
+    "  [cyan]stepfuse sample --method dpmpp --steps 10 --grid logsnr --out digits.png[/cyan]\n\n"
     "How they come out of the noise:\n\n"
     "  [cyan]stepfuse sample -n 25 --out digits.gif[/cyan]\n\n"
     "Images 10000 to 19999 of seed 0 as an array, 250 at a time:\n\n"
@@ -63,11 +65,14 @@ def sample(
             SAMPLING,
         ),
     ] = None,
-    method: Annotated[str | None, usual("The sampler.", SAMPLING, "|".join(names()))] = None,
+    method: Annotated[str | None, solver_options.method(SAMPLING)] = None,
     eta: Annotated[
         float | None, usual("Noise of ddim: 0 is deterministic, 1 as much as DDPM.", SAMPLING)
     ] = None,
-    spacing: Annotated[str | None, usual("Which timesteps.", SAMPLING, SPACINGS)] = None,
+    spacing: Annotated[str | None, solver_options.spacing(SAMPLING)] = None,
+    order: Annotated[int | None, solver_options.order(SAMPLING)] = None,
+    solver_type: Annotated[str | None, solver_options.solver_type(SAMPLING)] = None,
+    grid: Annotated[str | None, solver_options.grid(SAMPLING)] = None,
     guidance: Annotated[
         float,
         typer.Option(
@@ -179,6 +184,9 @@ def sample(
         method,
         spacing,
         eta,
+        order,
+        solver_type,
+        grid,
         guidance,
         tuple(label or ()),
         seed,

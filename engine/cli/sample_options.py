@@ -19,6 +19,9 @@ class SampleOptions:
     method: str | None
     spacing: str | None
     eta: float | None
+    order: int | None
+    solver_type: str | None
+    grid: str | None
     guidance: float
     labels: tuple[str, ...]
     seed: int

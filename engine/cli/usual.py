@@ -6,8 +6,6 @@ from typing import Any
 
 import typer
 
-SPACINGS = "leading|trailing|linspace|quadratic"
-
 
 def usual(text: str, panel: str, metavar: str | None = None) -> Any:
     """An option whose default, None, is the model's own way."""

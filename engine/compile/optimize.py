@@ -170,9 +170,7 @@ class Optimized(nn.Module):
 
     def _forget(self) -> None:
         """Nothing is compiled, and nothing is known of the model."""
-        settings = Settings(
-            self.dtype, self.passes, self.without, self.weights, self.has_timestep
-        )
+        settings = Settings(self.dtype, self.passes, self.without, self.weights, self.has_timestep)
         self._cache = NetworkCache(
             self.original, settings, self.max_networks, self.timesteps, self._never_counts
         )

@@ -33,6 +33,9 @@ def generate(
     steps: int | str | None = None,
     spacing: str | None = None,
     eta: float | None = None,
+    order: int | None = None,
+    solver_type: str | None = None,
+    grid: str | None = None,
     guidance: float = 1.0,
     optimize: Optimize = "off",
     backend: str = "auto",
@@ -78,7 +81,8 @@ def generate(
         n: how many; None goes on with the job that is there. It may be raised, never lowered.
         out: a folder, or a URL that fsspec knows.
         method, steps, spacing, eta: see `Sampler`; None for what is usual for the model.
-        guidance, optimize, backend: see `Sampler`.
+        order, solver_type, grid, guidance, optimize, backend: see `Sampler`; sigmas of one's own
+            are a text, "80,10,1".
         labels, label, per_class, conditions, per_row: see docs/generate.md.
         format, image, quality, level, rounding: of what is written.
         features: "module:function", for `stats`.
@@ -134,6 +138,9 @@ def generate(
             guidance=guidance,
             optimize=optimize,
             backend=backend,
+            order=order,
+            solver_type=solver_type,
+            grid=grid,
         ),
         seed=seed,
         labels=labels,

@@ -200,6 +200,7 @@ def asked(settings: Settings, source: Source, device: str) -> dict[str, Any]:
             "steps": recipe.steps,
             "spacing": recipe.spacing,
             "eta": recipe.eta,
+            **recipe.solver(),
             "guidance": recipe.guidance,
             "optimize": recipe.optimize,
             "backend": backend,

@@ -45,7 +45,8 @@ def of_settings(settings: Settings) -> dict[str, Any]:
         "sampling": {
             name: getattr(recipe, name)
             for name in ("method", "steps", "spacing", "eta", "guidance", "optimize")
-        },
+        }
+        | recipe.solver(),
     }
 
 

@@ -25,6 +25,7 @@ class Recipe:
     Attributes:
         method, steps, spacing, eta: see `Sampler`; a string of digits is a number. None for what
             is usual for the network.
+        order, solver_type, grid: see `Sampler`, too; numbers with commas between are sigmas.
         guidance: classifier-free; 1 is none.
         optimize: "off", or the type of matrix products that the network is compiled for.
         backend: see `Sampler`.
@@ -37,6 +38,9 @@ class Recipe:
     guidance: float = 1.0
     optimize: Optimize = "off"
     backend: str = "auto"
+    order: int | None = None
+    solver_type: str | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)
@@ -62,9 +66,17 @@ class Recipe:
             "guidance": steering(self.guidance if guidance is None else guidance),
             "backend": self.backend,
             "optimize": compiled_for(self.optimize),
+            **self.solver(),
             **overrides,
         }
+        if self.grid is not None:
+            given["grid"] = _sigmas(self.grid)
         return Sampler(model, trained.schedule, **sampler_settings(trained, given))
+
+    def solver(self) -> dict[str, Any]:
+        """What was chosen of order, type and grid, by name: most methods have nothing of these."""
+        chosen = {"order": self.order, "solver_type": self.solver_type, "grid": self.grid}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def table_hash(self, trained: Trained) -> str:
         """sha256 of the float64 step table, which is everything the update knows of the settings.
@@ -72,8 +84,11 @@ class Recipe:
         Raises as `Sampler` does, before a network is there.
         """
         sampler = self.sampler(_nobody, trained, guidance=1.0, optimize=False, graph=None)
-        table = sampler.plan.table.detach().cpu().contiguous()
-        return hashlib.sha256(table.numpy().tobytes()).hexdigest()
+        plan = sampler.plan
+        digest = hashlib.sha256(plan.table.contiguous().numpy().tobytes())
+        if plan.history is not None:
+            digest.update(plan.history.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def steering(scale: float) -> CFG | None:
@@ -92,6 +107,18 @@ def number_or_words(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+def _sigmas(text: str) -> str | list[float]:
+    """The numbers of "80,10,1", or the name of a grid."""
+    if not any(character.isdigit() for character in text):
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"grid must be a name, or sigmas with commas between, like 80,10,1; got {text!r}"
+        ) from None
 
 
 def _nobody(x: Tensor, t: Tensor, **condition: Any) -> Tensor:

@@ -121,7 +121,8 @@ class _Trial:
         worker = self._worker(size)
         sampler = worker.sampler(None)
         evaluations = len(sampler.timesteps)
-        steps = sampler.timesteps[:: max(1, evaluations // _STEPS)][:_STEPS]
+        points = list(dict.fromkeys(sampler.timesteps))  # some are asked for twice
+        steps = points[:: max(1, len(points) // _STEPS)][:_STEPS]
         sampler.set_timesteps(timesteps=steps)
         numbers, rows = range(size), self._rows(size)
         with returning():  # or the largest batch's first step decides how large the process is
@@ -132,7 +133,7 @@ class _Trial:
             worker.sample(numbers, rows)
             self._finish()
             best = min(best, time.perf_counter() - start)
-        seconds = best * evaluations / len(steps)
+        seconds = best * evaluations / len(sampler.timesteps)
         tried = Tried(size, size / seconds, _peak(self.device))
         return tried, time.perf_counter() - begun
 

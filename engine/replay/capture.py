@@ -104,9 +104,7 @@ class Recording(WatchingMode):
         self.read = TensorsRead()
         with NoCopies(), self:
             step()
-        self.replay: Step = self._writer.function(
-            "replay", "<recorded step>", memory=Workspace()
-        )
+        self.replay: Step = self._writer.function("replay", "<recorded step>", memory=Workspace())
         self.operations = len(self._writer.lines)
         del self._names, self._writer
 
@@ -150,8 +148,9 @@ class Recording(WatchingMode):
 
     def _name_of(self, value: Any) -> str | None:
         """The variable of a tensor made while recording, as long as that lives."""
-        name: str | None = self._names.get(value) if isinstance(value, Tensor) else None
-        return name
+        if not isinstance(value, Tensor) or value not in self._names:
+            return None
+        return str(self._names[value])
 
 
 def _is_view_of(result: Any, read: Sequence[Tensor]) -> bool:

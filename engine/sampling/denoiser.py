@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,18 @@ class Denoiser:
             raise ValueError(
                 f"device must be one that this machine has; got '{asked}': {why}"
             ) from None
+
+    def check_timesteps(self, timesteps: Sequence[float]) -> None:
+        """ValueError where a model that asks for whole timesteps would get others.
+
+        It says so by ``integer_timesteps = True``.
+        """
+        between = [t for t in timesteps if not isinstance(t, int)]
+        if between and getattr(_original(self.model), "integer_timesteps", False):
+            raise ValueError(
+                f"timesteps must be whole for {type(_original(self.model)).__name__} "
+                f"(integer_timesteps=True); got {between[0]:.6g}"
+            )
 
     def parameters(self) -> list[Tensor]:
         """Weights and buffers of the model, none for a plain function."""

@@ -89,9 +89,9 @@ def interpolate(
     below = [index for index in sampler.timesteps if index <= t]
     if not below:
         raise ValueError(f"t must be at least {sampler.timesteps[-1]}; got {t}")
-    abar = sampler.schedule.alphas_cumprod[below[0]]
+    signal, sigma = sampler._level(below[0])
     samples = torch.arange(2 * len(xa), device=xa.device)
     noise = philox.normal(seed, samples, philox.INITIAL, xa.shape[1:]).to(xa.dtype)
-    noised = float(abar.sqrt()) * torch.cat([xa, xb]) + float((1 - abar).sqrt()) * noise
+    noised = signal * torch.cat([xa, xb]) + sigma * noise
     mixed = (1 - weight) * noised[: len(xa)] + weight * noised[len(xa) :]
-    return sampler.sample(xa.shape, seed=seed, condition=condition, x_T=mixed, start=below[0])
+    return sampler.sample(xa.shape, seed=seed, condition=condition, x_T=mixed, start=t)

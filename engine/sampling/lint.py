@@ -167,7 +167,10 @@ def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tu
 
 def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
     """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
-    layout = Layout(shape, sampler.dtype, _DEVICE, False, False, False, ())
+    plan = sampler.plan
+    layout = Layout(
+        shape, sampler.dtype, _DEVICE, False, False, False, (), slots=plan.slots, whole=plan.whole
+    )
     guidance = sampler.steering
     return Program(
         _FakeDenoiser(sampler.denoiser),

@@ -19,11 +19,13 @@ from stepfuse.engine.sampling.condition import Staged, structure_key
 from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.engine.sampling.evaluation import Evaluation
 from stepfuse.engine.sampling.guidance.protocol import Outputs, Steering
+from stepfuse.engine.sampling.plan import Plan
 from stepfuse.engine.sampling.request import Part
 from stepfuse.engine.sampling.uncapturable import refusal
 from stepfuse.kernels import torch_names
 from stepfuse.kernels.denoise_step import denoise_step
-from stepfuse.kernels.step_row import COLUMNS, Column
+from stepfuse.kernels.memory import history_dtype
+from stepfuse.kernels.step_row import COLUMNS, HISTORY_COLUMNS, Column
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Layout:
     training: bool
     condition: Hashable
     autocast: torch.dtype | None = None
+    slots: int = 0  # of the history
+    whole: bool = True  # timesteps are int64, and floats otherwise
 
     @classmethod
-    def of(cls, part: Part, denoiser: Denoiser) -> Layout:
+    def of(cls, part: Part, denoiser: Denoiser, plan: Plan) -> Layout:
         """The layout of a batch; conditions count by structure, shapes, dtypes and settings."""
         x = part.x
         return cls(
@@ -52,6 +56,8 @@ class Layout:
             denoiser.module is not None and denoiser.module.training,
             structure_key((part.condition, part.replacement)),
             _autocast(x.device.type),
+            plan.slots,
+            plan.whole,
         )
 
 
@@ -109,22 +115,34 @@ class Program:
         self.image = torch.zeros_like(self.x) if layout.masked else None
         self.image_noise = torch.zeros_like(self.x) if layout.masked else None
         self.mask = torch.zeros_like(self.x) if layout.masked else None
-        precise = layout.dtype == torch.float64
-        self.table = torch.zeros(
-            (capacity, COLUMNS), dtype=torch.float64 if precise else torch.float32, device=device
-        )
-        self.timesteps = torch.zeros(capacity, dtype=torch.int64, device=device)
+        precise = history_dtype(layout.dtype)
+        self.table = torch.zeros((capacity, COLUMNS), dtype=precise, device=device)
+        self.history = self.history_table = None
+        if layout.slots:
+            self.history = torch.zeros((layout.slots, *shape), dtype=precise, device=device)
+            self.history_table = torch.zeros(
+                (capacity, HISTORY_COLUMNS), dtype=precise, device=device
+            )
+        kind = torch.int64 if layout.whole else precise
+        self.timesteps = torch.zeros(capacity, dtype=kind, device=device)
         self.rows = 0
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.t = torch.zeros(shape[0], dtype=torch.int64, device=device)
-        self.seeds = torch.zeros_like(self.t)
-        self.samples = torch.zeros_like(self.t)
+        self.t = torch.zeros(shape[0], dtype=kind, device=device)
+        self.seeds = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.samples = torch.zeros_like(self.seeds)
 
-    def load(self, part: Part, table: Tensor) -> None:
-        """Set everything a run needs; copies into the buffers, keeps none of the arguments."""
-        self.rows = len(table)
-        self.table[: self.rows].copy_(table)
-        self.timesteps[: self.rows].copy_(table[:, Column.TIMESTEP].to(torch.int64))
+    def load(self, part: Part, plan: Plan) -> None:
+        """Set everything a run needs; copies into the buffers, keeps none of the arguments.
+
+        What is in the history is never read before it was written, and stays as it is.
+        """
+        self.rows = len(plan.table)
+        self.table[: self.rows].copy_(plan.table)
+        if self.history_table is not None:
+            assert plan.history is not None
+            self.history_table[: self.rows].copy_(plan.history)
+        timesteps = torch.tensor(plan.timesteps, dtype=self.timesteps.dtype)
+        self.timesteps[: self.rows].copy_(timesteps)
         self.step.fill_(part.first_row)
         for buffer, value in (
             (self.x, part.x),
@@ -165,6 +183,8 @@ class Program:
             learned_variance=self.learned_variance,
             out=self.x,
             x0_out=self.x0,
+            history=self.history,
+            history_table=self.history_table,
             backend=self.backend,
         )
         if shift is not None:
@@ -181,7 +201,8 @@ class Program:
 
     def state(self) -> tuple[Tensor, ...]:
         """The buffers a step changes."""
-        return (self.x, self.x0, self.step, self.t)
+        buffers = (self.x, self.x0, self.step, self.t)
+        return buffers if self.history is None else (*buffers, self.history)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The images that a step makes."""

@@ -27,6 +27,7 @@ from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Denoiser
 from stepfuse.engine.sampling.guidance.protocol import Steering
+from stepfuse.engine.sampling.plan import Plan
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.request import Part
 from stepfuse.kernels.checks import as_integer, shown
@@ -327,9 +328,9 @@ class Programs:
         self._counts: Counter[str] = Counter()
         self.optimized: WeakSet[Any] = WeakSet()  # models that ran in a step
 
-    def get(self, part: Part) -> Runner[Program]:
+    def get(self, part: Part, plan: Plan) -> Runner[Program]:
         """The runner for a part's layout, built where there is none; to be loaded, then checked."""
-        layout = Layout.of(part, self._denoiser)
+        layout = Layout.of(part, self._denoiser, plan)
         runner = self._runners.pop(layout, None)
         if runner is None:
             program = self._build(layout, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,10 @@ class Request:
     """The arguments of `Sampler.sample`, checked against each other and the table.
 
     Args:
-        table: [S, 16], which gives the timesteps to start from.
-        timesteps: of its rows.
+        timesteps: where steps start, descending.
+        rows: how many rows the table has, at least one for each of them.
+        last: the last timestep of the schedule.
+        level: gives (signal, noise) of x = signal x0 + noise eps at a timestep.
         device, dtype, backend: of x.
         guidance: whose unconditional entries are checked against the condition.
         The rest is documented in `Sampler.sample`.
@@ -61,8 +63,10 @@ class Request:
 
     def __init__(
         self,
-        timesteps: Sequence[int],
-        alphas_cumprod: Tensor,
+        timesteps: Sequence[float],
+        rows: int,
+        last: int,
+        level: Callable[[float], tuple[float, float]],
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
@@ -79,7 +83,7 @@ class Request:
         mask: Tensor | None = None,
     ) -> None:
         self.shape = _checked_shape(shape)
-        self.timesteps, self.alphas_cumprod = timesteps, alphas_cumprod
+        self.timesteps, self.last, self.level = timesteps, last, level
         self.device, self.dtype, self.backend = device, dtype, backend
         count = self.shape[0]
         self.seeds = per_sample("seed", seed, count, device)
@@ -87,10 +91,11 @@ class Request:
         self.condition = check_condition(condition, count, device)
         self.replacement = replacement(self.condition, Steering.of(guidance), count, device)
         self.x_T = self._like_x("x_T", x_T, self.shape)
-        self.noise = self._like_x("noise", noise, (len(timesteps), *self.shape))
+        self.noise = self._like_x("noise", noise, (rows, *self.shape))
         self.image = self._like_x("image", image, self.shape)
         self.mask = self._mask(mask)
-        self.first_row = self._first_row(start, strength)
+        self.first = self._first(start, strength)
+        self.first_row = self.first  # of the table that is used
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -137,13 +142,13 @@ class Request:
 
     def _noised(self, image: Tensor, eps: Tensor) -> Tensor:
         """x_t of the image at the first timestep (DDPM eq. 4), or eps where nothing is kept."""
-        if self.first_row == 0 and self.mask is not None:
+        if self.first == 0 and self.mask is not None:
             return eps
-        abar = self.alphas_cumprod[self.timesteps[self.first_row]]
-        signal, sigma = float(abar.sqrt()), float((1 - abar).sqrt())
+        signal, sigma = self.level(self.timesteps[self.first])
         return signal * image + sigma * eps
 
-    def _first_row(self, start: int | None, strength: float) -> int:
+    def _first(self, start: int | None, strength: float) -> int:
+        """The number of the timestep to begin with."""
         rows = len(self.timesteps)
         strength = as_number("strength", strength, finite=False)
         if self.image is not None and self.x_T is not None and self.mask is None:
@@ -152,9 +157,8 @@ class Request:
             start = as_integer("start", start, "an int or None")
             if self.x_T is None:
                 raise ValueError("start says where x_T stands: give x_T too")
-            last = len(self.alphas_cumprod) - 1
-            if start > last:
-                raise ValueError(f"start must be at most {last}; got {start}")
+            if start > self.last:
+                raise ValueError(f"start must be at most {self.last}; got {start}")
             if strength != 1:
                 raise ValueError(f"give start or strength, not both; got {start} and {strength}")
             reached = [i for i, t in enumerate(self.timesteps) if t <= start]

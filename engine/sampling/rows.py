@@ -94,21 +94,35 @@ class Rows:
         self.table[:, Column.CLIP] = math.inf if clip is None else clip
         self.table[:, Column.GUIDANCE] = 1.0
         if a is not None and b is not None:
-            self._put(Column.SIGNAL, a.sqrt())
-            self._put(Column.NOISE, (1 - a).sqrt())
-            self._put(Column.SIGNAL_NEXT, b.sqrt())
-            self._put(Column.NOISE_NEXT, (1 - b).sqrt())
+            self.between((a.sqrt(), (1 - a).sqrt()), (b.sqrt(), (1 - b).sqrt()))
         self._clips = clip is not None
         self.signal, self.noise = self.table[:, Column.SIGNAL], self.table[:, Column.NOISE]
         self.scale = scale or Scale.of_roots(self.signal, self.noise)
 
-    def predict(self, prediction_type: str, mean: tuple[Tensor, Tensor] | None = None) -> None:
+    def between(self, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> None:
+        """Where the steps start and end: (signal, noise) of x = signal x0 + noise eps, [S] each."""
+        for column, value in zip(
+            (Column.SIGNAL, Column.NOISE, Column.SIGNAL_NEXT, Column.NOISE_NEXT),
+            (*start, *end),
+            strict=True,
+        ):
+            self._put(column, value)
+
+    def predict(
+        self,
+        prediction_type: str,
+        mean: tuple[Tensor, Tensor] | None = None,
+        size: Tensor | float = 1.0,
+    ) -> None:
         """x0 = p_x x + p_o o, o being the model's output.
 
-        epsilon        (x - sqrt(1-a) o) / sqrt(a)       DDPM, section 3.2
-        sample         o
-        v_prediction   sqrt(a) x - sqrt(1-a) o           Salimans & Ho 2022, section 4
-        mean           (o - c_x x) / c_0                 with ``mean`` = (c_0, c_x)
+        epsilon           (x - sqrt(1-a) o) / sqrt(a)        DDPM, section 3.2
+        sample            o
+        v_prediction      sqrt(a) x - sqrt(1-a) o            Salimans & Ho 2022, section 4
+        mean              (o - c_x x) / c_0                  with ``mean`` = (c_0, c_x)
+        flow_prediction   (x - noise o) / (signal + noise)   o = eps - x0, Lipman et al. 2023
+
+        ``size`` is the root of signal^2 + noise^2: v is that of x divided by it.
         """
         self.prediction_type = prediction_type
         zero = torch.zeros_like(self.signal)
@@ -117,7 +131,10 @@ class Rows:
         elif prediction_type == "sample":
             p_x, p_o = zero, zero + 1
         elif prediction_type == "v_prediction":
-            p_x, p_o = self.signal, -self.noise
+            p_x, p_o = self.signal / size**2, -self.noise / size
+        elif prediction_type == "flow_prediction":
+            both = self.signal + self.noise
+            p_x, p_o = 1 / both, -self.noise / both
         else:
             assert mean is not None
             c_0, c_x = mean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model, optimized
+from stepfuse.engine.sampling.grids import Grid
 from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method
-from stepfuse.engine.sampling.plan import Plan, inversion_table, step_table
+from stepfuse.engine.sampling.plan import Plan, inversion_table, most_rows, step_table
 from stepfuse.engine.sampling.planned import Planned
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.program_cache import GraphMode, Programs, Runner
@@ -49,11 +49,21 @@ class Sampler(Planned):
             ``uncapturable_because``, a text; so does one that holds such a module.
         schedule: what the model was trained on.
         method: "ddim" (Song et al. 2021, eq. 12), "ddpm" (Ho et al. 2020, algorithm 2), "ddim_hat"
-            (DDIM, section 5: the larger sigma) or "ddgan" (Xiao et al. 2022, eq. 4).
+            (DDIM, section 5: the larger sigma), "ddgan" (Xiao et al. 2022, eq. 4), or a solver of
+            higher order or for a distilled model: "dpmpp", "dpmpp_sde", "unipc", "heun", "plms",
+            "euler", "euler_a", "lcm", "tcd", each in `stepfuse.engine.sampling.methods`.
+        order, solver_type: of "dpmpp" and "dpmpp_sde" 1, 2 or 3, "midpoint" or "heun"; of "unipc"
+            1, 2 or 3, "bh1" or "bh2". None: second order, "midpoint" and "bh2".
+        strict: as other libraries compute it. False: "dpmpp" of order 3 is of third order, "plms"
+            averages epsilons of a model that predicts v.
         steps, spacing, steps_offset: see `spaced_timesteps`.
         timesteps: the timesteps themselves, descending, instead of those three.
-        eta: stochasticity of "ddim": 0 is deterministic, 1 has DDPM's variance.
-        prediction_type: "epsilon", "sample" (x0), "v_prediction" or "mean" (of the posterior).
+        grid: "karras", "exponential", "logsnr", "beta" or a list of sigmas instead: timesteps that
+            need not be whole, see `stepfuse.engine.sampling.grids`. A model whose attribute
+            ``integer_timesteps`` is True refuses those.
+        eta: stochasticity of "ddim": 0 is deterministic, 1 has DDPM's variance; gamma of "tcd".
+        prediction_type: "epsilon", "sample" (x0), "v_prediction", "mean" (of the posterior), or
+            "flow_prediction" (eps - x0 of flow matching, where t / T is sigma).
         variance_type: of "ddpm": "fixed_small" (beta~), "fixed_large" (beta), or "learned" and
             "learned_range" for models of 2C channels (Nichol & Dhariwal 2021, section 3.1).
         variance_at_zero: log beta~ at the last step is that of the one before ("next") or
@@ -92,7 +102,11 @@ class Sampler(Planned):
         steps: int | str = 50,
         spacing: Spacing = "leading",
         steps_offset: int = 0,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
+        grid: Grid | None = None,
+        order: int | None = None,
+        solver_type: str | None = None,
+        strict: bool = True,
         eta: float = 0.0,
         prediction_type: PredictionType = "epsilon",
         variance_type: VarianceType = "fixed_small",
@@ -122,19 +136,27 @@ class Sampler(Planned):
             clip_sample,
             rederive_epsilon,
             final_alpha_one,
+            order,
+            solver_type,
+            strict,
         )
         # guidance may need two shapes for each of the sampler's
         self.denoiser = Denoiser(optimized(model, optimize, 2 * self.max_programs))
         self.device = self.denoiser.place(device)
         self.backend = resolve(backend, self.device, dtype)
         self._renew()
-        self._plan(update, self._chosen(steps, spacing, steps_offset, timesteps), guidance)
+        chosen = self._chosen(update, steps, spacing, steps_offset, timesteps, grid)
+        self._plan(update, chosen, guidance)
 
     def _follow(self, plan: Plan, update: Update, guidance: Guidance | None) -> None:
+        self.denoiser.check_timesteps(plan.timesteps)
         with self._lock:
-            if isinstance(self.denoiser.model, Optimized):
-                self.denoiser.model.prepare(plan.timesteps)
-            if guidance is not self._guidance:
+            if isinstance(self.denoiser.model, Optimized) and plan.whole:
+                self.denoiser.model.prepare(map(int, plan.timesteps))
+            before = vars(self).get("update", update)
+            variance = before.uses_learned_variance != update.uses_learned_variance
+            mean = before.shifts_mean != update.shifts_mean
+            if guidance is not self._guidance or variance or mean:
                 self._programs.clear()  # they are built for the other
             planned = {"plan": plan, "timesteps": plan.timesteps, "update": update}
             vars(self).update(planned, _guidance=guidance)
@@ -192,7 +214,7 @@ class Sampler(Planned):
         request = self._request(
             shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
         )
-        return self._run(request, self.plan, batch_size, progress, callback)
+        return self._run(request, self._begun(request), batch_size, progress, callback)
 
     def iterate(
         self,
@@ -218,7 +240,12 @@ class Sampler(Planned):
         )
         asked = DeviceOrder(self.device)
         asked.done()
-        return self._walk(request, self.plan, asked)
+        return self._walk(request, self._begun(request), asked)
+
+    def _begun(self, request: Request) -> Plan:
+        """The plan that a request runs down."""
+        plan, request.first_row = self._plan_since(request.first)
+        return plan
 
     def _walk(self, request: Request, plan: Plan, asked: DeviceOrder) -> Iterator[Step]:
         with self._lock:
@@ -247,8 +274,8 @@ class Sampler(Planned):
         on the way unless ``clip_sample`` is given. Guidance is left out.
         """
         check_images("x0", x0)
-        update = replace(self.update, method="ddim", eta=0.0, clip_sample=clip_sample)
-        table = inversion_table(self.schedule, self._asked, update, convention)
+        update = self.update.deterministic(clip_sample)
+        table = inversion_table(self.schedule, self._whole(), update, convention)
         request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
@@ -258,24 +285,15 @@ class Sampler(Planned):
     ) -> Tensor:
         """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
         check_images("z", z)
-        update = replace(self.update, method="ddim", eta=0.0, clip_sample=None)
-        table = step_table(self.schedule, self._asked, update)
+        update = self.update.deterministic(None)
+        table = step_table(self.schedule, self._whole(), update)
         request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
         return self._run(request, Plan.of(table), None, progress)
 
     def explain(self) -> str:
         """The plan in words: table, evaluations, backends, and what was captured or why not."""
-        update, first, last = self.update, self.timesteps[0], self.timesteps[-1]
-        eta = f", eta={update.eta:g}" if "eta" in update.solver.takes else ""
-        clip = (
-            "no clipping" if update.clip_sample is None else f"x0 clipped at {update.clip_sample:g}"
-        )
         lines = [
-            f"method      {update.method}{eta}, {update.prediction_type}, {clip}",
-            f"schedule    {self.schedule!r}",
-            f"table       {len(self.timesteps)} steps, timesteps {first} .. {last}",
-            f"evaluations {self.num_function_evaluations} per sample",
-            f"guidance    {self.guidance if self.guidance is not None else 'none'}",
+            *self._described(),
             f"update      {self.backend} on {self.device}, x in {self.dtype}",
             f"capture     {self._programs.explain(self.device)}",
         ]
@@ -336,15 +354,15 @@ class Sampler(Planned):
         for i in range(part.first_row, len(plan.timesteps)):
             with torch.no_grad():
                 if part.noise is not None:
-                    runner.program.take_noise(part.noise[i])
+                    runner.program.take_noise(part.noise[plan.left_out + i])
                 runner.run_step(plan.guided[i])
             yield i
 
     def _load(self, part: Part, plan: Plan) -> Runner[Program]:
         """The runner for a part, its buffers filled."""
         with torch.no_grad():
-            runner = self._programs.get(part)
-            runner.program.load(part, plan.table)
+            runner = self._programs.get(part, plan)
+            runner.program.load(part, plan)
             runner.check()
         return runner
 
@@ -355,7 +373,7 @@ class Sampler(Planned):
             layout,
             Staged(part.condition, part.replacement),
             # warming up a CUDA graph runs a few rows past the end
-            capacity=self.schedule.num_train_timesteps + 4,
+            most_rows(self.schedule.num_train_timesteps, layout.slots > 0) + 4,
             learned_variance=self.update.uses_learned_variance,
             mean_guidance=self.mean_guidance,
             backend=self.backend,
@@ -364,9 +382,12 @@ class Sampler(Planned):
     def _request(self, shape: Sequence[int], *arguments: Any, **named: Any) -> Request:
         guidance = named.pop("guidance", self.steering)
         self._look_at_guidance()
+        flow = self.update.prediction_type == "flow_prediction"
         request = Request(
-            self.timesteps,
-            self.schedule.alphas_cumprod,
+            self._asked,
+            len(self.timesteps),
+            self.schedule.num_train_timesteps - 1 + flow,
+            self._level,
             self.device,
             self.dtype,
             self.backend,

@@ -18,11 +18,12 @@ class Step:
     """
 
     index: int
-    t: int
+    t: float  # an int where it is whole
     x: Tensor
     x0: Tensor
 
     @classmethod
     def of(cls, index: int, plan: Plan, program: Program) -> Step:
         """Of a program that has just done step ``index``."""
-        return cls(index, plan.timesteps[index], program.x.clone(), program.x0.clone())
+        t = plan.timesteps[index]
+        return cls(plan.left_out + index, t, program.x.clone(), program.x0.clone())

@@ -16,7 +16,7 @@ from stepfuse.engine.sampling.rows import (
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.sampling.update import PredictionType, Update, VarianceAtZero
 from stepfuse.kernels.checks import LARGEST
-from stepfuse.kernels.step_row import Column
+from stepfuse.kernels.step_row import COLUMNS, Column, HistoryColumn
 
 
 class Steps:
@@ -153,10 +153,14 @@ def check_finite(table: Tensor, schedule: Schedule, prediction_type: PredictionT
     for row in table.tolist():
         coefficients = (*row[: Column.CLIP], *row[Column.CLIP + 1 :])
         if not all(abs(c) <= LARGEST for c in coefficients):
-            t = int(row[Column.TIMESTEP])
+            t, abar = row[Column.TIMESTEP], row[Column.SIGNAL] ** 2
+            if len(row) == COLUMNS:
+                abar = float(schedule.alphas_cumprod[int(t)])
+            else:
+                t = row[COLUMNS + HistoryColumn.TIME]
             raise ValueError(
-                f"a coefficient of the step at timestep {t} is not finite in float32; abar is "
-                f"{float(schedule.alphas_cumprod[t]):.3g} there, which may be too small for a "
+                f"a coefficient of the step at timestep {int(t) if t == int(t) else t} is not "
+                f"finite in float32; abar is {abar:.3g} there, which may be too small for a "
                 f"model that predicts {prediction_type!r}"
             )
     return table

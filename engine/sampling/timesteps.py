@@ -81,29 +81,35 @@ def spaced_timesteps(
     return sorted(set(chosen), reverse=True)
 
 
-def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+def check_timesteps(
+    timesteps: Sequence[float], num_train_timesteps: int, whole: bool = True, lowest: int = 0
+) -> list[float]:
     """A caller's own timesteps: whole numbers, descending, in 0 .. T-1; ValueError otherwise.
 
-    Numbers of arrays and tensors will do, floats too where they are whole.
+    Numbers of arrays and tensors will do, floats too where they are whole, and with ``whole=False``
+    where they are not. ``lowest`` is that of another range of T.
     """
-    chosen = [_whole(t) for t in as_list("timesteps", timesteps, "a list of indices")]
+    chosen = [_number(t, whole) for t in as_list("timesteps", timesteps, "a list of indices")]
     if not chosen:
         raise ValueError("timesteps must name at least one index; got an empty list")
     if any(a <= b for a, b in pairwise(chosen)):
         raise ValueError(f"timesteps must descend without repetition; got {chosen}")
-    if chosen[0] >= num_train_timesteps or chosen[-1] < 0:
+    highest = lowest + num_train_timesteps - 1
+    if chosen[0] > highest or chosen[-1] < lowest:
         raise ValueError(
-            f"timesteps must be in 0 .. {num_train_timesteps - 1}; got {chosen[-1]} .. {chosen[0]}"
+            f"timesteps must be in {lowest} .. {highest}; got {chosen[-1]} .. {chosen[0]}"
         )
     return chosen
 
 
-def _whole(timestep: Any) -> int:
+def _number(timestep: Any, whole: bool) -> float:
     number = timestep.item() if isinstance(timestep, Tensor) else timestep
     value = as_number("timesteps", number)
-    if value != int(value):
+    if value == int(value):
+        return int(value)
+    if whole:
         raise ValueError(f"timesteps must be whole numbers; got {received(number)}")
-    return int(value)
+    return value
 
 
 def _sections(total: int, spec: str) -> list[int]:

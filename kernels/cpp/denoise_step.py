@@ -20,11 +20,13 @@ def run(
     learned_variance: bool,
     out: Tensor,
     x0_out: Tensor | None,
+    history: Tensor | None = None,
+    history_table: Tensor | None = None,
 ) -> None:
     """Write x_s into ``out`` and, where given, the clipped x0 into ``x0_out``.
 
     The model outputs may be of another dtype than x, and halves of one batch. Drawn noise is
-    numbered in C order, so other layouts go through a contiguous copy.
+    numbered in C order, so other layouts go through a contiguous copy, and so does a history.
     """
     dense = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     dense_x0 = x0_out
@@ -39,6 +41,9 @@ def run(
         noise = noise.to(x.dtype).contiguous()
     elif seed is not None and sample is not None:
         seed, sample = seed.contiguous(), sample.contiguous()
+    dense_history = None if history is None else history.contiguous()
+    if history_table is not None:
+        history_table = history_table.to(torch.float32).contiguous()
     count = x.shape[0]
     stride = model_output.numel() // count
     native.denoise_step(
@@ -53,6 +58,9 @@ def run(
         0 if sample is None else sample.data_ptr(),
         dense.data_ptr(),
         0 if dense_x0 is None else dense_x0.data_ptr(),
+        0 if dense_history is None else dense_history.data_ptr(),
+        0 if history_table is None else history_table.data_ptr(),
+        0 if history is None else len(history),
         DTYPES[x.dtype],
         DTYPES[model_output.dtype],
         learned_variance,
@@ -62,6 +70,8 @@ def run(
         stride,
         threads(),
     )
+    if history is not None and dense_history is not None and dense_history is not history:
+        history.copy_(dense_history)
     if dense is not out:
         out.copy_(dense)
     if x0_out is not None and dense_x0 is not None and dense_x0 is not x0_out:

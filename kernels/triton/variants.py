@@ -23,7 +23,10 @@ from stepfuse.kernels.triton.group_norm_silu_plan import plan
 
 Launch = Callable[[], None]
 # arguments of the size of x: what memory bandwidth is spent on
-BULK = {"x", "x0", "out", "noise", "target", "model_output", "uncond", "x0_out", "grad", "dx"}
+BULK = {
+    "x", "x0", "out", "noise", "target", "model_output", "uncond", "x0_out", "history",
+    "grad", "dx",
+}  # fmt: skip
 # arrays in local memory and constant tables, which a slow sine or logarithm brings, library calls,
 # float64 division and roots
 UNWANTED = re.compile(
@@ -89,6 +92,8 @@ def variants() -> list[Variant]:
         _denoise("noise drawn", torch.bfloat16, drawn=True),
         _denoise("drawn, guidance, learned variance", torch.bfloat16, True, True, True),
         _denoise("noise given, x0 output", torch.float32, given=True, x0=True),
+        _denoise("history of 1", torch.float32, slots=1),
+        _denoise("history of 3, drawn, guidance", torch.bfloat16, True, True, slots=3),
         _denoise("no noise, odd size", torch.bfloat16, size=31),
         _denoise("noise drawn, odd size", torch.float16, drawn=True, size=31),
         _initial(),
@@ -147,6 +152,7 @@ def _denoise(
     given: bool = False,
     x0: bool = False,
     size: int = 64,
+    slots: int = 0,
 ) -> Variant:
     samples = 64 if size % 4 == 0 else 63  # an odd size is odd in all
     x = _meta(samples, 3, size, size, dtype=dtype)
@@ -154,12 +160,15 @@ def _denoise(
     uncond, noise = o.clone() if guided else None, x.clone() if given else None
     seeds = _indices(samples) if drawn else None
     table = _meta(50, 16, dtype=torch.float32)
+    memory: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if slots:
+        memory = _meta(slots, *x.shape, dtype=torch.float32), _meta(50, 8, dtype=torch.float32)
 
     def launch() -> None:
         predicted = x.clone() if x0 else None
         out = x.clone()
         denoise_step.run(
-            x, o, uncond, table, _indices(1), noise, seeds, seeds, learned, out, predicted
+            x, o, uncond, table, _indices(1), noise, seeds, seeds, learned, out, predicted, *memory
         )
 
     def unfused() -> object:
@@ -169,6 +178,8 @@ def _denoise(
             eps = eps + c * (eps - eps)
         predicted = ((x - c * eps) / c).clamp(-1, 1)
         out = c * predicted + c * ((x - c * predicted) / c)
+        for _ in range(slots):
+            out = out + c * x
         if learned:
             fraction = (variance + 1) / 2
             std = torch.exp(0.5 * (fraction * c + (1 - fraction) * c))
@@ -177,7 +188,9 @@ def _denoise(
 
     # reads x and the output (both of them with guidance, and the variance once), writes x_s
     passes = 3 + guided + learned + given + x0
-    return Variant("denoise_step", _title(name, x), x.numel(), passes * x.nbytes, launch, unfused)
+    # and reads each slot of a history and writes one
+    least = passes * x.nbytes + (slots + 1 if slots else 0) * 4 * x.numel()
+    return Variant("denoise_step", _title(name, x), x.numel(), least, launch, unfused)
 
 
 def _initial() -> Variant:

@@ -62,15 +62,22 @@ def denoising() -> Call:
         instead={
             "seed": 5, "sample": 2, "out": torch.empty(SHAPE), "x0_out": torch.empty(SHAPE),
             "uncond_output": X, "noise": X,
+            "history": torch.zeros(1, *SHAPE), "history_table": torch.zeros(3, 8),
         },
         beside={
+            "history": {"history_table": torch.zeros(3, 8)},
+            "history_table": {"history": torch.zeros(1, *SHAPE)},
             "sample": {"seed": 5},
             "learned_variance": {"model_output": torch.zeros(2, 2, 4, 4)},
         },
         raises=(IndexError,),
-        undefined=dict.fromkeys(
-            ("x", "model_output", "table", "uncond_output", "noise", "out", "x0_out"), FAKES
-        ),
+        undefined={
+            **dict.fromkeys(
+                ("x", "model_output", "table", "uncond_output", "noise", "out", "x0_out"), FAKES
+            ),
+            # both are given or none
+            "history": {*FAKES, "None"}, "history_table": {*FAKES, "None"},
+        },
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ OTHER_IMAGES = {"a tensor", "of one axis more"}
 IMAGE = world.images()
 STEPS: dict[str, Any] = {"steps": 2, "spacing": "leading", "steps_offset": 1}
 LIST_OF_STEPS = {"as an iterator"}
+LIST_OF_SIGMAS: set[str] = set()
+SOLVER: dict[str, Any] = {"method": "dpmpp"}
 
 
 def log_probability(x: Tensor, t: Tensor, **condition: Any) -> Tensor:
@@ -49,12 +51,14 @@ def constructor() -> Call:
             "eta": {"0"},
             "clip_sample": {"1.5", "2 ** 70"},
             "max_programs": {"2 ** 70"},
+            "grid": LIST_OF_SIGMAS,
         },
         instead={
             "timesteps": [9, 5, 1], "clip_sample": 1.0, "max_programs": 4,
             "guidance": sf.CFG(2.0), "variance_type": "fixed_large", "graph": "step",
-            "device": "cpu",
+            "device": "cpu", "order": 2, "solver_type": "heun", "grid": "karras",
         },
+        beside=dict.fromkeys(("order", "solver_type", "strict", "grid"), SOLVER | {"eta": 0.0}),
     )  # fmt: skip
 
 
@@ -62,9 +66,16 @@ def set_timesteps() -> Call:
     return Call(
         sf.Sampler(world.net(), world.schedule(), steps=2).set_timesteps,
         STEPS,
-        {"steps_offset": {"0"}, "timesteps": LIST_OF_STEPS, "eta": {"0"}},
-        instead={"timesteps": [9, 5, 1], "eta": 0.5},
-    )
+        {
+            "steps_offset": {"0"}, "timesteps": LIST_OF_STEPS, "eta": {"0"},
+            "grid": LIST_OF_SIGMAS,
+        },
+        instead={
+            "timesteps": [9, 5, 1], "eta": 0.5, "method": "heun", "order": 2,
+            "solver_type": "heun", "grid": "karras",
+        },
+        beside=dict.fromkeys(("order", "solver_type", "grid"), SOLVER),
+    )  # fmt: skip
 
 
 def drawing(function: Any, accepts: dict[str, set[str]], **more: Any) -> Call:

@@ -84,6 +84,20 @@ def test_a_row_that_the_table_has_not(
     assert x0.isnan().all()
 
 
+@pytest.mark.parametrize("step", [-1, 4])
+def test_such_a_row_writes_no_history(
+    launchers: tuple[Callable[..., None], ...], step: int
+) -> None:
+    x, output, rows = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), table()
+    x_s, history, memory = torch.zeros_like(x), torch.ones(2, *x.shape), torch.ones(4, 8)
+    counter = torch.tensor([step])
+    launchers[1](
+        x, output, None, rows, counter, None, None, None, False, x_s, None, history, memory
+    )
+    assert x_s.isnan().all()
+    assert (history == 1).all()
+
+
 @pytest.mark.parametrize("step", [0, 3])
 def test_the_first_and_the_last_row_are_there(
     launchers: tuple[Callable[..., None], ...], step: int

@@ -219,6 +219,49 @@ def test_denoise_step(arch: int, case: str) -> None:
     assert (rounds >= 40 * warps) if "drawn" in case else (rounds < 10 * warps)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (3, 3, 13, 27)], ids=["rows", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("weights", "write"),
+    [((0.0, 0.0, 0.0), 0), ((0.7, 0.0, 0.0), 1), ((0.0, -1.3, 0.4), 1), ((1.0, 1.0, 1.0), -1)],
+    ids=["write", "one", "two", "three"],
+)
+def test_denoise_step_with_a_history(
+    arch: int,
+    weights: tuple[float, float, float],
+    write: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+) -> None:
+    """4 bytes an element for each slot that is read and for the one that is written, no more."""
+    x, o = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    table, rows = torch.rand(4, 16) * 0.5 + 0.3, torch.rand(4, 8)
+    rows[:, :3] = torch.tensor(weights)
+    rows[:, 6] = write
+    history = torch.randn(3, *shape)
+    for slot, weight in enumerate(weights):
+        if weight == 0:
+            history[slot] = math.nan
+    step, expected = torch.tensor([2]), poisoned(x.double())
+    exact = history.double()
+    denoise_reference.run(
+        x.double(), o.double(), None, table.double(), step, None, None, None, False,
+        expected, None, exact, rows.double(),
+    )  # fmt: skip
+    out = poisoned(x)
+    with simulated(arch, racecheck=True) as launches:
+        denoise_step.run(x, o, None, table, step, None, None, None, False, out, None, history, rows)
+    close(out, expected)
+    torch.testing.assert_close(history.double(), exact, rtol=4e-6, atol=4e-6, equal_nan=True)
+    slot = 4 * x.numel()
+    reads = sum(weight != 0 for weight in weights)
+    traffic = launches[0].stats.buffers.get("history", {})
+    assert sum(a.bytes for kind, a in traffic.items() if kind == "ld") == slot * reads
+    assert sum(a.bytes for kind, a in traffic.items() if kind == "st") == slot * (write >= 0)
+    assert moved(launches[0], "x", "ld").bytes == x.nbytes
+    assert moved(launches[0], "out", "st").bytes == x.nbytes
+
+
 @pytest.mark.parametrize(
     ("shape", "groups", "dtype", "last", "modulated", "silu"),
     [

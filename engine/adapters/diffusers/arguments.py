@@ -1,7 +1,7 @@
 """The arguments of a denoiser's call: which is the sample, which the timestep, which the rest.
 
-    unet(sample, timestep, encoder_hidden_states, ...)
-    transformer(hidden_states, encoder_hidden_states, pooled_projections, timestep, ...)
+unet(sample, timestep, encoder_hidden_states, ...)
+transformer(hidden_states, encoder_hidden_states, pooled_projections, timestep, ...)
 """
 
 from __future__ import annotations

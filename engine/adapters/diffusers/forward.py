@@ -56,7 +56,7 @@ class Forward:
         self._fast: Optimized | None = None
         self._announced: set[int] = set()
         self._return_dict: bool | None = None  # what networks are compiled with
-        self._conversion: Conversion | None | str = "unknown"  # to the other kind of results
+        self._conversion: Conversion | str | None = "unknown"  # to the other kind of results
         self._said: set[str] = set()  # why networks are none
         self._written: set[str] = set()  # arguments that the forward writes to
 

@@ -44,7 +44,9 @@ def is_pipeline(obj: Any) -> bool:
 
     One whose ``unet`` or ``transformer`` cannot be taken is one, too, which says why.
     """
-    return _is_of_diffusers(obj) and (bool(components.denoisers(obj)) or changes_of(obj) is not None)
+    return _is_of_diffusers(obj) and (
+        bool(components.denoisers(obj)) or changes_of(obj) is not None
+    )
 
 
 def _is_of_diffusers(obj: Any) -> bool:

@@ -152,4 +152,3 @@ def _with_named_weights(program: ExportedProgram, written: frozenset[str]) -> Tr
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Traced(gm, inputs, constants, out_spec, None, written)
-

@@ -39,6 +39,9 @@ def onnx_loop(
     spacing: Spacing = "leading",
     steps_offset: int = 0,
     timesteps: Sequence[int] | None = None,
+    order: int | None = None,
+    solver_type: str | None = None,
+    strict: bool = True,
     guidance: Guidance | None = None,
     clip_sample: float | None = 1.0,
     rederive_epsilon: bool = True,
@@ -58,8 +61,9 @@ def onnx_loop(
 
     Args:
         model, path: see `onnx`.
-        steps, eta, method, spacing, steps_offset, timesteps, clip_sample, rederive_epsilon,
-            final_alpha_one: see `Sampler`.
+        steps, eta, method, spacing, steps_offset, timesteps, order, solver_type, strict,
+            clip_sample, rederive_epsilon, final_alpha_one: see `Sampler`. Timesteps are whole: the
+            network in the file takes integers. What a solver remembers is carried by the loop.
         guidance: `CFG`, or another that is a ``mixture`` of two outputs. Both halves go through the
             network in one call of twice the batch; its ``unconditional`` may hold tensors that
             broadcast over the batch, or None for labels.
@@ -93,6 +97,9 @@ def onnx_loop(
         spacing=spacing,
         steps_offset=steps_offset,
         timesteps=timesteps,
+        order=order,
+        solver_type=solver_type,
+        strict=strict,
         eta=eta,
         prediction_type=known.prediction_type,  # type: ignore[arg-type]
         variance_type=known.variance_type or "fixed_small",  # type: ignore[arg-type]
@@ -104,11 +111,19 @@ def onnx_loop(
         graph=None,
     )
     noisy = bool((sampler.plan.table[:, Column.SIGMA] != 0).any())
+    if not sampler.plan.whole:
+        raise ValueError(
+            "timesteps must be whole numbers: the network in a file takes integers; got "
+            f"{next(t for t in sampler.timesteps if not isinstance(t, int)):.6g}"
+        )
     loop = Loop(
         sampler.plan.table,
         None if guided is None else guided.unconditional,
         sampler.update.uses_learned_variance,
         noisy,
+        [int(t) for t in sampler.timesteps],
+        sampler.plan.history,
+        sampler.plan.slots,
         known.normalization,
     )
     settings = {
@@ -120,6 +135,8 @@ def onnx_loop(
         "final_alpha_one": bool(final_alpha_one),
         "guidance_scale": _scale(sampler),
     }
+    if sampler.update.solver.orders:
+        settings |= {"order": sampler.update.solver_order, "solver_type": sampler.update.kind}
 
     def graph() -> Any:
         profile = job.batch if guided is None else _doubled(job.batch)

@@ -14,7 +14,7 @@ from stepfuse.engine.export.libraries import library
 from stepfuse.engine.export.to_onnx.graph import BATCH, rename_sizes
 from stepfuse.engine.export.to_onnx.job import sizes
 from stepfuse.engine.networks.normalization import Normalization
-from stepfuse.kernels.step_row import Column
+from stepfuse.kernels.step_row import Column, HistoryColumn
 
 _PREFIX = "loop."  # of every name that is not the network's
 
@@ -29,6 +29,9 @@ class Loop:
             that broadcast against them; None for no guidance.
         learned_variance: the update uses the second half of the network's channels.
         noisy: an input "noise" [S, N, C, ...] is added, row i in step i.
+        timesteps: what the network is given in each of the S turns.
+        history: [S, 8] float64, the second part of the rows of a solver with a memory.
+        slots: how many tensors it remembers, carried from turn to turn.
         normalization: of the samples, which are decoded to images in [-1, 1]; None where they are.
     """
 
@@ -36,6 +39,9 @@ class Loop:
     unconditional: Mapping[str, Tensor] | None
     learned_variance: bool
     noisy: bool
+    timesteps: Sequence[int]
+    history: Tensor | None = None
+    slots: int = 0
     normalization: Normalization | None = None
 
 
@@ -65,8 +71,13 @@ def looped(model: Any, loop: Loop) -> Any:
     turns = ops.constant("steps", np.array(len(loop.table), np.int64))
     going = ops.constant("going", np.array(True))
     attributes = {"body": body}
-    node = ir.node("Loop", [turns, going, start], attributes, outputs=[samples], name="loop")
-    ops.nodes = [node]
+    before, empty = _nothing_yet(ops, start) if loop.slots else ([], None)
+    carried = [start, *[empty] * loop.slots]
+    left = [ir.Value(name=f"{_PREFIX}left_{slot}") for slot in range(loop.slots)]
+    node = ir.node(
+        "Loop", [turns, going, *carried], attributes, outputs=[samples, *left], name="loop"
+    )
+    ops.nodes = [*before, node]
     images = _decoded(ops, samples, shape, loop.normalization)
     network.initializers.clear()
     graph = ir.Graph(
@@ -80,6 +91,18 @@ def looped(model: Any, loop: Loop) -> Any:
     sampler = ir.Model(graph, ir_version=model.ir_version)
     sampler.meta.update(model.meta)
     return sampler
+
+
+def _nothing_yet(ops: _Ops, start: Any) -> tuple[list[Any], Any]:
+    """The nodes that make a tensor of zeros like x_T, and that tensor: no row reads it."""
+    ir = ops.ir
+    shape, zeros = (ir.Value(name=f"{_PREFIX}{name}") for name in ("shape_of_x", "nothing_yet"))
+    zero = ops.constant("zero", np.array(0.0, np.float32))
+    nodes = [
+        ir.node("Shape", [start], outputs=[shape], name=shape.name),
+        ir.node("Expand", [zero, shape], outputs=[zeros], name=zeros.name),
+    ]
+    return nodes, zeros
 
 
 class _Ops:
@@ -127,20 +150,24 @@ def _body(
     conditions: Sequence[Any],
     noise: Any,
 ) -> Any:
-    """One turn: (step, go on?, x) -> (go on?, x_next), with the names of the step table."""
+    """One turn: (step, go on?, x, h_0 ...) -> (go on?, x_next, h_0' ...), named as in the table."""
     ir, channels = ops.ir, int(shape[1])
     step = ops.value(f"{_PREFIX}step", ir.DataType.INT64, [])
     going = ops.value(f"{_PREFIX}continue", ir.DataType.BOOL, [])
     x = ops.value(f"{_PREFIX}x", ir.DataType.FLOAT, shape)
 
-    def row(column: Column) -> Any:
-        numbers = loop.table[:, column].to(torch.float32).numpy()
+    held = [ops.value(f"{_PREFIX}held_{k}", ir.DataType.FLOAT, shape) for k in range(loop.slots)]
+
+    def row(column: Column | HistoryColumn) -> Any:
+        table = loop.table if isinstance(column, Column) else loop.history
+        assert table is not None
+        numbers = table[:, column].to(torch.float32).numpy()
         return ops("Gather", ops.constant(column.name.lower(), numbers), step)
 
-    def times(column: Column, value: Any) -> Any:
+    def times(column: Column | HistoryColumn, value: Any) -> Any:
         return ops("Mul", row(column), value)
 
-    timesteps = loop.table[:, Column.TIMESTEP].to(torch.int64).numpy()
+    timesteps = np.array(loop.timesteps, np.int64)
     t = ops("Gather", ops.constant("timesteps", timesteps), step)
     output, uncond, total = _evaluated(ops, network, loop, x, t, conditions)
 
@@ -158,6 +185,8 @@ def _body(
     x0 = ops("Max", ops("Min", x0, clip), ops("Neg", clip))
     mean = ops("Add", times(Column.C_X, x), times(Column.C_O, o))
     x_next = ops("Add", mean, times(Column.C_0, x0))
+    for slot, h in enumerate(held):
+        x_next = ops("Add", x_next, times(HistoryColumn(HistoryColumn.C_H0 + slot), h))
     if noise is not None:
         std = row(Column.SIGMA)
         if loop.learned_variance:
@@ -165,10 +194,29 @@ def _body(
             one_half = ops.constant("half", np.array(0.5, np.float32))
             std = ops("Mul", std, ops("Exp", ops("Mul", one_half, log_variance)))
         x_next = ops("Add", x_next, ops("Mul", std, ops("Gather", noise, step)))
-    x_next.type, x_next.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    remembered = _remembered(ops, times, row, held, x, o, x0)
+    for value in (x_next, *remembered):
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
     still = ops("Identity", going)
     still.type, still.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
-    return ir.Graph([step, going, x], [still, x_next], nodes=ops.nodes, name="step")
+    return ir.Graph(
+        [step, going, x, *held], [still, x_next, *remembered], nodes=ops.nodes, name="step"
+    )
+
+
+def _remembered(
+    ops: _Ops, times: Any, row: Any, held: Sequence[Any], x: Any, o: Any, x0: Any
+) -> list[Any]:
+    """What is held after the turn: H_X x + H_O o + H_0 x0 in one place, else what was there."""
+    if not held:
+        return []
+    new = ops("Add", times(HistoryColumn.H_X, x), times(HistoryColumn.H_O, o))
+    new = ops("Add", new, times(HistoryColumn.H_0, x0))
+    write = row(HistoryColumn.WRITE)
+    slots = [ops.constant(f"slot_{k}", np.array(k, np.float32)) for k in range(len(held))]
+    return [
+        ops("Where", ops("Equal", write, slot), new, h) for slot, h in zip(slots, held, strict=True)
+    ]
 
 
 def _decoded(

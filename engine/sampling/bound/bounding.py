@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, empty
@@ -14,6 +15,7 @@ from stepfuse.engine.sampling.bound.program import BoundProgram
 from stepfuse.engine.sampling.bound.result import LEVELS, Bound
 from stepfuse.engine.sampling.bound.walk import Walk
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model, optimized
+from stepfuse.engine.sampling.points import level_at
 from stepfuse.engine.sampling.program_cache import GraphMode, check_graph
 from stepfuse.engine.sampling.request import Request, check_images
 from stepfuse.engine.sampling.schedule import Schedule
@@ -74,12 +76,14 @@ class Bounding:
         )
         total = schedule.num_train_timesteps
         steps = range(total - 1, -1, -1) if timesteps is None else timesteps
-        chain = Chain.of(schedule, check_timesteps(steps, total), update)
+        chain = Chain.of(schedule, [int(t) for t in check_timesteps(steps, total)], update)
         denoiser = Denoiser(optimized(model, optimize, 2))
         x0 = _eight_bits(x0).to(denoiser.place(device))
         request = Request(
             chain.timesteps,
-            schedule.alphas_cumprod,
+            len(chain.timesteps),
+            total - 1,
+            partial(level_at, schedule, prediction_type=prediction_type),
             x0.device,
             x0.dtype,
             resolve(backend, x0.device, x0.dtype),

@@ -211,20 +211,20 @@ class Steering:
         """Whether it completes this object."""
         return self._guidance is guidance
 
-    def rows(self, timesteps: list[int]) -> tuple[list[float], list[bool]]:
+    def rows(self, timesteps: list[float]) -> tuple[list[float], list[bool]]:
         """(scale, guided or not) of the steps at these timesteps."""
         guided = [self.is_active(t) for t in timesteps]
         steps = zip(timesteps, guided, strict=True)
         return [self.scale_at(t) if active else 1.0 for t, active in steps], guided
 
-    def scale_at(self, t: int) -> float:
+    def scale_at(self, t: float) -> float:
         """The scale in force at timestep t."""
         scale_at = getattr(self._guidance, "scale_at", None)
         if scale_at is None:
             return 1.0
         return as_number(f"scale_at({t}) of the guidance", scale_at(t))
 
-    def is_active(self, t: int) -> bool:
+    def is_active(self, t: float) -> bool:
         """Whether the step at timestep t is guided at all."""
         is_active = getattr(self._guidance, "is_active", None)
         return True if is_active is None else bool(is_active(t))

@@ -16,22 +16,28 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:  # the names are there without torch, for `--help`
     from torch import Tensor
 
-SETTINGS = ("eta", "variance_type", "variance_at_zero")
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "mean")
+SETTINGS = ("eta", "variance_type", "variance_at_zero", "grid", "strict")
+OF_DIFFUSION = ("epsilon", "sample", "v_prediction", "mean")
+PREDICTIONS = (*OF_DIFFUSION, "flow_prediction")
+SOLVED = ("epsilon", "sample", "v_prediction", "flow_prediction")  # what a solver reads x0 from
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver that is linear in x, the model's output, the clipped x0 and noise.
+    """A solver that is linear in x, the model's output, the clipped x0, noise and earlier ones.
 
     Args:
         rows: called as ``rows(schedule, timesteps, update)`` with descending timesteps and an
             `Update`; returns the table, float64 [S, 16] on the CPU, see `stepfuse.kernels.step_row`
-            for what a row means and `Rows` for a hand in writing it. A function of a module, so
-            that samplers can be copied and pickled.
-        takes: those of ``eta``, ``variance_type`` and ``variance_at_zero`` that mean something.
+            for what a row means and `Rows` for a hand in writing it. A solver with a memory returns
+            [S, 24], see `stepfuse.engine.sampling.terms`. A function of a module, so that samplers
+            can be copied and pickled.
+        takes: those of ``eta``, ``variance_type``, ``variance_at_zero``, ``grid`` (and with it
+            timesteps that are not whole) and ``strict`` that mean something.
         predictions: the accepted values of ``prediction_type``.
         shifts_mean: a classifier's gradient moves the mean of the step (DDPM) instead of epsilon.
+        orders: the accepted values of ``order``, the default first; none where it has no choice.
+        solver_types: those of ``solver_type``, likewise.
         name: how it is called in texts; that of ``rows`` where nothing is given.
 
     Raises TypeError or ValueError for a ``rows`` that cannot be called and for unknown words.
@@ -39,8 +45,10 @@ class Method:
 
     rows: Callable[[Any, Any, Any], Tensor]
     takes: tuple[str, ...] = ()
-    predictions: tuple[str, ...] = PREDICTIONS
+    predictions: tuple[str, ...] = OF_DIFFUSION
     shifts_mean: bool = False
+    orders: tuple[int, ...] = ()
+    solver_types: tuple[str, ...] = ()
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -63,6 +71,10 @@ class Method:
                     f"got {_given(unknown[0] if words is given else given)}"
                 )
             object.__setattr__(self, field, tuple(given))
+        for field, kind in (("orders", int), ("solver_types", str)):
+            given = getattr(self, field)
+            if not isinstance(given, tuple) or any(type(value) is not kind for value in given):
+                raise TypeError(f"{field} must be a tuple of {kind.__name__}; got {_given(given)}")
         if not self.predictions:
             raise ValueError(f"predictions must name one of {', '.join(PREDICTIONS)} at least")
         if not self.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,41 @@ def test_settings_of_the_sampler(tmp_path: Path, case: str) -> None:
     compare(made, PLAIN, **settings)
 
 
+SOLVERS: dict[str, dict[str, Any]] = {
+    "dpmpp": {"method": "dpmpp"},
+    "third order": {"method": "dpmpp", "order": 3, "strict": False, "clip_sample": None},
+    "sde": {"method": "dpmpp_sde", "solver_type": "heun"},
+    "unipc": {"method": "unipc", "order": 3, "prediction_type": "v_prediction"},
+    "heun": {"method": "heun"},
+    "plms": {"method": "plms"},
+    "euler a": {"method": "euler_a"},
+}
+
+
+@pytest.mark.parametrize("case", SOLVERS)
+def test_what_a_solver_remembers_is_carried_by_the_loop(tmp_path: Path, case: str) -> None:
+    settings: dict[str, Any] = {"steps": 5, "prediction_type": "epsilon", **SOLVERS[case]}
+    made = export(tmp_path / "s.onnx", **settings)
+    x, _, condition = inputs(2)
+    reference = sf.Sampler(PLAIN.eval(), SCHEDULE, backend="reference", graph=None, **settings)
+    feed, noise = {"x_T": x, **condition}, None
+    if case in ("sde", "euler a"):
+        noise = feed["noise"] = torch.randn(len(reference.timesteps), *x.shape)
+    assert list(made.inputs) == list(feed)
+    expected = reference.sample(x.shape, x_T=x, condition=condition, noise=noise)
+    torch.testing.assert_close(run(made.path, feed), expected, atol=IMAGES, rtol=0)
+    loop = onnx.load(made.path).graph.node[-1]
+    assert len(loop.input) == 3 + reference.plan.slots
+    assert made.metadata.sampler["timesteps"] == reference.timesteps
+    onnx.checker.check_model(made.path, full_check=True)
+
+
+def test_a_file_takes_whole_timesteps_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"timesteps must be whole numbers: .* got 20\.5"):
+        export(tmp_path / "s.onnx", method="euler", timesteps=[20.5, 3])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_learned_variance(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 5, "method": "ddpm", "variance_type": "learned_range"}
     made = export(tmp_path / "learned.onnx", LEARNED, **settings)
@@ -149,7 +185,7 @@ def test_a_wrong_loop_never_gets_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     def forgetful(model: Any, loop: Any) -> Any:
         table: Tensor = loop.table.clone()
         table[-1, Column.C_0] *= 0.9
-        return build(model, loop_graph.Loop(table, None, False, False))
+        return build(model, replace(loop, table=table))
 
     monkeypatch.setattr("stepfuse.engine.export.to_onnx.loop_file.looped", forgetful)
     with pytest.raises(ValueError, match="differs from the network by"):

@@ -309,9 +309,12 @@ def test_plan_of_an_unguided_table() -> None:
     [
         (
             {"method": "dpm"},
-            "method must be a Method or one of ddgan, ddim, ddim_hat, ddpm; got 'dpm'",
+            "method must be a Method or one of ddgan, ddim, .*, unipc; got 'dpm'",
         ),
-        ({"prediction_type": "eps"}, "epsilon, sample, v_prediction, mean; got 'eps'"),
+        (
+            {"prediction_type": "eps"},
+            "epsilon, sample, v_prediction, mean, flow_prediction; got 'eps'",
+        ),
         ({"variance_type": "small"}, "fixed_small, fixed_large, learned, learned_range; got"),
         ({"variance_at_zero": "zero"}, "next, clamp; got 'zero'"),
         ({"eta": 1.5}, r"\[0, 1\]; got 1.5"),

@@ -39,7 +39,7 @@ def with_nan() -> Tensor:
         ({"timesteps": [1, 5]}, ValueError, r"must descend.*\[1, 5\]"),
         ({"timesteps": []}, ValueError, "at least one"),
         ({"timesteps": [1000]}, ValueError, r"0 \.\. 999"),
-        ({"method": "euler"}, ValueError, "ddgan, ddim, ddim_hat, ddpm; got 'euler'"),
+        ({"method": "rk4"}, ValueError, "ddgan, ddim, ddim_hat, ddpm, dpmpp, .*; got 'rk4'"),
         ({"eta": 2.0}, ValueError, r"eta must be in \[0, 1\]; got 2.0"),
         ({"prediction_type": "eps"}, ValueError, "prediction_type .* got 'eps'"),
         ({"variance_type": "big"}, ValueError, "variance_type .* got 'big'"),
