@@ -159,12 +159,15 @@ class Bounding:
 def _eight_bits(x0: Tensor) -> Tensor:
     """Images in [-1, 1] of uint8 ones, or of floats that are on their grid."""
     check_values("x0", x0)
-    if x0.dtype == torch.uint8:
-        x0 = x0.to(torch.float64).div_(LEVELS).sub_(1).to(torch.float32)
+    of_bytes = x0.dtype == torch.uint8
+    if of_bytes:
+        x0 = x0.to(torch.float32).div_(LEVELS).sub_(1)
     elif x0.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x0 must be one of uint8, float32, float64; got {x0.dtype}")
     check_images("x0", x0)
     x0 = x0.detach()
+    if of_bytes:
+        return x0
     levels = (x0.double() + 1) * LEVELS
     off = ~((levels - levels.round()).abs() <= _OFF_GRID)  # so written, NaN is off
     off |= (levels < -_OFF_GRID) | (levels > 2 * LEVELS + _OFF_GRID)

@@ -16,6 +16,8 @@ from stepfuse.engine.sampling.steps import posterior_log_variance
 from stepfuse.engine.sampling.update import Update
 from stepfuse.kernels.step_row import Column
 
+_AT_A_TIME = 256  # samples
+
 
 class Entry(IntEnum):
     """Where each number of a term stands in its row.
@@ -109,7 +111,8 @@ class Chain:
 
     def prior(self, x0: Tensor) -> Tensor:
         """L_T = KL(N(sqrt(a) x0, 1 - a) || N(0, 1)) of every sample, in bits/dim: float64 [N]."""
-        square = mean_per_sample(x0.double().square())
+        parts = torch.split(x0, _AT_A_TIME)  # so that not all of them are there in float64
+        square = torch.cat([mean_per_sample(part.double().square()) for part in parts])
         return 0.5 * (self.abar * square - self.abar - math.log1p(-self.abar)) / math.log(2)
 
 
