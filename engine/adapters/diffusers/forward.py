@@ -142,7 +142,9 @@ class Forward:
             self._return_dict = wanted
         if wanted is self._return_dict:
             return self._run(*call, return_dict=wanted)
-        if self._conversion == "unknown":
+        # what runs itself may count its calls: none is made beside the caller's
+        alone = isinstance(call[0].networks[-1], WithoutGraph)
+        if self._conversion == "unknown" and not alone:
             theirs = self._original(*args, **kwargs)
             self._conversion = conversion(self._run(*call, return_dict=not wanted), theirs)
         if self._conversion is None or isinstance(self._conversion, str):

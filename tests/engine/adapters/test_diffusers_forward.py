@@ -174,6 +174,24 @@ def test_what_cannot_be_compiled_says_so_once() -> None:
     assert torch.equal(restore(fast)(x, LABELS).sample, plain(x, LABELS).sample)
 
 
+def test_a_model_that_counts_its_calls_is_called_as_often_as_it_was() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    class Counting(DiTTransformer2DModel):  # type: ignore[misc]
+        calls = 0
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> Any:
+            self.calls += 1
+            return super().forward(hidden_states, timestep, LABELS, return_dict=return_dict)
+
+    fast = accelerate(dit(Counting))
+    with pytest.warns(UserWarning, match=r"forward changes .*calls"):
+        fast(X, LABELS)
+    for count, kind in enumerate((False, True, False), start=2):
+        fast(X, LABELS, return_dict=kind)
+        assert fast.calls == count
+
+
 def caching(form: str) -> Any:
     """A transformer that keeps something in a container it is given."""
     from diffusers import DiTTransformer2DModel
