@@ -150,8 +150,9 @@ class Recording(WatchingMode):
 
     def _name_of(self, value: Any) -> str | None:
         """The variable of a tensor made while recording, as long as that lives."""
-        name: str | None = self._names.get(value) if isinstance(value, Tensor) else None
-        return name
+        if not isinstance(value, Tensor) or value not in self._names:
+            return None
+        return str(self._names[value])
 
 
 def _is_view_of(result: Any, read: Sequence[Tensor]) -> bool:
