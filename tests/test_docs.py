@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "docs" / "extending.md", ROOT / "docs" / "generate.md")
+DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("extending", "generate", "solvers"))
 COMMANDS = ROOT / "docs" / "generate.md"
 
 

@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
-from stepfuse.engine.cli import solver_options
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
+from stepfuse.engine.cli.solver_options import (
+    method_option,
+    order_option,
+    solver_type_option,
+    spacing_option,
+)
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
 
@@ -77,10 +82,10 @@ def export_command(
     steps: Annotated[
         str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
     ] = STEPS,
-    method: Annotated[str, solver_options.method(LOOP)] = METHOD,
-    spacing: Annotated[str, solver_options.spacing(LOOP)] = SPACING,
-    order: Annotated[int | None, solver_options.order(LOOP)] = None,
-    solver_type: Annotated[str | None, solver_options.solver_type(LOOP)] = None,
+    method: Annotated[str, method_option(LOOP)] = METHOD,
+    spacing: Annotated[str, spacing_option(LOOP)] = SPACING,
+    order: Annotated[int | None, order_option(LOOP)] = None,
+    solver_type: Annotated[str | None, solver_type_option(LOOP)] = None,
     eta: Annotated[
         float,
         typer.Option(

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli import generate_look as look
-from stepfuse.engine.cli import generating, solver_options
+from stepfuse.engine.cli import generating
+from stepfuse.engine.cli.solver_options import (
+    grid_option,
+    method_option,
+    order_option,
+    solver_type_option,
+    spacing_option,
+)
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
@@ -81,12 +88,12 @@ def generate_command(
             help="As in stepfuse sample: a number, 'ddim25', '10,15'.", rich_help_panel=MADE
         ),
     ] = "50",
-    method: Annotated[str, solver_options.method(MADE)] = "ddim",
+    method: Annotated[str, method_option(MADE)] = "ddim",
     eta: Annotated[float, typer.Option(help="Noise of ddim: 0 to 1.", rich_help_panel=MADE)] = 0.0,
-    spacing: Annotated[str, solver_options.spacing(MADE)] = "leading",
-    order: Annotated[int | None, solver_options.order(MADE)] = None,
-    solver_type: Annotated[str | None, solver_options.solver_type(MADE)] = None,
-    grid: Annotated[str | None, solver_options.grid(MADE)] = None,
+    spacing: Annotated[str, spacing_option(MADE)] = "leading",
+    order: Annotated[int | None, order_option(MADE)] = None,
+    solver_type: Annotated[str | None, solver_type_option(MADE)] = None,
+    grid: Annotated[str | None, grid_option(MADE)] = None,
     guidance: Annotated[
         float,
         typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=MADE),

@@ -9,12 +9,12 @@ import typer
 from stepfuse.engine.sampling.methods import names
 
 
-def method(panel: str) -> Any:
+def method_option(panel: str) -> Any:
     """--method."""
     return typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=panel)
 
 
-def order(panel: str) -> Any:
+def order_option(panel: str) -> Any:
     """--order."""
     return typer.Option(
         help="1, 2 or 3, of dpmpp, dpmpp_sde and unipc. Default: 2.",
@@ -23,7 +23,7 @@ def order(panel: str) -> Any:
     )
 
 
-def solver_type(panel: str) -> Any:
+def solver_type_option(panel: str) -> Any:
     """--solver-type."""
     return typer.Option(
         metavar="midpoint|heun|bh1|bh2",
@@ -33,7 +33,7 @@ def solver_type(panel: str) -> Any:
     )
 
 
-def spacing(panel: str) -> Any:
+def spacing_option(panel: str) -> Any:
     """--spacing."""
     return typer.Option(
         metavar="leading|trailing|linspace|quadratic",
@@ -42,7 +42,7 @@ def spacing(panel: str) -> Any:
     )
 
 
-def grid(panel: str) -> Any:
+def grid_option(panel: str) -> Any:
     """--grid."""
     return typer.Option(
         metavar="karras|exponential|logsnr|beta|SIGMA,...",
