@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepfuse.engine.sampling.methods import names
+from stepfuse.engine.sampling.plain_loop import METHODS
 
 WHAT, PEERS, HOW, OUTPUT = "What is run", "Against whom", "How it is measured", "What is written"
 
@@ -53,7 +53,7 @@ def bench(
     ] = None,
     method: Annotated[
         str,
-        typer.Option(metavar="|".join(names()), help="The sampler.", rich_help_panel=WHAT),
+        typer.Option(metavar="|".join(METHODS), help="The sampler.", rich_help_panel=WHAT),
     ] = "ddim",
     eta: Annotated[
         float,

@@ -14,6 +14,7 @@ from stepfuse.bench.diffusers_twin import diffusers_twin
 from stepfuse.bench.networks import Plain, cifar10
 from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
 from stepfuse.engine.networks.unet import UNet
+from stepfuse.engine.sampling.plain_loop import METHODS
 from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels.limits import check_seed, check_threads
@@ -65,6 +66,11 @@ class Workload:
     """
 
     def __init__(self, spec: Spec, checkpoint: Checkpoint | None = None) -> None:
+        if spec.method not in METHODS:
+            raise ValueError(
+                f"--method must be one of {', '.join(METHODS)}, whose loop is written plainly, "
+                f"too; got {spec.method!r}"
+            )
         self.spec = spec
         self.device = torch.device(spec.device)
         if spec.model == DDPM_CIFAR:

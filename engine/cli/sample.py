@@ -7,11 +7,20 @@ from typing import Annotated
 
 import typer
 
-from stepfuse.engine.cli import solver_options
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.cli.sample_options import SampleOptions
+<<<<<<< HEAD
 from stepfuse.engine.cli.usual import usual
+=======
+from stepfuse.engine.cli.solver_options import (
+    grid_option,
+    method_option,
+    order_option,
+    solver_type_option,
+    spacing_option,
+)
+>>>>>>> solvers
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -19,8 +28,8 @@ EXAMPLES = (
     "  [cyan]stepfuse sample --out digits.png[/cyan]\n\n"
     "Sixteen threes, fast, with guidance:\n\n"
     "  [cyan]stepfuse sample -n 16 --label 3 --steps 20 --guidance 2 --out threes.png[/cyan]\n\n"
-    "The same in half the evaluations, by a solver of higher order:\n\n"
-    "  [cyan]stepfuse sample --method dpmpp --steps 10 --grid logsnr --out digits.png[/cyan]\n\n"
+    "The same in a quarter of the evaluations, by a solver of higher order:\n\n"
+    "  [cyan]stepfuse sample --method unipc --steps 12 --spacing trailing -o digits.png[/cyan]\n\n"
     "How they come out of the noise:\n\n"
     "  [cyan]stepfuse sample -n 25 --out digits.gif[/cyan]\n\n"
     "Images 10000 to 19999 of seed 0 as an array, 250 at a time:\n\n"
@@ -64,6 +73,7 @@ def sample(
             "guided-diffusion's words: 'ddim25', '10,15,20'.",
             SAMPLING,
         ),
+<<<<<<< HEAD
     ] = None,
     method: Annotated[str | None, solver_options.method(SAMPLING)] = None,
     eta: Annotated[
@@ -73,6 +83,20 @@ def sample(
     order: Annotated[int | None, solver_options.order(SAMPLING)] = None,
     solver_type: Annotated[str | None, solver_options.solver_type(SAMPLING)] = None,
     grid: Annotated[str | None, solver_options.grid(SAMPLING)] = None,
+=======
+    ] = "50",
+    method: Annotated[str, method_option(SAMPLING)] = "ddim",
+    eta: Annotated[
+        float,
+        typer.Option(
+            help="Noise of ddim: 0 is deterministic, 1 as much as DDPM.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0,
+    spacing: Annotated[str, spacing_option(SAMPLING)] = "leading",
+    order: Annotated[int | None, order_option(SAMPLING)] = None,
+    solver_type: Annotated[str | None, solver_type_option(SAMPLING)] = None,
+    grid: Annotated[str | None, grid_option(SAMPLING)] = None,
+>>>>>>> solvers
     guidance: Annotated[
         float,
         typer.Option(

@@ -10,12 +10,12 @@ from stepfuse.engine.cli.usual import usual
 from stepfuse.engine.sampling.methods import names
 
 
-def method(panel: str) -> Any:
+def method_option(panel: str) -> Any:
     """--method."""
     return usual("The sampler.", panel, "|".join(names()))
 
 
-def order(panel: str) -> Any:
+def order_option(panel: str) -> Any:
     """--order."""
     return typer.Option(
         help="1, 2 or 3, of dpmpp, dpmpp_sde and unipc. Default: 2.",
@@ -24,7 +24,7 @@ def order(panel: str) -> Any:
     )
 
 
-def solver_type(panel: str) -> Any:
+def solver_type_option(panel: str) -> Any:
     """--solver-type."""
     return typer.Option(
         metavar="midpoint|heun|bh1|bh2",
@@ -34,12 +34,12 @@ def solver_type(panel: str) -> Any:
     )
 
 
-def spacing(panel: str) -> Any:
+def spacing_option(panel: str) -> Any:
     """--spacing."""
     return usual("Which timesteps.", panel, "leading|trailing|linspace|quadratic")
 
 
-def grid(panel: str) -> Any:
+def grid_option(panel: str) -> Any:
     """--grid."""
     return typer.Option(
         metavar="karras|exponential|logsnr|beta|SIGMA,...",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepfuse.engine.sampling.schedule import Schedule
 
+METHODS = ("ddim", "ddim_hat", "ddpm", "ddgan")
 TINY = 1e-20  # the variance that stands for 0 before a logarithm is taken
 
 
@@ -43,7 +44,14 @@ def plain_loop(
             for the condition with these entries.
         final_alpha_one, variance_at_zero, settings: see `Sampler`; ``method`` is "ddim",
             "ddim_hat", "ddpm" or "ddgan".
+
+    Raises ValueError for another method.
     """
+    if settings.get("method", "ddim") not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} for the plain loop; "
+            f"got {settings['method']!r}"
+        )
     condition = dict(condition or {})
     for leg in legs(schedule, timesteps, final_alpha_one, variance_at_zero):
         t = torch.full((len(x),), leg.t, device=x.device)

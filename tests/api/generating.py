@@ -46,6 +46,7 @@ def there() -> Path:
 def generating() -> Call:
     options = (
         "per_class", "per_row", "batch_size", "shard_size", "allow_other_isa", "records_only",
+        "solver_type",
     )  # fmt: skip
     dashed = {name: (f"--{name.replace('_', '-')}",) for name in options}
     table = target().with_suffix(".csv")

@@ -43,7 +43,7 @@ USAGE = [
     (["--label", "-1"], "--label must be one of circle, square, 7 or none; got '-1'"),
     (["--eta", "1.5"], r"eta must be in \[0, 1\]; got 1.5"),
     (["--eta", "1", "--method", "ddpm"], "method 'ddpm' takes no eta: it must be 0; got eta=1.0"),
-    (["--method", "euler"], "method must be a Method or one of .*ddim.*; got 'euler'"),
+    (["--method", "rk4"], "method must be a Method or one of .*ddim.*; got 'rk4'"),
     (["--spacing", "odd"], "spacing must be one of leading, .*; got 'odd'"),
     (["--guidance", "inf"], "--guidance must be a finite number; got inf"),
     (["--guidance", "2", "-l", "none"], "--guidance 2 needs labels .* no label is asked for"),

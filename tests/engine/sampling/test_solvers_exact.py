@@ -127,17 +127,13 @@ def test_deterministic_solvers_have_the_moments_of_the_data() -> None:
         torch.testing.assert_close(spread, data.spread(160), rtol=0, atol=1e-3)
 
 
-def test_three_steps_back_of_the_sde_are_second_order_as_written_and_third_without_strict() -> None:
-    found = {}
-    for strict in (True, False):
-        errors = []
-        for steps in STEPS:
-            points = log_snr_points(steps)
-            data = GaussianPoints(points)
-            rows = rows_of(
-                points, lambda p, s=strict: dpmpp(p, 3, stochastic=True, strict=s, **FREE)
-            )
-            errors.append(float((moments(rows, data)[1] - data.spread(steps)).abs().max()))
-        found[strict] = slope(errors)
-    print(found)
-    assert found[False] > found[True] + 0.5
+@pytest.mark.parametrize(("strict", "low", "high"), [(True, 0.95, 1.15), (False, 1.9, 2.1)])
+def test_order_three_of_the_sde(strict: bool, low: float, high: float) -> None:
+    """As others write it a sign leaves an error of first order; without, the warm-up has one."""
+    errors = []
+    for steps in STEPS:
+        points = log_snr_points(steps)
+        data = GaussianPoints(points)
+        rows = rows_of(points, lambda p: dpmpp(p, 3, stochastic=True, strict=strict, **FREE))
+        errors.append(float((moments(rows, data)[1] - data.spread(steps)).abs().max()))
+    assert low < slope(errors) < high, errors
