@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-<<<<<<< HEAD
-DOCUMENTS = tuple(ROOT / "docs" / name for name in ("extending.md", "generate.md", "likelihood.md"))
+DOCUMENTS = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("extending", "generate", "likelihood", "solvers")
+)
 COMMANDS = {"generate.md": 7, "likelihood.md": 5}  # how many there are at the least
-=======
-DOCUMENTS = tuple(ROOT / "docs" / f"{name}.md" for name in ("extending", "generate", "solvers"))
-COMMANDS = ROOT / "docs" / "generate.md"
->>>>>>> solvers
 
 
 def blocks() -> dict[str, str]:

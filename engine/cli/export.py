@@ -8,18 +8,14 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli.errors import choosing_places, interruptible
-<<<<<<< HEAD
 from stepfuse.engine.cli.export_options import ExportOptions
-from stepfuse.engine.cli.usual import usual
-=======
-from stepfuse.engine.cli.export_options import METHOD, SPACING, STEPS, ExportOptions
 from stepfuse.engine.cli.solver_options import (
     method_option,
     order_option,
     solver_type_option,
     spacing_option,
 )
->>>>>>> solvers
+from stepfuse.engine.cli.usual import usual
 from stepfuse.engine.export.batch_profile import BatchProfile
 from stepfuse.engine.files.writing import check_file
 
@@ -84,21 +80,11 @@ def export_command(
             rich_help_panel=LOOP,
         ),
     ] = False,
-<<<<<<< HEAD
     steps: Annotated[str | None, usual("As in stepfuse sample.", LOOP)] = None,
-    method: Annotated[str | None, solver_options.method(LOOP)] = None,
-    spacing: Annotated[str | None, solver_options.spacing(LOOP)] = None,
-    order: Annotated[int | None, solver_options.order(LOOP)] = None,
-    solver_type: Annotated[str | None, solver_options.solver_type(LOOP)] = None,
-=======
-    steps: Annotated[
-        str, typer.Option(help="As in stepfuse sample.", rich_help_panel=LOOP)
-    ] = STEPS,
-    method: Annotated[str, method_option(LOOP)] = METHOD,
-    spacing: Annotated[str, spacing_option(LOOP)] = SPACING,
+    method: Annotated[str | None, method_option(LOOP)] = None,
+    spacing: Annotated[str | None, spacing_option(LOOP)] = None,
     order: Annotated[int | None, order_option(LOOP)] = None,
     solver_type: Annotated[str | None, solver_type_option(LOOP)] = None,
->>>>>>> solvers
     eta: Annotated[
         float | None, usual("Noise of ddim; above 0 the noise is an input of the file.", LOOP)
     ] = None,

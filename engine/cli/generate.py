@@ -8,10 +8,6 @@ from typing import Annotated
 import typer
 
 from stepfuse.engine.cli import generate_look as look
-<<<<<<< HEAD
-from stepfuse.engine.cli import generating, solver_options
-from stepfuse.engine.cli.usual import usual
-=======
 from stepfuse.engine.cli import generating
 from stepfuse.engine.cli.solver_options import (
     grid_option,
@@ -20,7 +16,7 @@ from stepfuse.engine.cli.solver_options import (
     solver_type_option,
     spacing_option,
 )
->>>>>>> solvers
+from stepfuse.engine.cli.usual import usual
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
@@ -88,28 +84,14 @@ def generate_command(
         int, typer.Option(help="Image k of a seed is always the same.", rich_help_panel=MADE)
     ] = 0,
     steps: Annotated[
-<<<<<<< HEAD
         str | None, usual("As in stepfuse sample: a number, 'ddim25', '10,15'.", MADE)
     ] = None,
-    method: Annotated[str | None, solver_options.method(MADE)] = None,
+    method: Annotated[str | None, method_option(MADE)] = None,
     eta: Annotated[float | None, usual("Noise of ddim: 0 to 1.", MADE)] = None,
-    spacing: Annotated[str | None, solver_options.spacing(MADE)] = None,
-    order: Annotated[int | None, solver_options.order(MADE)] = None,
-    solver_type: Annotated[str | None, solver_options.solver_type(MADE)] = None,
-    grid: Annotated[str | None, solver_options.grid(MADE)] = None,
-=======
-        str,
-        typer.Option(
-            help="As in stepfuse sample: a number, 'ddim25', '10,15'.", rich_help_panel=MADE
-        ),
-    ] = "50",
-    method: Annotated[str, method_option(MADE)] = "ddim",
-    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 to 1.", rich_help_panel=MADE)] = 0.0,
-    spacing: Annotated[str, spacing_option(MADE)] = "leading",
+    spacing: Annotated[str | None, spacing_option(MADE)] = None,
     order: Annotated[int | None, order_option(MADE)] = None,
     solver_type: Annotated[str | None, solver_type_option(MADE)] = None,
     grid: Annotated[str | None, grid_option(MADE)] = None,
->>>>>>> solvers
     guidance: Annotated[
         float,
         typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=MADE),

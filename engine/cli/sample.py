@@ -10,9 +10,6 @@ import typer
 from stepfuse.engine.cli.errors import choosing_places, interruptible
 from stepfuse.engine.cli.output import Target
 from stepfuse.engine.cli.sample_options import SampleOptions
-<<<<<<< HEAD
-from stepfuse.engine.cli.usual import usual
-=======
 from stepfuse.engine.cli.solver_options import (
     grid_option,
     method_option,
@@ -20,7 +17,7 @@ from stepfuse.engine.cli.solver_options import (
     solver_type_option,
     spacing_option,
 )
->>>>>>> solvers
+from stepfuse.engine.cli.usual import usual
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -73,30 +70,15 @@ def sample(
             "guided-diffusion's words: 'ddim25', '10,15,20'.",
             SAMPLING,
         ),
-<<<<<<< HEAD
     ] = None,
-    method: Annotated[str | None, solver_options.method(SAMPLING)] = None,
+    method: Annotated[str | None, method_option(SAMPLING)] = None,
     eta: Annotated[
         float | None, usual("Noise of ddim: 0 is deterministic, 1 as much as DDPM.", SAMPLING)
     ] = None,
-    spacing: Annotated[str | None, solver_options.spacing(SAMPLING)] = None,
-    order: Annotated[int | None, solver_options.order(SAMPLING)] = None,
-    solver_type: Annotated[str | None, solver_options.solver_type(SAMPLING)] = None,
-    grid: Annotated[str | None, solver_options.grid(SAMPLING)] = None,
-=======
-    ] = "50",
-    method: Annotated[str, method_option(SAMPLING)] = "ddim",
-    eta: Annotated[
-        float,
-        typer.Option(
-            help="Noise of ddim: 0 is deterministic, 1 as much as DDPM.", rich_help_panel=SAMPLING
-        ),
-    ] = 0.0,
-    spacing: Annotated[str, spacing_option(SAMPLING)] = "leading",
+    spacing: Annotated[str | None, spacing_option(SAMPLING)] = None,
     order: Annotated[int | None, order_option(SAMPLING)] = None,
     solver_type: Annotated[str | None, solver_type_option(SAMPLING)] = None,
     grid: Annotated[str | None, grid_option(SAMPLING)] = None,
->>>>>>> solvers
     guidance: Annotated[
         float,
         typer.Option(

@@ -25,8 +25,8 @@ def not_now(module: nn.Module, x: Tensor, condition: dict[str, Any]) -> str | No
         or torch_names.tracing_state() is not None
     ):
         return (
-            "traced, recorded or transformed by somebody else; a sf.Sampler takes the model without "
-            "accelerate, or what sf.optimize makes of it"
+            "traced, recorded or transformed by somebody else; a sf.Sampler takes the model as it "
+            "was before accelerate, or what sf.optimize makes of it"
         )
     device = x.device.type
     if torch.is_autocast_enabled(device):
