@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
     from stepfuse.engine.networks.normalization import Normalization
     from stepfuse.engine.networks.sampling_defaults import SamplingDefaults
+    from stepfuse.engine.sampling import inverse
     from stepfuse.engine.sampling.bound.api import bits_per_dim
     from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
@@ -62,6 +63,7 @@ __all__ = [
     "export",
     "generate",
     "interpolate",
+    "inverse",
     "load",
     "models",
     "open_job",
@@ -101,7 +103,7 @@ _HOMES = {
     "engine.sampling.timesteps": ("spaced_timesteps",),
     "kernels.backends": ("BackendUnavailable",),
 }
-_PACKAGES = {"export": "engine.export"}
+_PACKAGES = {"export": "engine.export", "inverse": "engine.sampling.inverse"}
 
 
 def __getattr__(name: str) -> Any:
