@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
     from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
+    from stepfuse.engine.sampling.guidance.measured import DPS, PiGDM
     from stepfuse.engine.sampling.guidance.protocol import Guidance, Outputs
     from stepfuse.engine.sampling.latents import interpolate, slerp
     from stepfuse.engine.sampling.methods import Method
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CFG",
+    "DPS",
     "PASSES",
     "BackendUnavailable",
     "Bound",
@@ -49,6 +51,7 @@ __all__ = [
     "Outputs",
     "PassContext",
     "PassReport",
+    "PiGDM",
     "RateDistortion",
     "Sampler",
     "SamplingDefaults",
@@ -90,6 +93,7 @@ _HOMES = {
     "engine.sampling.bound.result": ("Bound", "RateDistortion"),
     "engine.sampling.guidance.cfg": ("CFG",),
     "engine.sampling.guidance.classifier": ("ClassifierGuidance",),
+    "engine.sampling.guidance.measured": ("DPS", "PiGDM"),
     "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),
     "engine.sampling.methods": ("Method",),
     "engine.sampling.latents": ("interpolate", "slerp"),

@@ -6,6 +6,7 @@ import torch
 from tests.api import world
 from tests.api.case import Call
 
+import stepfuse as sf
 from stepfuse import inverse
 
 IMAGE = world.images()
@@ -50,6 +51,15 @@ CALLS = {
     ),
     "inverse.Foreign": lambda: Call(
         inverse.Foreign, {"physics": Physics()}, {"iterations": {"2 ** 70"}}
+    ),
+    "PiGDM": lambda: Call(
+        sf.PiGDM,
+        {"A": blur(), "noise": 0.1, "data_std": 0.5},
+        {"noise": NUMBERS, "data_std": {"1.5", "2 ** 70"}},
+        instead={"cfg": sf.CFG(2.0)},
+    ),
+    "DPS": lambda: Call(
+        sf.DPS, {"A": blur(), "scale": 0.5}, {"scale": NUMBERS}, instead={"cfg": sf.CFG(2.0)}
     ),
     "inverse.Blur.adjoint": lambda: Call(blur().adjoint, {"y": IMAGE}),
     "inverse.Blur.pinv": lambda: Call(blur().pinv, {"y": IMAGE}),
