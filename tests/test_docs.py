@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = tuple(ROOT / "docs" / name for name in ("extending.md", "generate.md", "likelihood.md"))
-COMMANDS = {"generate.md": 7, "likelihood.md": 5}  # how many there are at the least
+DOCUMENTS = tuple(
+    ROOT / "docs" / name for name in ("extending.md", "generate.md", "likelihood.md", "restore.md")
+)
+COMMANDS = {
+    "generate.md": 7,
+    "likelihood.md": 5,
+    "restore.md": 5,
+}  # how many there are at the least
 
 
 def blocks() -> dict[str, str]:
