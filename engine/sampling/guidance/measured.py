@@ -35,18 +35,20 @@ class Measured(ABC):
     official code of DPS: clipped pixels do not learn from y.
     """
 
+    A: Any = field(kw_only=False)
     cfg: CFG | None = None
     _differentiates: bool = field(default=True, init=False, repr=False)
 
-    def _settle(self, a: Any) -> None:
-        object.__setattr__(self, "A", as_operator(a))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "A", as_operator(self.A))
         if self.cfg is not None and not isinstance(self.cfg, CFG):
             raise TypeError(f"cfg must be a CFG or None; got {received(self.cfg)}")
 
     @property
-    @abstractmethod
     def operator(self) -> Operator:
         """A."""
+        found: Operator = self.A
+        return found
 
     @abstractmethod
     def cotangent(self, x0: Tensor, y: Tensor, row: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class Measured(ABC):
 
     def without_autograd(self: Self) -> Self:
         """One of the same operations but the gradient, whose own are of the same kind."""
-        other = replace(self, A=self.operator.bare())  # type: ignore[call-arg]
+        other = replace(self, A=self.operator.bare())
         object.__setattr__(other, "_differentiates", False)
         return other
 
@@ -212,13 +214,12 @@ class PiGDM(Measured):
     without an adjoint, noise below 0, data_std of 0 or below, and another weight.
     """
 
-    A: Any
     noise: float = 0.0
     data_std: float = 1.0
     weight: Literal["score", "paper"] = "score"
 
     def __post_init__(self) -> None:
-        self._settle(self.A)
+        super().__post_init__()
         object.__setattr__(self, "noise", as_number("noise", self.noise))
         object.__setattr__(self, "data_std", as_number("data_std", self.data_std))
         if self.noise < 0:
@@ -226,12 +227,6 @@ class PiGDM(Measured):
         if self.data_std <= 0:
             raise ValueError(f"data_std must be positive; got {self.data_std}")
         check_word("weight", self.weight, WEIGHTS)
-
-    @property
-    def operator(self) -> Operator:
-        """A."""
-        found: Operator = self.A
-        return found
 
     @property
     def shifts(self) -> bool:
@@ -274,20 +269,13 @@ class DPS(Measured):
     without an adjoint and a scale below 0.
     """
 
-    A: Any
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self._settle(self.A)
+        super().__post_init__()
         object.__setattr__(self, "scale", as_number("scale", self.scale))
         if self.scale < 0:
             raise ValueError(f"scale must be 0 or more; got {self.scale}")
-
-    @property
-    def operator(self) -> Operator:
-        """A."""
-        found: Operator = self.A
-        return found
 
     @property
     def shifts(self) -> bool:
