@@ -291,3 +291,27 @@ def test_objects_that_are_no_operators() -> None:
 
     with pytest.raises(ValueError, match=r"an adjoint that gives \[1, 3, 8, 8\].*\[1, 3, 8, 1\]"):
         measured(image(), sf.DPS(Wrong(1.0)))
+
+
+class Towards:
+    """A guidance of a user's own that asks for a measurement: x is pulled to it."""
+
+    evaluations = 1
+
+    def measured_shape(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[int, ...]:
+        return shape
+
+    def outputs(self, denoiser: Any, x: Tensor, t: Tensor, condition: Any) -> sf.Outputs:
+        return sf.Outputs(denoiser(x, t, condition), shift=(denoiser.measurement - x) / 4)
+
+
+def test_a_guidance_of_ones_own_gets_the_measurement() -> None:
+    one = sampler(Towards())
+    near, far = (one.sample(SHAPE, measurement=torch.full(SHAPE, v)) for v in (0.0, 50.0))
+    assert float((far - near).mean()) > 10
+    assert one.stats()["captures"] == 1
+    assert one.stats()["eager_steps"] == 0
+    with pytest.raises(ValueError, match="needs measurement=y"):
+        one.sample(SHAPE)
