@@ -12,9 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = tuple(
-    ROOT / "docs" / f"{name}.md" for name in ("extending", "generate", "likelihood", "solvers")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("extending", "generate", "likelihood", "restore", "solvers")
 )
-COMMANDS = {"generate.md": 7, "likelihood.md": 5, "solvers.md": 1}  # how many there are at the least
+COMMANDS = {  # how many there are at the least
+    "generate.md": 7,
+    "likelihood.md": 5,
+    "restore.md": 5,
+    "solvers.md": 1,
+}
 
 
 def blocks() -> dict[str, str]:

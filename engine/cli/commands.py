@@ -43,6 +43,11 @@ DEFERRED = {
         "likelihood_command",
         "Bound how many bits images cost under a model.",
     ),
+    "restore": (
+        "stepfuse.engine.cli.restore",
+        "restore_command",
+        "Restore a picture: fill holes, sharpen, enlarge, reconstruct.",
+    ),
     "bench": (
         "stepfuse.bench.command",
         "bench",

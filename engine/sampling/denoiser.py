@@ -85,6 +85,11 @@ class Denoiser:
                 f"(integer_timesteps=True); got {between[0]:.6g}"
             )
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether autograd sees the model; one that it does not says ``differentiable = False``."""
+        return bool(getattr(_original(self.model), "differentiable", True))
+
     def parameters(self) -> list[Tensor]:
         """Weights and buffers of the model, none for a plain function."""
         if self.module is None:

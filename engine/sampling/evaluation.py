@@ -22,6 +22,8 @@ class Evaluation:
         shifts_mean: whether a gradient of log p(y | x_t) belongs on the mean of the step (DDPM) or
             on epsilon (DDIM).
         learned_variance: whether the model's second half of channels is a variance.
+        measurement: y [N, ...] that the caller gave, in float32 or the dtype of x if that is wider;
+            None where none was.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Evaluation:
         count: int,
         learned_variance: bool,
         shifts_mean: bool,
+        measurement: Tensor | None = None,
     ) -> None:
         self._denoiser, self._staged, self._table, self._step = denoiser, staged, table, step
         self._count = count
         self.learned_variance, self.shifts_mean = learned_variance, shifts_mean
+        self.measurement = measurement
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The model's raw output for x [N, C, ...] and t int64 [N]."""

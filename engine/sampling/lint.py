@@ -26,6 +26,7 @@ from stepfuse.engine.sampling.sampler import Sampler
 from stepfuse.engine.sampling.uncapturable import modules_in, refusal
 from stepfuse.kernels import torch_names
 from stepfuse.kernels.arguments import as_sizes, check_kind
+from stepfuse.kernels.memory import history_dtype
 from stepfuse.kernels.torch_names import (
     FakeTensor,
     FakeTensorMode,
@@ -95,8 +96,11 @@ def check_capturable(
     steering = sampler.steering
     if steering is not None and steering.uncapturable:
         problems.append(steering.uncapturable)
+    measured = None
+    if steering is not None:
+        measured = steering.measured_shape(shape, history_dtype(sampler.dtype), sampler.device)
     with torch.no_grad(), fake, without_bindings(), no_autograd.no_autograd(), _on_cuda(moved):
-        program = _fake_program(sampler, tuple(shape), conditions)
+        program = _fake_program(sampler, tuple(shape), conditions, measured)
         for guided in sorted(set(sampler.plan.guided)):
             try:
                 program.advance(guided)  # what is made once and kept is not growth
@@ -165,13 +169,20 @@ def _conditions(sampler: Sampler, count: int, condition: Condition | None) -> tu
     return checked, replacement(checked, sampler.steering, count, sampler.device)
 
 
-def _fake_program(sampler: Sampler, shape: tuple[int, ...], conditions: tuple[Any, Any]) -> Program:
+def _fake_program(
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    conditions: tuple[Any, Any],
+    measured: tuple[int, ...] | None = None,
+) -> Program:
     """The sampler's program on fake CUDA buffers, its model on fake CUDA weights."""
-    plan = sampler.plan
+    plan, guidance = sampler.plan, sampler.steering
     layout = Layout(
-        shape, sampler.dtype, _DEVICE, False, False, False, (), slots=plan.slots, whole=plan.whole
+        *(shape, sampler.dtype, _DEVICE, False, False, False, ()),
+        slots=plan.slots,
+        whole=plan.whole,
+        measured=measured,
     )
-    guidance = sampler.steering
     return Program(
         _FakeDenoiser(sampler.denoiser),
         # autograd aborts on fake CUDA tensors

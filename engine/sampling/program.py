@@ -42,6 +42,7 @@ class Layout:
     autocast: torch.dtype | None = None
     slots: int = 0  # of the history
     whole: bool = True  # timesteps are int64, and floats otherwise
+    measured: tuple[int, ...] | None = None  # the shape of the measurement
 
     @classmethod
     def of(cls, part: Part, denoiser: Denoiser, plan: Plan) -> Layout:
@@ -58,6 +59,7 @@ class Layout:
             _autocast(x.device.type),
             plan.slots,
             plan.whole,
+            None if part.measurement is None else tuple(part.measurement.shape),
         )
 
 
@@ -104,6 +106,7 @@ class Program:
             layout.shape[0],
             learned_variance,
             mean_guidance,
+            self.measurement,
         )
 
     def _make_buffers(self, capacity: int) -> None:
@@ -116,6 +119,9 @@ class Program:
         self.image_noise = torch.zeros_like(self.x) if layout.masked else None
         self.mask = torch.zeros_like(self.x) if layout.masked else None
         precise = history_dtype(layout.dtype)
+        self.measurement = None
+        if layout.measured is not None:
+            self.measurement = torch.zeros(layout.measured, dtype=precise, device=device)
         self.table = torch.zeros((capacity, COLUMNS), dtype=precise, device=device)
         self.history = self.history_table = None
         if layout.slots:
@@ -151,6 +157,7 @@ class Program:
             (self.image, part.image),
             (self.image_noise, part.image_noise),
             (self.mask, part.mask),
+            (self.measurement, part.measurement),
         ):
             if buffer is not None and value is not None:
                 buffer.copy_(value)

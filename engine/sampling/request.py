@@ -22,6 +22,7 @@ from stepfuse.kernels.checks import (
     per_sample,
     sample_indices,
 )
+from stepfuse.kernels.memory import history_dtype
 from stepfuse.kernels.torch_names import tree_leaves
 
 
@@ -44,6 +45,7 @@ class Part:
     image_noise: Tensor | None
     mask: Tensor | None
     first_row: int
+    measurement: Tensor | None = None
 
 
 class Request:
@@ -81,6 +83,7 @@ class Request:
         image: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        measurement: Tensor | None = None,
     ) -> None:
         self.shape = _checked_shape(shape)
         self.timesteps, self.last, self.level = timesteps, last, level
@@ -89,7 +92,9 @@ class Request:
         self.seeds = per_sample("seed", seed, count, device)
         self.samples = sample_indices(first_index, count, device, "first_index")
         self.condition = check_condition(condition, count, device)
-        self.replacement = replacement(self.condition, Steering.of(guidance), count, device)
+        steering = Steering.of(guidance)
+        self.replacement = replacement(self.condition, steering, count, device)
+        self.measurement = self._measured(measurement, steering)
         self.x_T = self._like_x("x_T", x_T, self.shape)
         self.noise = self._like_x("noise", noise, (rows, *self.shape))
         self.image = self._like_x("image", image, self.shape)
@@ -138,6 +143,7 @@ class Request:
             drawn if self.mask is not None else None,
             None if self.mask is None else self.mask[cut],
             self.first_row,
+            None if self.measurement is None else self.measurement[cut],
         )
 
     def _noised(self, image: Tensor, eps: Tensor) -> Tensor:
@@ -187,20 +193,41 @@ class Request:
                 f"mask must be broadcastable to {self.shape}; got shape {tuple(mask.shape)}"
             ) from None
 
-    def _like_x(self, name: str, value: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    def _measured(self, y: Tensor | None, steering: Steering | None) -> Tensor | None:
+        """y where the guidance asks for it, in the dtype that the table has beside this x."""
+        dtype = history_dtype(self.dtype)
+        shape = None
+        if steering is not None:
+            shape = steering.measured_shape(self.shape, dtype, self.device)
+        if shape is None and y is not None:
+            raise ValueError("measurement needs a guidance that it is for: PiGDM or DPS")
+        if shape is not None and y is None:
+            raise ValueError(
+                f"the guidance of this sampler needs measurement=y, of shape {shape}; got None"
+            )
+        return None if shape is None else self._like_x("measurement", y, shape, dtype)
+
+    def _like_x(
+        self,
+        name: str,
+        value: Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
         if value is None:
             return None
+        dtype = dtype or self.dtype
         check_real(name, value)
         check_floats(name, value)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} must be finite; it holds NaN or infinity")
-        cast = value.detach().to(device=self.device, dtype=self.dtype)
+        cast = value.detach().to(device=self.device, dtype=dtype)
         if cast.dtype != value.dtype and not bool(torch.isfinite(cast).all()):
-            largest = torch.finfo(self.dtype).max
+            largest = torch.finfo(dtype).max
             raise ValueError(
-                f"{name} must be at most {largest:.3g} to be finite in {self.dtype}, the sampler's "
+                f"{name} must be at most {largest:.3g} to be finite in {dtype}, the sampler's "
                 f"dtype; it holds {float(value.abs().max()):.3g}"
             )
         return cast

@@ -13,20 +13,19 @@ from stepfuse.engine.compile.optimize import Optimized
 from stepfuse.engine.replay.device_order import DeviceOrder
 from stepfuse.engine.sampling.condition import Staged
 from stepfuse.engine.sampling.denoiser import Condition, Denoiser, Model, optimized
+from stepfuse.engine.sampling.encoding import Encoding
 from stepfuse.engine.sampling.grids import Grid
-from stepfuse.engine.sampling.guidance.protocol import Guidance, check_guidance
+from stepfuse.engine.sampling.guidance.protocol import Guidance, Steering, check_guidance
 from stepfuse.engine.sampling.lock import Turn
 from stepfuse.engine.sampling.methods import Method
-from stepfuse.engine.sampling.plan import Plan, inversion_table, most_rows, step_table
-from stepfuse.engine.sampling.planned import Planned
+from stepfuse.engine.sampling.plan import Plan, most_rows
 from stepfuse.engine.sampling.program import Layout, Program
 from stepfuse.engine.sampling.program_cache import GraphMode, Programs, Runner
-from stepfuse.engine.sampling.request import Part, Request, check_images, check_watching
+from stepfuse.engine.sampling.request import Part, Request, check_watching
 from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.engine.sampling.step import Step
 from stepfuse.engine.sampling.timesteps import Spacing
 from stepfuse.engine.sampling.update import (
-    Inversion,
     PredictionType,
     Update,
     VarianceAtZero,
@@ -37,7 +36,7 @@ from stepfuse.kernels.backends import resolve
 from stepfuse.kernels.checks import as_integer, check_dtype
 
 
-class Sampler(Planned):
+class Sampler(Encoding):
     """Samples from a denoising model by DDPM, DDIM and their family.
 
         x_T ~ N(0, I);   for each timestep t:   x <- step(x, model(x, t))
@@ -150,6 +149,14 @@ class Sampler(Planned):
 
     def _follow(self, plan: Plan, update: Update, guidance: Guidance | None) -> None:
         self.denoiser.check_timesteps(plan.timesteps)
+        steering = Steering.of(guidance)
+        if steering is not None:
+            steering.check_steps(
+                str(update.method),
+                update.prediction_type,
+                several=plan.slots > 0,
+                differentiable=self.denoiser.differentiable,
+            )
         with self._lock:
             if isinstance(self.denoiser.model, Optimized) and plan.whole:
                 self.denoiser.model.prepare(map(int, plan.timesteps))
@@ -182,6 +189,7 @@ class Sampler(Planned):
         image: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        measurement: Tensor | None = None,
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
         """Draw ``shape[0]`` samples; the result is [N, C, ...] in the sampler's dtype.
@@ -207,12 +215,14 @@ class Sampler(Planned):
                 names; or with ``mask``, the image to be completed.
             strength: in (0, 1]: which part of the timesteps to run on ``image``.
             mask: [N or 1, 1 or C, ...]: 1 where to generate, 0 where to keep ``image``.
+            measurement: y [N, ...] of the images sought, which `PiGDM` and `DPS` need.
             callback: called with a `Step` after every step; its tensors are copies.
 
         Ctrl-C leaves the sampler usable.
         """
         request = self._request(
-            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+            *(shape, seed, first_index, condition, x_T, noise, start, image, strength, mask),
+            measurement=measurement,
         )
         return self._run(request, self._begun(request), batch_size, progress, callback)
 
@@ -229,6 +239,7 @@ class Sampler(Planned):
         image: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        measurement: Tensor | None = None,
     ) -> Iterator[Step]:
         """`sample`, one `Step` at a time (progressive generation, DDPM section 4.3).
 
@@ -236,7 +247,8 @@ class Sampler(Planned):
         other threads wait, and a call in the same thread raises RuntimeError.
         """
         request = self._request(
-            shape, seed, first_index, condition, x_T, noise, start, image, strength, mask
+            *(shape, seed, first_index, condition, x_T, noise, start, image, strength, mask),
+            measurement=measurement,
         )
         asked = DeviceOrder(self.device)
         asked.done()
@@ -258,46 +270,26 @@ class Sampler(Planned):
                     yield step
                 runner.check()  # whoever had the step may have changed the model
 
-    @torch.no_grad()
-    def encode(
-        self,
-        x0: Tensor,
-        condition: Condition | None = None,
-        *,
-        convention: Inversion = "current",
-        clip_sample: float | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """DDIM inversion: the x_T, [N, C, ...], that `decode` turns back into x0 (section 4.3).
-
-        ``convention`` says where the model is evaluated, see `inversion_table`; x0 is not clipped
-        on the way unless ``clip_sample`` is given. Guidance is left out.
-        """
-        check_images("x0", x0)
-        update = self.update.deterministic(clip_sample)
-        table = inversion_table(self.schedule, self._whole(), update, convention)
-        request = self._request(x0.shape, condition=condition, x_T=x0, guidance=None)
-        return self._run(request, Plan.of(table), None, progress)
-
-    @torch.no_grad()
-    def decode(
-        self, z: Tensor, condition: Condition | None = None, *, progress: bool = False
-    ) -> Tensor:
-        """The image of a latent: deterministic DDIM from z = x_T, without clipping or guidance."""
-        check_images("z", z)
-        update = self.update.deterministic(None)
-        table = step_table(self.schedule, self._whole(), update)
-        request = self._request(z.shape, condition=condition, x_T=z, guidance=None)
-        return self._run(request, Plan.of(table), None, progress)
-
     def explain(self) -> str:
         """The plan in words: table, evaluations, backends, and what was captured or why not."""
         lines = [
             *self._described(),
+            *self._measuring(),
             f"update      {self.backend} on {self.device}, x in {self.dtype}",
             f"capture     {self._programs.explain(self.device)}",
         ]
         return "\n".join(lines)
+
+    def _measuring(self) -> list[str]:
+        """What a gradient through the network costs, where the guidance takes one."""
+        if self.steering is None or not self.steering.measures:
+            return []
+        lines = [
+            "gradient    one vector-Jacobian product a guided step: activations are kept for it"
+        ]
+        if isinstance(self.denoiser.model, Optimized):
+            lines.append("            of the original network: the compiled one serves other steps")
+        return lines
 
     def stats(self) -> dict[str, int]:
         """Counts of captures, replays, eager steps and evictions, and bytes of static buffers."""

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from stepfuse.engine.networks.checkpoint import Checkpoint, load, models
     from stepfuse.engine.networks.normalization import Normalization
     from stepfuse.engine.networks.sampling_defaults import SamplingDefaults
+    from stepfuse.engine.sampling import inverse
     from stepfuse.engine.sampling.bound.api import bits_per_dim
     from stepfuse.engine.sampling.bound.result import Bound, RateDistortion
     from stepfuse.engine.sampling.guidance.cfg import CFG
     from stepfuse.engine.sampling.guidance.classifier import ClassifierGuidance
+    from stepfuse.engine.sampling.guidance.measured import DPS, PiGDM
     from stepfuse.engine.sampling.guidance.protocol import Guidance, Outputs
     from stepfuse.engine.sampling.latents import interpolate, slerp
     from stepfuse.engine.sampling.methods import Method
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CFG",
+    "DPS",
     "PASSES",
     "BackendUnavailable",
     "Bound",
@@ -48,6 +51,7 @@ __all__ = [
     "Outputs",
     "PassContext",
     "PassReport",
+    "PiGDM",
     "RateDistortion",
     "Sampler",
     "SamplingDefaults",
@@ -62,6 +66,7 @@ __all__ = [
     "export",
     "generate",
     "interpolate",
+    "inverse",
     "load",
     "models",
     "open_job",
@@ -88,6 +93,7 @@ _HOMES = {
     "engine.sampling.bound.result": ("Bound", "RateDistortion"),
     "engine.sampling.guidance.cfg": ("CFG",),
     "engine.sampling.guidance.classifier": ("ClassifierGuidance",),
+    "engine.sampling.guidance.measured": ("DPS", "PiGDM"),
     "engine.sampling.guidance.protocol": ("Guidance", "Outputs"),
     "engine.sampling.methods": ("Method",),
     "engine.sampling.latents": ("interpolate", "slerp"),
@@ -101,7 +107,7 @@ _HOMES = {
     "engine.sampling.timesteps": ("spaced_timesteps",),
     "kernels.backends": ("BackendUnavailable",),
 }
-_PACKAGES = {"export": "engine.export"}
+_PACKAGES = {"export": "engine.export", "inverse": "engine.sampling.inverse"}
 
 
 def __getattr__(name: str) -> Any:

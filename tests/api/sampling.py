@@ -94,6 +94,7 @@ def drawing(function: Any, accepts: dict[str, set[str]], **more: Any) -> Call:
         instead={
             "x_T": IMAGE, "noise": torch.zeros(2, *SHAPE), "start": TRAINED - 1, "image": IMAGE,
             "mask": torch.ones(SHAPE), "condition": CONDITION, "strength": 0.5,
+            "measurement": IMAGE,
         },
         beside={
             "start": {"x_T": IMAGE}, "strength": {"image": IMAGE}, "mask": {"image": IMAGE},

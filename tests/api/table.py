@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.api import exports, generating, kernels, networks, sampling, schedules
+from tests.api import exports, generating, inverse, kernels, networks, sampling, schedules
 from tests.api.case import Call
 
 CALLS: dict[str, Callable[[], Call]] = {
     **schedules.CALLS,
     **sampling.CALLS,
+    **inverse.CALLS,
     **networks.CALLS,
     **kernels.CALLS,
     **exports.CALLS,
@@ -34,6 +35,8 @@ LEFT_OUT = {
     "RateDistortion": _RECORD,
     "group_norm_silu.least_eps": "asked by a pass over a graph, with the dtype of a node",
     "Step": _RECORD,
+    "inverse.Blur.bare": "it has no arguments",
+    "inverse.Operator": "a base, of which there are no objects",
     "Step.of": "made by the sampler",
     "export.Exported": _RECORD,
     "export.Metadata": _RECORD,
@@ -51,6 +54,16 @@ LEFT_OUT = {
     "ClassifierGuidance.gradient": _LOOP,
     "ClassifierGuidance.outputs": _LOOP,
     "ClassifierGuidance.without_autograd": "it has no arguments",
+    "DPS.check_steps": _LOOP,
+    "DPS.check_table": _LOOP,
+    "DPS.cotangent": _LOOP,
+    "DPS.measured_shape": _LOOP,
+    "DPS.outputs": _LOOP,
+    "DPS.scale_at": _LOOP,
+    "DPS.steered": _LOOP,
+    "DPS.without_autograd": "it has no arguments",
+    "PiGDM.cotangent": _LOOP,
+    "PiGDM.steered": _LOOP,
     "Guidance": "a protocol, which tests/engine/sampling/test_guidance_protocol.py tries",
     "Guidance.outputs": _LOOP,
     "Outputs": "made by a guidance, and looked at when the sampler gets it",

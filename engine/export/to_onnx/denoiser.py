@@ -88,12 +88,14 @@ class OnnxDenoiser(Described, nn.Module):
         metadata: what the file says of itself; None for a file of another program.
         inputs, output: names, shapes and dtypes.
         capturable: False on CUDA, see `Sampler`.
+        differentiable: False, so that no guidance asks for a gradient.
 
     Raises:
         ValueError: a file that is missing, truncated, no ONNX file, or no denoiser.
         BackendUnavailable: onnxruntime or a provider is not installed, or lacks an operator.
     """
 
+    differentiable = False
     uncapturable_because = "ONNX Runtime waits for the GPU in every call"
 
     def __init__(

@@ -45,10 +45,13 @@ class TensorRTDenoiser(Described, nn.Module):
         info: what the header of the file says.
         metadata: schedule, prediction type and so on of the network; None where the ONNX file did
             not say.
+        differentiable: False, so that no guidance asks for a gradient.
 
     Raises `BadEngineFile` for a file that is damaged or was built by another version,
     `BackendUnavailable` with the reason where there is no GPU or no library.
     """
+
+    differentiable = False
 
     def __init__(
         self,

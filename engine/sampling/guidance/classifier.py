@@ -60,7 +60,7 @@ class ClassifierGuidance:
         gradient = self.gradient(x, t, condition) * self.scale
         if denoiser.shifts_mean:
             return Outputs(output, shift=gradient * denoiser.variance(x, output))
-        return Outputs(_epsilon_shifted(denoiser.row, x, output, gradient))
+        return Outputs(epsilon_shifted(denoiser.row, x, output, gradient))
 
     def check_table(self, table: Tensor, guided: Sequence[bool], shifts_mean: bool) -> None:
         """Raise ValueError where epsilon would be shifted in a step that starts without signal.
@@ -115,7 +115,7 @@ class ClassifierGuidance:
         return gradient
 
 
-def _epsilon_shifted(row: Tensor, x: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
+def epsilon_shifted(row: Tensor, x: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
     """eps - sqrt(1-abar) g, said in the model's own terms.
 
     It moves x0 by (1-abar)/sqrt(abar) g, and x0 = p_x x + p_o o, so o moves by that over p_o:

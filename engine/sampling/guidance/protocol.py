@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from stepfuse.engine.compile.state.reach import is_a_users
@@ -50,6 +51,11 @@ class Guidance(Protocol):
                                      evaluated once, so that a file can hold the step; not taken
                                      over by a class that has other ``outputs``
         check_table(table, guided, shifts_mean)     raises ValueError where it does not fit
+        check_steps(method, prediction_type, several, differentiable)     the same for what is known
+                                     of steps and model: whether they remember or evaluate more than
+                                     once, and whether it runs under autograd
+        measured_shape(shape, dtype, device)     the shape of the measurement y that has to be given
+                                     with images of ``shape``: ``denoiser.measurement``
         without_autograd()           a guidance of the same operators that takes no gradient: to be
                                      looked at where gradients cannot be had (`check_capturable`)
 
@@ -76,7 +82,10 @@ class Guidance(Protocol):
         ...
 
 
-_OPTIONAL: tuple[str, ...] = ("scale_at", "is_active", "check_table", "without_autograd")
+_OPTIONAL: tuple[str, ...] = (
+    *("scale_at", "is_active", "check_table", "check_steps", "measured_shape"),
+    "without_autograd",
+)
 _TAKES = 4  # denoiser, x, t, condition
 
 
@@ -201,6 +210,25 @@ class Steering:
     def check_table(self, table: Tensor, guided: list[bool], shifts_mean: bool) -> None:
         """Raise what the guidance raises where it does not fit the table."""
         getattr(self._guidance, "check_table", _nothing)(table, guided, shifts_mean)
+
+    def check_steps(
+        self, method: str, prediction_type: str, several: bool, differentiable: bool
+    ) -> None:
+        """Raise what the guidance raises where it does not fit the steps, or the model."""
+        check = getattr(self._guidance, "check_steps", _nothing)
+        check(method, prediction_type, several, differentiable)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it asks for a measurement."""
+        return hasattr(self._guidance, "measured_shape")
+
+    def measured_shape(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[int, ...] | None:
+        """That of the measurement that has to be given; None where none is asked for."""
+        asked = getattr(self._guidance, "measured_shape", None)
+        return None if asked is None else tuple(asked(shape, dtype, device))
 
     @classmethod
     def of(cls, guidance: Guidance | None) -> Steering | None:

@@ -27,6 +27,9 @@ USUAL = {
     "export": ("--model", GOOD),
     "train": (PICTURES, "--out", "run", "--steps", "1", "--batch-size", "2"),
     "likelihood": (PICTURES, "--model", GOOD, "-n", "1", "--steps", "2", "--optimize", "off"),
+    "restore": (
+        "--task", "blur", "--demo", "--images", "1", "--model", GOOD, "--steps", "2",
+    ),
     "bench": ("--quick", "--no-cold", "--model", GOOD),
     "doctor": (),
 }  # fmt: skip
@@ -158,6 +161,34 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
         "--device": [["tpu"], [""], ["meta"]],
         "--threads": [["0"], ["-1"], ["100000"], [HUGE]],
     },
+    "restore": {
+        "picture": [],
+        "--task": [["deblur"], [""]],
+        "--images": [["0"], ["-1"]],
+        "--mask": [["nothing.png", "--task", "inpaint"], [DAMAGED, "--task", "inpaint"], ["x"]],
+        "--pad": [["0", "--task", "outpaint"], ["4", "--task", "outpaint"], ["2"]],
+        "--factor": [["0", "--task", "sr"], ["3", "--task", "sr"], ["2"]],
+        "--sigma": [["0"], ["-1"], ["2", "--task", "sr"]],
+        "--angles": [["0", "--task", "tomography"], ["361", "--task", "tomography"], ["3"]],
+        "--noise": [["-0.1"]],
+        "--model": [[path] for path in _PATHS_IN] + [[""], ["no such name"]],
+        "--method": [["ddrm"], [""]],
+        "--weight": [["half"], ["paper", "--method", "dps"]],
+        "--data-std": [["0"], ["-1"], ["1", "--method", "dps"]],
+        "--scale": [["-1", "--method", "dps"], ["1"]],
+        "--steps": [["0"], ["101"], ["abc"], [""], [HUGE]],
+        "--eta": [["-0.1"], ["1.1"]],
+        "--label": [["8"], ["-1"], [""], ["Circle "]],
+        "--guidance": [["2"]],
+        "--count": [["0"], ["-1"], [HUGE]],
+        "--seed": [[str(2**64)], [HUGE]],
+        "--out": [["x.jpg"], [""], ["/"], [".png"], *([out.format(".png")] for out in _OUT)],
+        "--std": [["x.png"], ["x.npz", "-n", "2"], ["restored.png", "-n", "2"]],
+        "--batch-size": [["0"], ["-1"]],
+        "--backend": [["fpga"], [""]],
+        "--device": [["tpu"], [""], ["meta"]],
+        "--threads": [["0"], ["-1"], ["100000"], [HUGE]],
+    },
     "bench": {
         "--model": [[path] for path in _PATHS_IN] + [[""]],
         "--steps": [["0"], ["-1"], ["101"], [HUGE]],
@@ -188,6 +219,16 @@ TOLD: dict[str, dict[str, list[list[str]]]] = {
 }  # fmt: skip
 # lines that are wrong as a whole
 WHOLE = {
+    "restore": [
+        [],
+        ["--demo"],
+        ["--task", "inpaint", "--model", GOOD],
+        ["nothing.png", "--task", "blur", "--model", GOOD],
+        [FOLDER, "--task", "blur", "--model", GOOD],
+        [DAMAGED, "--task", "sr", "--model", GOOD],
+        [DAMAGED, "--task", "inpaint", "--model", GOOD],
+        [DAMAGED, "--task", "blur", "--images", "2", "--demo", "--model", GOOD],
+    ],
     "likelihood": [["nothing.npz"], [FOLDER], [DAMAGED], [], ["locked"]],
     "train": [
         ["nothing.npz", "--out", "run"],
