@@ -1,0 +1,132 @@
+"""Whole loops of the solvers against the installed diffusers classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.engine.adapters.solvers_case import assert_same, exact, pair, rows_of, run
+
+SIGMAS: list[dict[str, Any]] = [
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+]
+example = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+common = {
+    "beta_schedule": st.sampled_from(["linear", "scaled_linear"]),
+    "beta_end": st.sampled_from([0.012, 0.02]),
+    "timestep_spacing": st.sampled_from(["linspace", "leading", "trailing"]),
+    "steps_offset": st.sampled_from([0, 1]),
+}
+sigmas = st.sampled_from(SIGMAS)
+places = st.sampled_from([None, 0, 1, 2])  # where in the list a loop starts: thirds of it
+
+
+def compare(
+    name: str, config: dict[str, Any], steps: int, place: int | None, **options: Any
+) -> None:
+    theirs, ours = pair(name, **config)
+    begin = None if place is None else place * steps // 3
+    loops = [run(scheduler, steps, begin=begin, **options) for scheduler in (theirs, ours)]
+    assert rows_of(ours) == 1
+    assert_same(loops[1], loops[0], exact(pair(name, **config)[0], steps, begin=begin, **options))
+    for attribute in ("step_index", "begin_index", "num_inference_steps", "order"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {
+            **common,
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "timestep_type": st.sampled_from(["discrete", "continuous"]),
+            "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
+        }
+    ),
+    spread=sigmas,
+    steps=st.integers(2, 60),
+    place=places,
+)
+def test_euler(
+    config: dict[str, Any], spread: dict[str, Any], steps: int, place: int | None
+) -> None:
+    compare("EulerDiscreteScheduler", {**config, **spread}, steps, place)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {**common, "prediction_type": st.sampled_from(["epsilon", "v_prediction"])}
+    ),
+    steps=st.integers(4, 60),
+    place=places,
+)
+def test_euler_ancestral(config: dict[str, Any], steps: int, place: int | None) -> None:
+    compare("EulerAncestralDiscreteScheduler", config, steps, place)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {
+            **common,
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "solver_order": st.sampled_from([1, 2, 3]),
+            "algorithm_type": st.sampled_from(["dpmsolver++", "sde-dpmsolver++"]),
+            "solver_type": st.sampled_from(["midpoint", "heun"]),
+            "lower_order_final": st.booleans(),
+            "euler_at_final": st.booleans(),
+            "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
+        }
+    ),
+    spread=st.sampled_from([*SIGMAS, {"use_lu_lambdas": True}]),
+    steps=st.integers(1, 60),
+    place=places,
+)
+def test_dpm_multistep(
+    config: dict[str, Any], spread: dict[str, Any], steps: int, place: int | None
+) -> None:
+    theirs, _ = pair("DPMSolverMultistepScheduler", **config, **spread)
+    theirs.set_timesteps(steps)
+    if bool((theirs.sigmas.diff() < 0).all()):
+        compare("DPMSolverMultistepScheduler", {**config, **spread}, steps, place)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {
+            **common,
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "solver_order": st.sampled_from([1, 2, 3]),
+            "solver_type": st.sampled_from(["bh1", "bh2"]),
+            "disable_corrector": st.sampled_from([[], [0], [1, 3]]),
+            "final_sigmas_type": st.just("sigma_min"),
+        }
+    ),
+    spread=sigmas,
+    steps=st.integers(1, 40),
+    place=places,
+)
+def test_unipc(
+    config: dict[str, Any], spread: dict[str, Any], steps: int, place: int | None
+) -> None:
+    theirs, _ = pair("UniPCMultistepScheduler", **config, **spread)
+    theirs.set_timesteps(steps)
+    if bool((theirs.sigmas.diff() < 0).all()):
+        options = {"generator": False}
+        compare("UniPCMultistepScheduler", {**config, **spread}, steps, place, **options)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("spread", SIGMAS, ids=["plain", "karras", "exponential", "beta"])
+def test_unipc_to_a_sigma_of_zero(order: int, spread: dict[str, Any]) -> None:
+    config = {"solver_order": order, **spread}
+    compare("UniPCMultistepScheduler", config, 11, None, generator=False)
