@@ -20,6 +20,7 @@ from stepfuse.engine.adapters.diffusers import components, denoiser, pipelines
 from stepfuse.engine.adapters.patch import class_name
 
 if TYPE_CHECKING:
+    from stepfuse.engine.adapters.diffusers.consistency import LCMScheduler, TCDScheduler
     from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
     from stepfuse.engine.adapters.diffusers.ddim_inverse import DDIMInverseScheduler
     from stepfuse.engine.adapters.diffusers.ddpm import DDPMScheduler
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stepfuse.engine.adapters.diffusers.euler import (
         EulerAncestralDiscreteScheduler,
         EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
     )
     from stepfuse.engine.adapters.diffusers.unipc_multistep import UniPCMultistepScheduler
 
@@ -38,6 +40,9 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
     "accelerate",
     "explain",
@@ -65,8 +70,8 @@ def accelerate(
     """Make a pipeline or a model of diffusers fast, in place, and return it.
 
     A pipeline's scheduler, where it is one that we have (DDIM, DDPM, Euler, DPM-Solver++, UniPC,
-    ...), is exchanged for ours of the same name, configuration and timesteps; its loop stays its
-    own. The forward of every denoiser (U-Net, transformer, ControlNet) runs networks that are
+    LCM, ...), is exchanged for ours of the same name, configuration and timesteps; its loop stays
+    its own. The forward of every denoiser (U-Net, transformer, ControlNet) runs networks that are
     compiled when a shape is first met. Nothing else changes: neither module nor weights, nor what
     ``save_pretrained`` writes. Called again, the last options hold.
 

@@ -71,7 +71,7 @@ class DPMSolverMultistepScheduler(MemorySolver, diffusers.DPMSolverMultistepSche
     def _stochastic(self) -> bool:
         return bool(self.config.algorithm_type == "sde-dpmsolver++")
 
-    def _terms(self, points: Points, first: int) -> list[Terms]:
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
         config = self.config
         return dpmpp(
             points,

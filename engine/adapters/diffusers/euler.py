@@ -1,6 +1,7 @@
-"""`EulerDiscreteScheduler` and the ancestral one of diffusers, their updates by `denoise_step`.
+"""Euler's schedulers of diffusers, their updates by `denoise_step`.
 
-x is divided by the signal, as they keep it: x = x0 + sigma eps.
+`EulerDiscreteScheduler` and the ancestral one keep x divided by the signal: x = x0 + sigma eps. Of
+flow matching x = (1 - sigma) x0 + sigma eps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
     EulerAncestralDiscreteSchedulerOutput,
 )
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
 from torch import Tensor
 
 from stepfuse.engine.adapters.diffusers.solver_base import Solver
@@ -25,9 +29,9 @@ from stepfuse.kernels.denoise_step import denoise_step
 
 
 class _Euler(Solver):
-    """What the two share: one row a step, without memory."""
+    """What they share: one row a step, without memory."""
 
-    is_scale_input_called: bool
+    is_scale_input_called = True
     _init_step_index: Any
 
     def _scaled(self, timesteps: Tensor, sigmas: Tensor) -> Points:
@@ -104,7 +108,7 @@ class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):  # type:
             return x_s, x0
         return EulerDiscreteSchedulerOutput(prev_sample=x_s, pred_original_sample=x0)
 
-    def _terms(self, points: Points, first: int) -> list[Terms]:
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
         return euler(points)
 
 
@@ -141,5 +145,70 @@ class EulerAncestralDiscreteScheduler(_Euler, diffusers.EulerAncestralDiscreteSc
             return x_s, x0
         return EulerAncestralDiscreteSchedulerOutput(prev_sample=x_s, pred_original_sample=x0)
 
-    def _terms(self, points: Points, first: int) -> list[Terms]:
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
         return euler_a(points)
+
+
+class FlowMatchEulerDiscreteScheduler(_Euler, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """Euler's steps of flow matching (Lipman et al. 2023) as diffusers' scheduler of that name.
+
+        x_s = x + (sigma_s - sigma) v
+
+    Parameters, timesteps, attributes and results are diffusers'. ``stochastic_sampling`` and
+    ``invert_sigmas`` run the original step.
+    """
+
+    _predictions = ("flow_prediction",)
+
+    @classmethod
+    def refusal(cls, config: Any) -> str | None:
+        """Why no row does what this configuration says; None where rows do."""
+        for name in ("stochastic_sampling", "invert_sigmas"):
+            if getattr(config, name, False):
+                return f"{name} is on"
+        return None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """From x_t to x_s; with ``per_token_timesteps`` by the original.
+
+        model_output, sample: [N, ...]; timestep: one of ``timesteps``. The other arguments change
+        nothing, in diffusers either. Returns ``prev_sample``, as a tuple with
+        ``return_dict=False``. Raises ValueError for an integer timestep.
+        """
+        steps = None
+        if per_token_timesteps is None:
+            steps = self._row(model_output, timestep, sample)
+        if steps is None:
+            theirs = (s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps, return_dict)
+            return super().step(model_output, timestep, sample, *theirs)
+        index = self._step_index
+        assert index is not None
+        if sample.dtype is not model_output.dtype:
+            sample = sample.float()
+        x: Any = denoise_step(sample, model_output, steps.table, steps.numbers[index, :1])
+        self._step_index = index + 1
+        x_s = x.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_s) if return_dict else (x_s,)
+
+    @staticmethod
+    def _prediction(config: Any) -> str:
+        return "flow_prediction"
+
+    def _scaled(self, timesteps: Tensor, sigmas: Tensor) -> Points:
+        return Points(timesteps, 1 - sigmas, sigmas)
+
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
+        sigmas = points.noise.tolist()
+        return [Terms(i, i + 1, x=1.0, out=sigmas[i + 1] - sigmas[i]) for i in range(len(points))]

@@ -29,6 +29,9 @@ SCHEDULERS = {  # the module that has ours of the same name
     "EulerAncestralDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpm_multistep",
     "UniPCMultistepScheduler": "unipc_multistep",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "LCMScheduler": "consistency",
+    "TCDScheduler": "consistency",
 }
 
 

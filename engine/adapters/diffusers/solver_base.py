@@ -20,6 +20,7 @@ from stepfuse.engine.adapters.diffusers.listed import version
 from stepfuse.engine.sampling.points import Points
 from stepfuse.engine.sampling.terms import Terms, split, table
 from stepfuse.kernels.registration import records_gradient
+from stepfuse.kernels.step_row import Column
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -53,6 +54,7 @@ class Solver:
     strict = True
     _predictions: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
     _keep: int | None = None  # how many steps back are kept
+    _levels = "sigmas"  # the attribute that says how much noise there is
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A scheduler that calls itself diffusers', so that saved pipelines load without ours."""
@@ -83,13 +85,17 @@ class Solver:
     @classmethod
     def refusal(cls, config: Any) -> str | None:
         """Why no row does what this configuration says; None where rows do."""
-        accepted = cls._predictions
-        if config.prediction_type not in accepted:
-            return f"prediction_type {config.prediction_type!r} is none of {', '.join(accepted)}"
+        accepted, given = cls._predictions, cls._prediction(config)
+        if given not in accepted:
+            return f"prediction_type {given!r} is none of {', '.join(accepted)}"
         for name in ("thresholding", "use_flow_sigmas", "use_dynamic_shifting"):
             if getattr(config, name, False):
                 return f"{name} is on"
         return None
+
+    @staticmethod
+    def _prediction(config: Any) -> str:
+        return str(config.prediction_type)
 
     def _options(self) -> tuple[Any, ...]:
         """What rows also depend on: attributes, and arguments of ``step``."""
@@ -112,7 +118,7 @@ class Solver:
         """The points of these sigmas, in the scale that this scheduler's x has."""
         return Points.of_sigmas(timesteps, sigmas)
 
-    def _terms(self, points: Points, first: int) -> list[Terms]:
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
         """The steps from number ``first`` on, without a memory of those before."""
         raise NotImplementedError
 
@@ -120,10 +126,16 @@ class Solver:
         """The terms without what corrects the step before, where a solver has that."""
         return []
 
-    def _steps(self, first: int, device: torch.device, prediction: str | None = None) -> Any:
-        """The rows of a loop that begins at step ``first``; None where there are none."""
-        of = (self._internal_dict, self.sigmas, self.timesteps)
-        now = (*of, version(self.sigmas), version(self.timesteps))
+    def _steps(
+        self, first: int, device: torch.device, *options: Any, prediction: str | None = None
+    ) -> Any:
+        """The rows of a loop that begins at step ``first``; None where there are none.
+
+        ``options`` go to `_terms`; ``prediction`` is another type than that of the configuration.
+        """
+        levels: Tensor = getattr(self, self._levels)
+        of = (self._internal_dict, levels, self.timesteps)
+        now = (*of, version(levels), version(self.timesteps))
         known: Sequence[Any] = self.__dict__["_tables_of"]
         if len(known) != len(now) or not all(
             a is b if i < len(of) else a == b
@@ -131,14 +143,16 @@ class Solver:
         ):
             vars(self).update(_tables={}, _tables_of=now)  # kept alive: no other has their ids
         tables: dict[Any, Steps | None] = self.__dict__["_tables"]
-        key = (first, device, self.strict, prediction, *self._options())
+        key = (first, device, self.strict, prediction, *options, *self._options())
         if key not in tables:
             if len(tables) >= _MOST_TABLES:
                 tables.clear()
-            tables[key] = self._written(first, device, prediction)
+            tables[key] = self._written(first, device, prediction, options)
         return tables[key]
 
-    def _written(self, first: int, device: torch.device, prediction: str | None) -> Steps | None:
+    def _written(
+        self, first: int, device: torch.device, prediction: str | None, options: tuple[Any, ...]
+    ) -> Steps | None:
         if self.refusal(self.config) is not None or not 0 <= first < len(self.timesteps):
             return None
         with torch.inference_mode(False), torch.no_grad():  # rows serve a later step outside, too
@@ -146,9 +160,13 @@ class Solver:
             if points is None:
                 return None
             points = points.since(first)
-            terms = self._terms(points, first)
-            predicted = prediction or self.config.prediction_type
+            terms = self._terms(points, first, *options)
+            predicted = prediction or self._prediction(self.config)
             rows = table(points, terms, predicted, self._clip(), self._keep)
+            finite = rows.isfinite()
+            finite[:, Column.CLIP] = True
+            if not bool(finite.all()):
+                return None
             steps, history = split(rows.to(torch.float32).to(device))
             # two columns, so that each step's number starts at 16 bytes, as allocations do
             numbers = torch.arange(len(rows), device=device).repeat(2, 1).t().contiguous()

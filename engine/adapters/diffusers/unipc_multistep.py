@@ -103,7 +103,7 @@ class UniPCMultistepScheduler(MemorySolver, diffusers.UniPCMultistepScheduler): 
         if predicted is not None and not predicted.is_still(sample):
             # x0 is that of the x that came, the correction that of the x that was predicted
             model_output = self.convert_model_output(model_output, sample=sample)
-            steps = self._steps(memory.first, sample.device, "sample")
+            steps = self._steps(memory.first, sample.device, prediction="sample")
             sample = predicted.kept
         x_s = self._advance(steps, sample, model_output)
         left = len(self.timesteps) - index if self.config.lower_order_final else self._keep
@@ -139,7 +139,7 @@ class UniPCMultistepScheduler(MemorySolver, diffusers.UniPCMultistepScheduler): 
             return None  # 0 times infinity in diffusers
         return super()._points()
 
-    def _terms(self, points: Points, first: int) -> list[Terms]:
+    def _terms(self, points: Points, first: int, *options: Any) -> list[Terms]:
         return self._unipc(points, [i - first for i in self.disable_corrector])
 
     def _predictor(self, points: Points) -> list[Terms]:

@@ -20,6 +20,16 @@ NEAR = 2e-6
 SINGLE, DOUBLE = torch.float32, torch.float64
 
 
+MEMORIES = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+NOISY = ["EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"]  # in the dtype of x
+NAMES = [
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    *MEMORIES,
+    *NOISY,
+]
+
+
 class Loop(NamedTuple):
     """The last x, what every step gave beside x_s, and the generator afterwards."""
 
@@ -37,6 +47,18 @@ def pair(name: str, strict: bool = True, **config: Any) -> tuple[Any, Any]:
 def network(x: Tensor) -> Tensor:
     """Not linear in x, and of its size at most."""
     return torch.tanh(x * 0.7 + 0.1) * (0.5 + 0.3 * torch.sin(x))
+
+
+def asked(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    """The network's output at x, scaled where the scheduler scales."""
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    return network(scaled(x, t))
+
+
+def start(scheduler: Any, shape: tuple[int, ...] = ODD) -> Tensor:
+    """x at the first timestep."""
+    noise = torch.randn(shape, generator=seeded(1), dtype=SINGLE)
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def run(
@@ -60,10 +82,9 @@ def run(
         timesteps = timesteps[begin:]
     if generator:
         kwargs["generator"] = drawn
-    x = torch.randn(shape, generator=seeded(1), dtype=SINGLE) * scheduler.init_noise_sigma
-    x, beside = x.to(dtype), []
+    x, beside = start(scheduler, shape).to(dtype), []
     for i, t in enumerate(timesteps):
-        output = network(scheduler.scale_model_input(x, t))
+        output = asked(scheduler, x, t)
         x, *others = scheduler.step(output, t, x, return_dict=False, **kwargs)
         beside += others
         if edit is not None:
@@ -93,7 +114,8 @@ def exact(theirs: Any, steps: int, **options: Any) -> Loop:
         return randn_tensor(shape, generator, device, SINGLE).double()
 
     theirs.set_timesteps(steps)
-    theirs.sigmas = theirs.sigmas.double()
+    for table in {"sigmas", "alphas_cumprod"} & vars(theirs).keys():
+        setattr(theirs, table, getattr(theirs, table).double())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{type(theirs).__module__}.randn_tensor", drawn, raising=False)
         patch.setattr(torch, "float32", DOUBLE)

@@ -272,6 +272,8 @@ def test_a_learned_variance() -> None:
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
     ],
 )
 def test_solvers_are_exchanged(name: str, pair: Callable[..., Pair]) -> None:

@@ -8,16 +8,19 @@ import pytest
 import torch
 from diffusers.utils import logging
 from tests.engine.adapters.schedulers_case import ODD, seeded
-from tests.engine.adapters.solvers_case import difference, network, pair, rows_of, run
+from tests.engine.adapters.solvers_case import (
+    MEMORIES,
+    NAMES,
+    difference,
+    network,
+    pair,
+    rows_of,
+    run,
+)
 
 from stepfuse.engine.adapters import diffusers as ours_of
 
-NAMES = [
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-]
+EULER = ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
 
 
 def test_the_third_order_is_one() -> None:
@@ -63,6 +66,9 @@ def test_unipc_ends_in_a_number(config: dict[str, Any]) -> None:
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
         ),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        ("LCMScheduler", {"thresholding": True}),
         ("UniPCMultistepScheduler", {"thresholding": True}),
         ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
     ],
@@ -89,7 +95,7 @@ def test_float64_is_done_by_the_original(name: str) -> None:
     assert torch.equal(run(ours, 7, **options).x, run(theirs, 7, **options).x)
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", EULER)
 def test_an_integer_is_no_timestep(name: str) -> None:
     ours = pair(name)[1]
     ours.set_timesteps(5)
@@ -98,7 +104,7 @@ def test_an_integer_is_no_timestep(name: str) -> None:
         ours.step(network(x), 3, x)
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", EULER)
 def test_a_sample_that_was_not_scaled_is_warned_of(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +117,7 @@ def test_a_sample_that_was_not_scaled_is_warned_of(
     assert any("scale_model_input" in line for line in said)
 
 
-@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("name", [*MEMORIES, "LCMScheduler", "TCDScheduler"])
 def test_no_step_without_timesteps(name: str) -> None:
     with pytest.raises(ValueError, match="set_timesteps"):
         pair(name)[1].step(torch.zeros(ODD), 3, torch.zeros(ODD))
@@ -119,11 +125,12 @@ def test_no_step_without_timesteps(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configurations_go_both_ways(name: str, tmp_path: Any) -> None:
-    theirs, ours = pair(name, beta_schedule="scaled_linear")
+    option = {"shift": 3.0} if name.startswith("Flow") else {"beta_schedule": "linear"}
+    theirs, ours = pair(name, **option)
     assert dict(ours.config) == dict(theirs.config)
     ours.save_pretrained(tmp_path)
     for kind in (type(theirs), type(ours)):
-        assert dict(kind.from_pretrained(tmp_path).config)["beta_schedule"] == "scaled_linear"
+        assert option.items() <= dict(kind.from_pretrained(tmp_path).config).items()
     assert ours.__module__ == type(theirs).__module__
     other = ours_of.DDIMScheduler.from_config(ours.config)
     assert type(ours).from_config(other.config, strict=False).strict is False
