@@ -23,13 +23,15 @@ from stepfuse.kernels.registration import records_gradient
 class Memory:
     """What was remembered since step ``first``, ready for step ``next``.
 
-    ``slots`` is float32 [K, N, C, ...]; ``dtype`` that of the model's outputs.
+    ``slots`` is float32 [K, N, C, ...]; ``dtype`` that of the model's outputs; ``before`` what
+    stood in diffusers' list before all that.
     """
 
     first: int
     next: int
     slots: Tensor
     dtype: torch.dtype
+    before: list[Any]
 
     def ago(self, k: int) -> Tensor:
         """What was remembered k times ago, k = 1 .. K."""
@@ -49,18 +51,27 @@ class MemorySolver(Solver):
     lower_order_nums: int
     _init_step_index: Any
     _memory: Memory | None = None
+    _list = "model_outputs"  # the attribute where diffusers has it
+    _from_start = False  # rows are those of a loop from step 0, whatever is remembered of it
 
     @property
     def model_outputs(self) -> list[Any]:
         """The last ``solver_order`` predictions, as diffusers has them."""
-        self._hand_back()
-        listed: list[Any] = self.__dict__["model_outputs"]
-        return listed
+        return self._listed()
 
     @model_outputs.setter
     def model_outputs(self, listed: list[Any]) -> None:
+        self._exchange(listed)
+
+    def _listed(self) -> list[Any]:
+        """diffusers' list, which the next step goes by."""
+        self._hand_back()
+        listed: list[Any] = self.__dict__[self._list]
+        return listed
+
+    def _exchange(self, listed: list[Any]) -> None:
         self._memory = None
-        self.__dict__["model_outputs"] = listed
+        self.__dict__[self._list] = listed
 
     @property
     def _keep(self) -> int:  # type: ignore[override]
@@ -74,7 +85,7 @@ class MemorySolver(Solver):
         order = len(memory.slots)
         count = min(memory.next - memory.first, order)
         kept = [memory.ago(k).to(memory.dtype, copy=True) for k in range(count, 0, -1)]
-        self.__dict__["model_outputs"] = [*self.__dict__["model_outputs"], *kept][-order:]
+        self.__dict__[self._list] = [*memory.before, *kept][-order:]
 
     def _ready(self, sample: Any, output: Any, timestep: Any) -> Steps | None:
         """The rows, with the memory of the steps before; None where the original has to run."""
@@ -100,7 +111,7 @@ class MemorySolver(Solver):
     def _recalled(self, index: int, past: int, sample: Tensor) -> Memory | None:
         """A memory filled from ``model_outputs``; None where that holds something else."""
         self._hand_back()
-        order, listed = self._keep, self.__dict__["model_outputs"]
+        order, listed = self._keep, self.__dict__[self._list]
         past = min(past, order)
         if past > index or len(listed) < past:
             return None
@@ -116,7 +127,9 @@ class MemorySolver(Solver):
                 device=sample.device,
                 memory_format=layout_of(sample),
             ).view(order, *sample.shape)
-            memory = Memory(index - past, index, slots, sample.dtype)
+            earlier = listed[: len(listed) - past]
+            first = 0 if self._from_start else index - past
+            memory = Memory(first, index, slots, sample.dtype, earlier)
             for k, value in enumerate(reversed(before), 1):
                 memory.ago(k).copy_(value)
         return memory
@@ -132,17 +145,30 @@ class MemorySolver(Solver):
         memory, index = self._memory, self._step_index
         assert memory is not None
         assert index is not None
-        layout = layout_of(memory.slots[0])
-        x_s: Tensor = denoise_step(  # type: ignore[assignment]
-            laid_out(sample, layout),
-            output,
-            steps.table,
-            steps.numbers[index - memory.first, :1],
-            noise=noise,
-            history=memory.slots,
-            history_table=steps.history,
-        )
-        memory.next += 1
+        x_s = by_row(memory, steps, index - memory.first, sample, output, noise)
         self.lower_order_nums = min(self.lower_order_nums + 1, self._keep)
         self._step_index = index + 1
-        return x_s.to(output.dtype)
+        return x_s
+
+
+def by_row(
+    memory: Memory,
+    steps: Steps,
+    number: int,
+    sample: Tensor,
+    output: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """x_s by row ``number``, in the dtype of the output; the memory has what the row remembers."""
+    x_s: Any = denoise_step(
+        laid_out(sample, layout_of(memory.slots[0])),
+        output,
+        steps.table,
+        steps.numbers[number, :1],
+        noise=noise,
+        history=memory.slots,
+        history_table=steps.history,
+    )
+    memory.next += steps.terms[number].remember is not None
+    found: Tensor = x_s.to(output.dtype)
+    return found

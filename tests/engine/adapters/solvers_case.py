@@ -25,9 +25,15 @@ NOISY = ["EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"]  # i
 NAMES = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "PNDMScheduler",
     *MEMORIES,
     *NOISY,
 ]
+
+
+def draws(name: str) -> bool:
+    """Whether its ``step`` takes a generator."""
+    return name not in ("UniPCMultistepScheduler", "PNDMScheduler")
 
 
 class Loop(NamedTuple):
@@ -40,6 +46,7 @@ class Loop(NamedTuple):
 
 def pair(name: str, strict: bool = True, **config: Any) -> tuple[Any, Any]:
     """(theirs, ours) of one configuration."""
+    config = {**({"skip_prk_steps": True} if name == "PNDMScheduler" else {}), **config}
     theirs = getattr(diffusers, name)(**config)
     return theirs, getattr(ours_of, name).from_config(theirs.config, strict=strict)
 

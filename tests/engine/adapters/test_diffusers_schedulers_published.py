@@ -91,6 +91,7 @@ FILES = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpm_multi": "DPMSolverMultistepScheduler",
+    "pndm": "PNDMScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",

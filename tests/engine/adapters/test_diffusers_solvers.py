@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.engine.adapters.solvers_case import assert_same, exact, pair, rows_of, run
+from tests.engine.adapters.solvers_case import (
+    NEAR,
+    asked,
+    assert_same,
+    difference,
+    exact,
+    pair,
+    rows_of,
+    run,
+    start,
+)
 
 SIGMAS: list[dict[str, Any]] = [
     {},
@@ -187,3 +197,45 @@ def test_lcm(config: dict[str, Any], steps: int, place: int | None) -> None:
 )
 def test_tcd(config: dict[str, Any], steps: int, place: int | None, eta: float) -> None:
     compare("TCDScheduler", config, steps, place, eta=eta)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear"]),
+            "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+            "steps_offset": st.sampled_from([0, 1]),
+            "set_alpha_to_one": st.booleans(),
+        }
+    ),
+    steps=st.integers(1, 60),
+)
+def test_plms(config: dict[str, Any], steps: int) -> None:
+    theirs, ours = pair("PNDMScheduler", **config)
+    loops = [run(scheduler, steps, generator=False) for scheduler in (theirs, ours)]
+    best = exact(pair("PNDMScheduler", **config)[0], steps, generator=False)
+    assert rows_of(ours) == 1
+    assert_same(loops[1], loops[0], best)
+    assert ours.counter == theirs.counter
+    assert len(ours.ets) == min(len(theirs.ets), 3)
+    for found, expected in zip(ours.ets, theirs.ets[-3:], strict=True):
+        assert difference(found, expected) < 1e-4  # of networks asked at x that differ a little
+
+
+@pytest.mark.parametrize("config", [{}, {"timestep_spacing": "trailing"}])
+@pytest.mark.parametrize("steps", [7, 10])
+@pytest.mark.parametrize("begin", [0, 1, 4])
+def test_plms_from_a_later_timestep(config: dict[str, Any], steps: int, begin: int) -> None:
+    """As image-to-image begins, and with ``ets`` looked at on the way."""
+    results = []
+    for scheduler in pair("PNDMScheduler", **config):
+        scheduler.set_timesteps(steps)
+        x = start(scheduler)
+        for i, t in enumerate(scheduler.timesteps[begin:]):
+            x = scheduler.step(asked(scheduler, x, t), t, x).prev_sample
+            if i in (0, 1, 3):
+                assert len(scheduler.ets) > 0
+                x = x * 0.98
+        results.append(x)
+    assert difference(results[1], results[0]) < NEAR

@@ -7,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from tests.engine.adapters.schedulers_case import ODD, seeded
@@ -18,6 +17,7 @@ from tests.engine.adapters.solvers_case import (
     NOISY,
     asked,
     difference,
+    draws,
     exact,
     network,
     pair,
@@ -30,10 +30,6 @@ from torch import Tensor
 from stepfuse.engine.adapters import diffusers as ours_of
 
 Change = Callable[[int, Tensor], Tensor]
-
-
-def draws(name: str) -> bool:
-    return name != "UniPCMultistepScheduler"
 
 
 def check(name: str, steps: int = 9, near: float = NEAR, **options: Any) -> None:
@@ -145,7 +141,7 @@ def test_copies_go_on_from_where_they_are(name: str, copied: Callable[[Any], Any
 def test_one_of_diffusers_is_taken_over_on_its_way(name: str) -> None:
     results = []
     for exchange in (False, True):
-        scheduler = getattr(diffusers, name)()
+        scheduler = pair(name)[0]
         scheduler.set_timesteps(8)
         x = start(scheduler)
         kwargs = {"generator": seeded(2)} if draws(name) else {}
