@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         EulerDiscreteScheduler,
         FlowMatchEulerDiscreteScheduler,
     )
+    from stepfuse.engine.adapters.diffusers.heun import HeunDiscreteScheduler
     from stepfuse.engine.adapters.diffusers.pndm import PNDMScheduler
     from stepfuse.engine.adapters.diffusers.unipc_multistep import UniPCMultistepScheduler
 
@@ -42,6 +43,7 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "TCDScheduler",

@@ -30,6 +30,7 @@ SCHEDULERS = {  # the module that has ours of the same name
     "DPMSolverMultistepScheduler": "dpm_multistep",
     "UniPCMultistepScheduler": "unipc_multistep",
     "FlowMatchEulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
     "PNDMScheduler": "pndm",
     "LCMScheduler": "consistency",
     "TCDScheduler": "consistency",

@@ -25,6 +25,7 @@ NOISY = ["EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"]  # i
 NAMES = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
     "PNDMScheduler",
     *MEMORIES,
     *NOISY,
@@ -33,7 +34,7 @@ NAMES = [
 
 def draws(name: str) -> bool:
     """Whether its ``step`` takes a generator."""
-    return name not in ("UniPCMultistepScheduler", "PNDMScheduler")
+    return name not in ("UniPCMultistepScheduler", "PNDMScheduler", "HeunDiscreteScheduler")
 
 
 class Loop(NamedTuple):
@@ -129,12 +130,12 @@ def exact(theirs: Any, steps: int, **options: Any) -> Loop:
         return run(theirs, steps, dtype=DOUBLE, set_timesteps=False, **options)
 
 
-def assert_same(ours: Loop, theirs: Loop, exact: Loop) -> None:
-    """The same draws; x, and what came beside it, as near to float64 as diffusers' or `NEAR`."""
+def assert_same(ours: Loop, theirs: Loop, exact: Loop, near: float = NEAR) -> None:
+    """The same draws; x, and what came beside it, as near to float64 as diffusers' or ``near``."""
     assert torch.equal(ours.state, theirs.state)
     every = [(loop.x, *loop.beside) for loop in (ours, theirs, exact)]
     for found, expected, best in zip(*every, strict=True):
         assert found.dtype is expected.dtype
         lost = difference(expected.double(), best)
-        assert difference(found, expected) < NEAR + lost
-        assert difference(found.double(), best) < NEAR + lost
+        assert difference(found, expected) < near + lost
+        assert difference(found.double(), best) < near + lost

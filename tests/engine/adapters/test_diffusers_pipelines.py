@@ -272,6 +272,7 @@ def test_a_learned_variance() -> None:
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
         "LCMScheduler",
         "PNDMScheduler",
         "TCDScheduler",

@@ -91,6 +91,7 @@ FILES = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpm_multi": "DPMSolverMultistepScheduler",
+    "heun": "HeunDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",

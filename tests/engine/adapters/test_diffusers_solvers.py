@@ -26,7 +26,9 @@ SIGMAS: list[dict[str, Any]] = [
     {"use_exponential_sigmas": True},
     {"use_beta_sigmas": True},
 ]
-example = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+example = settings(
+    max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 common = {
     "beta_schedule": st.sampled_from(["linear", "scaled_linear"]),
     "beta_end": st.sampled_from([0.012, 0.02]),
@@ -44,7 +46,10 @@ def compare(
     begin = None if place is None else place * steps // 3
     loops = [run(scheduler, steps, begin=begin, **options) for scheduler in (theirs, ours)]
     assert rows_of(ours) == 1
-    assert_same(loops[1], loops[0], exact(pair(name, **config)[0], steps, begin=begin, **options))
+    # the weights of order 3 are up to 1.7 with either sign, and float32 rounds what they cancel
+    near = 4 * NEAR if config.get("solver_order") == 3 else NEAR
+    best = exact(pair(name, **config)[0], steps, begin=begin, **options)
+    assert_same(loops[1], loops[0], best, near)
     for attribute in ("step_index", "begin_index", "num_inference_steps", "order"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
     assert torch.equal(ours.timesteps, theirs.timesteps)
@@ -197,6 +202,46 @@ def test_lcm(config: dict[str, Any], steps: int, place: int | None) -> None:
 )
 def test_tcd(config: dict[str, Any], steps: int, place: int | None, eta: float) -> None:
     compare("TCDScheduler", config, steps, place, eta=eta)
+
+
+@example
+@given(
+    config=st.fixed_dictionaries(
+        {
+            **common,
+            "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+            "clip_sample": st.booleans(),
+        }
+    ),
+    spread=sigmas,
+    steps=st.integers(6, 40),
+    whole=st.sampled_from([None, 0, 1, 3]),
+)
+def test_heun(
+    config: dict[str, Any], spread: dict[str, Any], steps: int, whole: int | None
+) -> None:
+    theirs, ours = pair("HeunDiscreteScheduler", **config, **spread)
+    options = {"begin": None if whole is None else 2 * whole, "generator": False}
+    loops = [run(scheduler, steps, **options) for scheduler in (theirs, ours)]
+    assert rows_of(ours) == 1
+    best = exact(pair("HeunDiscreteScheduler", **config, **spread)[0], steps, **options)
+    assert_same(loops[1], loops[0], best)
+    assert ours.step_index == theirs.step_index
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_heun_is_looked_at_between_its_two_rows(prediction: str) -> None:
+    results = []
+    for scheduler in pair("HeunDiscreteScheduler", prediction_type=prediction):
+        scheduler.set_timesteps(8)
+        x, seen = start(scheduler), []
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(asked(scheduler, x, t), t, x).prev_sample
+            if i in (2, 6):
+                seen += [scheduler.prev_derivative.clone(), scheduler.sample.clone()]
+        results.append([x, *seen])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert difference(found, expected) < 10 * NEAR  # d is solved for
 
 
 @example
