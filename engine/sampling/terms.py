@@ -55,14 +55,20 @@ class Terms:
 
 
 def table(
-    points: Points, terms: Sequence[Terms], prediction_type: str, clip: float | None
+    points: Points,
+    terms: Sequence[Terms],
+    prediction_type: str,
+    clip: float | None,
+    keep: int | None = None,
 ) -> Tensor:
     """The rows, float64 [R, 24]: those of `Column`, then those of `HistoryColumn`.
 
     What is remembered k times ago stands in slot (number - k) modulo K, K being the largest k that
-    a row asks for; what nobody asks for again is not written. Raises ValueError for K > 3.
+    a row asks for; what nobody asks for again is not written. ``keep`` is another K, no smaller,
+    for all that is remembered to be written. Raises ValueError for K > 3.
     """
     slots = max((ago for row in terms for ago, weight in row.history.items() if weight), default=0)
+    slots = slots if keep is None else keep
     if slots > SLOTS:
         raise ValueError(f"a row can look back {SLOTS} times; got {slots}")
     starts = [row.start for row in terms]
@@ -94,6 +100,8 @@ def table(
             history[number, HistoryColumn.H_X] = h_x
             history[number, HistoryColumn.H_O] = h_o
             history[number, HistoryColumn.H_0] = h_0
+            if keep is not None:
+                history[number, HistoryColumn.WRITE] = len(writers) % keep
             writers.append(number)
     unread = history[:, HistoryColumn.WRITE] < 0
     history[unread, HistoryColumn.H_X : HistoryColumn.H_0 + 1] = 0

@@ -12,7 +12,6 @@ The schedulers need diffusers and are imported when they are asked for.
 from __future__ import annotations
 
 from collections.abc import Collection
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,15 +20,34 @@ from stepfuse.engine.adapters.diffusers import components, denoiser, pipelines
 from stepfuse.engine.adapters.patch import class_name
 
 if TYPE_CHECKING:
+    from stepfuse.engine.adapters.diffusers.consistency import LCMScheduler, TCDScheduler
     from stepfuse.engine.adapters.diffusers.ddim import DDIMScheduler
     from stepfuse.engine.adapters.diffusers.ddim_inverse import DDIMInverseScheduler
     from stepfuse.engine.adapters.diffusers.ddpm import DDPMScheduler
+    from stepfuse.engine.adapters.diffusers.dpm_multistep import DPMSolverMultistepScheduler
+    from stepfuse.engine.adapters.diffusers.euler import (
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from stepfuse.engine.adapters.diffusers.heun import HeunDiscreteScheduler
+    from stepfuse.engine.adapters.diffusers.pndm import PNDMScheduler
+    from stepfuse.engine.adapters.diffusers.unipc_multistep import UniPCMultistepScheduler
 
 __all__ = [
     "SUPPORTED",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
     "accelerate",
     "explain",
     "restore",
@@ -37,11 +55,6 @@ __all__ = [
 ]
 
 SUPPORTED: tuple[str, ...] = (denoiser.SUPPORTED, pipelines.SUPPORTED)
-_HOMES = {
-    "DDIMInverseScheduler": "ddim_inverse",
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-}
 Object = TypeVar("Object")
 
 
@@ -60,11 +73,11 @@ def accelerate(
 ) -> Object:
     """Make a pipeline or a model of diffusers fast, in place, and return it.
 
-    A pipeline's scheduler, where it is a DDIM, DDPM or inverse DDIM one, is exchanged for ours of
-    the same name, configuration and timesteps; its loop stays its own. The forward of every
-    denoiser (U-Net, transformer, ControlNet) runs networks that are compiled when a shape is first
-    met. Nothing else changes: neither module nor weights, nor what ``save_pretrained`` writes.
-    Called again, the last options hold.
+    A pipeline's scheduler, where it is one that we have (DDIM, DDPM, Euler, DPM-Solver++, UniPC,
+    LCM, ...), is exchanged for ours of the same name, configuration and timesteps; its loop stays
+    its own. The forward of every denoiser (U-Net, transformer, ControlNet) runs networks that are
+    compiled when a shape is first met. Nothing else changes: neither module nor weights, nor what
+    ``save_pretrained`` writes. Called again, the last options hold.
 
     Args:
         obj: one of `SUPPORTED`.
@@ -127,6 +140,6 @@ def _unknown(obj: Any) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in pipelines.SCHEDULERS:
+        return pipelines.scheduler_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,10 +21,19 @@ from stepfuse.kernels.arguments import check_precision
 from stepfuse.kernels.checks import check_flag
 
 SUPPORTED = "pipelines of diffusers with such a model, its `unet` or `transformer` mostly"
-_SCHEDULERS = {
+SCHEDULERS = {  # the module that has ours of the same name
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
     "DDIMInverseScheduler": "ddim_inverse",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpm_multistep",
+    "UniPCMultistepScheduler": "unipc_multistep",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "PNDMScheduler": "pndm",
+    "LCMScheduler": "consistency",
+    "TCDScheduler": "consistency",
 }
 
 
@@ -117,7 +126,8 @@ def explain(pipe: Any) -> str:
         how = "" if changes.ours.strict else ", strict=False"
         lines.append(f"scheduler              {type(changes.ours).__name__} by denoise_step{how}")
     elif "scheduler" in changes.notes and not _is_ours(_scheduler(pipe)):
-        lines.append(f"scheduler              left alone: {_left_alone(_scheduler(pipe))}")
+        reason = _left_alone(_scheduler(pipe)) or "exchanged since"
+        lines.append(f"scheduler              left alone: {reason}")
     for name, model in components.chosen(pipe, changes.also).items():
         forward = denoiser.forward_of(model)
         if forward is not None:
@@ -132,16 +142,11 @@ def _exchange_scheduler(pipe: Any, changes: Changes, strict: bool) -> None:
     if _is_ours(current):
         current.strict = strict
         return
-    home = _SCHEDULERS.get(type(current).__name__)
-    if home is None or not type(current).__module__.startswith("diffusers.schedulers."):
-        changes.notes["scheduler"] = _left_alone(current)
+    reason = _left_alone(current)
+    if reason is not None:
+        changes.notes["scheduler"] = reason
         return
-    module = importlib.import_module(f"stepfuse.engine.adapters.diffusers.{home}")
-    ours = getattr(module, type(current).__name__).from_config(current.config)
-    # timesteps, and tables that were moved to a device or set by hand
-    for name in vars(ours).keys() & vars(current).keys():
-        vars(ours)[name] = vars(current)[name]
-    ours.strict = strict
+    ours = scheduler_class(type(current).__name__).taken_over(current, strict)
     changes.theirs, changes.ours = current, ours
     # not by setattr, by which the pipeline would write another library into its configuration
     vars(pipe)["scheduler"] = ours
@@ -185,5 +190,15 @@ def _is_ours(scheduler: Any) -> bool:
     return type(scheduler).__module__.startswith("stepfuse.")
 
 
-def _left_alone(scheduler: Any) -> str:
-    return f"{type(scheduler).__name__} is none of {', '.join(_SCHEDULERS)} of diffusers"
+def _left_alone(scheduler: Any) -> str | None:
+    """Why this scheduler stays; None where one of ours takes its place."""
+    kind = type(scheduler)
+    if kind.__name__ not in SCHEDULERS or not kind.__module__.startswith("diffusers.schedulers."):
+        return f"{kind.__name__} is none of {', '.join(SCHEDULERS)} of diffusers"
+    reason: str | None = scheduler_class(kind.__name__).refusal(scheduler.config)
+    return None if reason is None else f"{kind.__name__}: {reason}"
+
+
+def scheduler_class(name: str) -> Any:
+    """Ours of the `SCHEDULERS`; they need diffusers and are imported when they are asked for."""
+    return getattr(importlib.import_module(f"{__package__}.{SCHEDULERS[name]}"), name)

@@ -43,7 +43,7 @@ def _takes(x: Tensor) -> bool:
 
 
 class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """The base of the three schedulers. Their ``step`` looks a row up and hands it to one kernel.
+    """The base of DDIM, its inverse and DDPM: ``step`` looks a row up and hands it to one kernel.
 
     Rows are built at the first step of a loop, for all its timesteps, and kept until the timesteps,
     the configuration or ``alphas_cumprod`` change. A timestep that is not in the list gets a row
@@ -66,6 +66,19 @@ class StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         made, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         made.strict = strict
         return (made, unused) if return_unused_kwargs else made
+
+    @classmethod
+    def taken_over(cls, theirs: Any, strict: bool) -> Any:
+        """One of the configuration of ``theirs``, with its timesteps and tables as they are."""
+        made = cls.from_config(theirs.config, strict=strict)
+        for name in vars(made).keys() & vars(theirs).keys():
+            vars(made)[name] = vars(theirs)[name]
+        return made
+
+    @classmethod
+    def refusal(cls, config: Any) -> str | None:
+        """Why ours cannot stand for a scheduler of this configuration: never."""
+        return None
 
     def _begin(self, strict: bool) -> None:
         """Tables and state, from the registered configuration."""

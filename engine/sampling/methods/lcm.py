@@ -24,12 +24,12 @@ from stepfuse.engine.sampling.update import Update
 SIGMA_DATA = 0.5
 
 
-def lcm(points: Points, timestep_scaling: float = 10.0) -> list[Terms]:
-    """The terms; u is ``timestep_scaling`` times the timestep."""
+def lcm(points: Points, timestep_scaling: float = 10.0, noised: bool = True) -> list[Terms]:
+    """The terms; u is ``timestep_scaling`` times the timestep. Not ``noised``, x_s is f in all."""
     a, s, times = (v.tolist() for v in (points.signal, points.noise, points.timesteps))
     found = []
     for i in range(len(points)):
-        last = i == len(points) - 1
+        last = i == len(points) - 1 or not noised
         scale, noise = (1.0, 0.0) if last else (a[i + 1], s[i + 1])
         u = timestep_scaling * times[i]
         square = u * u + SIGMA_DATA**2

@@ -265,7 +265,54 @@ def test_a_learned_variance() -> None:
     check((pipe, accelerate(copy.deepcopy(pipe))))
 
 
-@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+    ],
+)
+def test_solvers_are_exchanged(name: str, pair: Callable[..., Pair]) -> None:
+    import diffusers
+
+    stable = pair("StableDiffusionPipeline")
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, name).from_config(stable[0].scheduler.config, **options)
+    plain, fast = with_scheduler(stable, scheduler)
+    check((plain, fast))
+    assert isinstance(fast.scheduler, type(scheduler))
+    assert f"{name} by denoise_step" in explain(fast)
+    assert type(restore(fast).scheduler) is type(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+        ("UniPCMultistepScheduler", {"predict_x0": False}),
+    ],
+)
+def test_options_without_a_row_leave_the_scheduler(
+    name: str, option: dict[str, Any], pair: Callable[..., Pair]
+) -> None:
+    import diffusers
+
+    stable = pair("StableDiffusionPipeline")
+    scheduler = getattr(diffusers, name).from_config(stable[0].scheduler.config, **option)
+    _, fast = with_scheduler(stable, scheduler)
+    assert type(fast.scheduler) is type(scheduler)
+    assert f"left alone: {name}: {next(iter(option))}" in explain(fast)
+
+
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "DEISMultistepScheduler"])
 def test_other_schedulers_are_left_alone(name: str, pair: Callable[..., Pair]) -> None:
     import diffusers
 
