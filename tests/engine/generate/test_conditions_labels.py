@@ -32,8 +32,9 @@ from stepfuse.engine.sampling.schedule import Schedule
 from stepfuse.kernels import philox
 
 OPTIONS = SampleOptions(
-    "tiny", 12, "5", "ddim", "leading", 0, 1, (), 0, 0, None, "auto", "off", "cpu", None, None, None
-)
+    "tiny", 12, "5", "ddim", "leading", 0, None, None, None, 1, (), 0, 0, None, "auto", "off",
+    "cpu", None, None, None,
+)  # fmt: skip
 ALL = (
     Turn((0, 1, 2)),
     Turn((2, 3)),

@@ -97,7 +97,7 @@ def edited(source: str, path: Path, **changes: Any) -> str:
         ),
         ({"normalization": [1, 2]}, "normalization is"),
         ({"sampling": {"solver": "x"}}, "sampling is .*; accepted: eta, method, spacing, steps"),
-        ({"sampling": {"method": "euler"}}, "method must be one of"),
+        ({"sampling": {"method": "leapfrog"}}, "method must be one of"),
         ({"autoencoder": {}}, "it has autoencoder, which stepfuse .* needs a newer version"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import denoising_diffusion_pytorch.learned_gaussian_diffusion as lucidrains
@@ -19,6 +20,7 @@ from stepfuse.engine.sampling.bound.chain import Chain
 from stepfuse.engine.sampling.bound.gaussians import discretised_log_likelihood, normal_divergence
 from stepfuse.engine.sampling.bound.walk import Walk
 from stepfuse.engine.sampling.denoiser import Denoiser
+from stepfuse.engine.sampling.points import level_at
 from stepfuse.engine.sampling.request import Request
 from stepfuse.engine.sampling.update import Update, VarianceType
 from stepfuse.kernels import philox
@@ -130,7 +132,9 @@ def walk(model: Callable[..., Tensor], x0: Tensor, **options: Any) -> Walk:
     steps = tuple(SPACED)
     chain = Chain.of(SCHEDULE, steps, Update("ddpm", variance_type="fixed_large"))
     abar = SCHEDULE.alphas_cumprod
-    request = Request(steps, abar, x0.device, x0.dtype, "cpp", None, x0.shape)
+    level = partial(level_at, SCHEDULE, prediction_type="epsilon")
+    last = SCHEDULE.num_train_timesteps - 1
+    request = Request(steps, len(steps), last, level, x0.device, x0.dtype, "cpp", None, x0.shape)
     settings = {"batch_size": 4, "cdf": "exact", "backend": "cpp", "graph": "step", **options}
     return Walk(Denoiser(model), chain, abar, request, x0, **settings)
 
