@@ -9,7 +9,7 @@ from stepfuse.engine.generate.identity import of_settings
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.settings import Settings
 
-SCHEDULE = sf.Schedule.linear()
+TRAINED = sf.load("digits")
 RECIPES = [
     Recipe(),
     Recipe("dpmpp"),
@@ -26,7 +26,7 @@ RECIPES = [
 
 
 def hash_of(recipe: Recipe) -> str:
-    return recipe.table_hash(SCHEDULE, "epsilon", False)
+    return recipe.table_hash(TRAINED)
 
 
 def test_each_has_a_table_of_its_own() -> None:
@@ -54,9 +54,8 @@ def test_settings_come_back_from_a_file() -> None:
 
 
 def test_sigmas_are_numbers_with_commas_between() -> None:
-    sampler = Recipe("euler", grid="80,10,1").sampler(
-        lambda x, t: x, SCHEDULE, "epsilon", False, optimize=False
-    )
+    recipe = Recipe("euler", grid="80,10,1")
+    sampler = recipe.sampler(lambda x, t: x, TRAINED, optimize=False)
     assert len(sampler.timesteps) == 3
     with pytest.raises(ValueError, match="sigmas with commas between, like 80,10,1; got '8O,1'"):
         hash_of(Recipe("euler", grid="8O,1"))
