@@ -46,7 +46,8 @@ constexpr int kPieces = 4;  // of a thread's part
 Range* ranges_of(int threads);
 
 // body(begin, end) over [0, items): a contiguous part a thread, some of it at a time. What shares a
-// call depends on the number of threads and on chance, so no sum may run across items.
+// call depends on the number of threads and on chance, so no sum may run across items. A body starts
+// no loop of its own: that would take the ranges of this one.
 template <class Body>
 void parallel_for(int threads, int64_t items, const Body& body) {
   ThreadPool& pool = thread_pool();

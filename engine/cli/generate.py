@@ -16,7 +16,7 @@ from stepfuse.engine.cli.solver_options import (
     solver_type_option,
     spacing_option,
 )
-from stepfuse.engine.cli.usual import usual
+from stepfuse.engine.cli.usual import device_option, usual
 from stepfuse.engine.generate.recipe import Recipe
 from stepfuse.engine.generate.run import How
 from stepfuse.engine.generate.settings import Settings
@@ -259,14 +259,7 @@ def generate_command(
             "--steal", help="Then the shards of others that nobody is at.", rich_help_panel=RUN
         ),
     ] = False,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda",
-            help="auto is cuda where there is one.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
+    device: Annotated[str, device_option(MACHINE)] = "auto",
     memory: Annotated[
         float | None,
         typer.Option(

@@ -15,6 +15,7 @@ from stepfuse.engine.cli.likelihood_options import (
     VARIANCES,
     LikelihoodOptions,
 )
+from stepfuse.engine.cli.usual import backend_option, device_option, model_option, threads_option
 from stepfuse.engine.files.writing import check_file
 
 EXAMPLES = (
@@ -38,15 +39,7 @@ def likelihood_command(
             "with 'images' uint8 [N, H, W(, C)] and optional 'labels'."
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Embedded checkpoint, or the path of a .safetensors file.",
-            rich_help_panel=MEASURED,
-        ),
-    ] = "digits",
+    model: Annotated[str, model_option(MEASURED)] = "digits",
     count: Annotated[
         int,
         typer.Option(
@@ -125,30 +118,9 @@ def likelihood_command(
             rich_help_panel=MACHINE,
         ),
     ] = "float32",
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|reference|cpp|triton",
-            help="Of the noising; stepfuse doctor lists what runs here.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda",
-            help="auto is cuda where there is one.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads. Default: PyTorch's choice.",
-            rich_help_panel=MACHINE,
-            show_default=False,
-        ),
-    ] = None,
+    backend: Annotated[str, backend_option(MACHINE, "the noising")] = "auto",
+    device: Annotated[str, device_option(MACHINE)] = "auto",
+    threads: Annotated[int | None, threads_option(MACHINE)] = None,
 ) -> None:
     """Bound how many bits images cost under a model: bits/dim, and what is known after how many."""
     options = LikelihoodOptions(

@@ -9,6 +9,7 @@ import typer
 
 from stepfuse.engine.cli.errors import USAGE, choosing_places, failing_on, interruptible
 from stepfuse.engine.cli.restore_options import METHODS, TASKS, WEIGHTS, RestoreOptions
+from stepfuse.engine.cli.usual import backend_option, device_option, model_option, threads_option
 from stepfuse.engine.files.writing import check_file
 
 EXAMPLES = (
@@ -108,15 +109,7 @@ def restore_command(
             rich_help_panel=MEASURED,
         ),
     ] = 0.05,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Embedded checkpoint, or the path of a .safetensors file.",
-            rich_help_panel=FOUND,
-        ),
-    ] = "digits",
+    model: Annotated[str, model_option(FOUND)] = "digits",
     method: Annotated[
         str,
         typer.Option(metavar="|".join(METHODS), help="Of guidance.", rich_help_panel=FOUND),
@@ -196,30 +189,9 @@ def restore_command(
     batch_size: Annotated[
         int, typer.Option(help="Samples at a time.", rich_help_panel=MACHINE)
     ] = 16,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|reference|cpp|triton",
-            help="Of the fused update; stepfuse doctor lists what runs here.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda",
-            help="auto is cuda where there is one.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads. Default: PyTorch's choice.",
-            rich_help_panel=MACHINE,
-            show_default=False,
-        ),
-    ] = None,
+    backend: Annotated[str, backend_option(MACHINE, "the fused update")] = "auto",
+    device: Annotated[str, device_option(MACHINE)] = "auto",
+    threads: Annotated[int | None, threads_option(MACHINE)] = None,
 ) -> None:
     """Restore a picture from what was measured of it, with a diffusion model as the prior."""
     options = RestoreOptions(

@@ -17,7 +17,13 @@ from stepfuse.engine.cli.solver_options import (
     solver_type_option,
     spacing_option,
 )
-from stepfuse.engine.cli.usual import usual
+from stepfuse.engine.cli.usual import (
+    backend_option,
+    device_option,
+    model_option,
+    threads_option,
+    usual,
+)
 
 EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
@@ -40,15 +46,7 @@ SAMPLING, WRITING, MACHINE = "What is drawn", "What is written", "How it runs"
 
 
 def sample(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Embedded checkpoint, or the path of a .safetensors file.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = "digits",
+    model: Annotated[str, model_option(SAMPLING)] = "digits",
     count: Annotated[
         int, typer.Option("-n", "--count", help="Number of images.", rich_help_panel=SAMPLING)
     ] = 64,
@@ -145,14 +143,7 @@ def sample(
             show_default=False,
         ),
     ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|reference|cpp|triton",
-            help="Of the fused update; stepfuse doctor lists what runs here.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
+    backend: Annotated[str, backend_option(MACHINE, "the fused update")] = "auto",
     optimize: Annotated[
         str,
         typer.Option(
@@ -162,22 +153,8 @@ def sample(
             rich_help_panel=MACHINE,
         ),
     ] = "off",
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda",
-            help="auto is cuda where there is one.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads. Default: PyTorch's choice.",
-            rich_help_panel=MACHINE,
-            show_default=False,
-        ),
-    ] = None,
+    device: Annotated[str, device_option(MACHINE)] = "auto",
+    threads: Annotated[int | None, threads_option(MACHINE)] = None,
 ) -> None:
     """Draw images: a grid, an array, a folder or an animation.
 

@@ -66,8 +66,9 @@ def estimated(
 ) -> Estimate:
     """The estimate; raises as `create` does.
 
-    Its trial is a `LOOK`: it ends where twice the images at a time gained less than a tenth, and so
-    may name a smaller batch than the job would have, whose images per second are nearly the same.
+    Its trial is a `LOOK`: it ends where twice the images at a time gained less than an eighth, or
+    where more would take a process of less than 300 MB beyond that, and so may name a smaller batch
+    than the job would have, whose images per second are nearly the same.
     """
     with prepared(settings, n) as ready:
         found = try_out(ready, n, memory, tell, LOOK)

@@ -5,6 +5,7 @@ It runs in a process of its own, as a worker would: with its cores, threads and 
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -45,14 +46,16 @@ class Depth:
     Attributes:
         gain: in images per second, that the last doubling must have had.
         seconds: that trying the last number may have taken.
+        bytes: of memory, beyond which a smaller process on the CPU is not taken.
     """
 
     gain: float
     seconds: float
+    bytes: float = math.inf
 
 
 THOROUGH = Depth(GAIN, 20.0)
-LOOK = Depth(1.1, 1.5)
+LOOK = Depth(1.125, 1.5, 300e6)
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,15 @@ def measure(
     """
     trial = _Trial(settings, torch.device(device))
     best: Tried | None = None
+    before: Tried | None = None
     size = settings.batch_size or 1
     while True:
         tried, seconds = trial.loop(size)
         tell(tried)
         too_large = memory is not None and tried.peak_bytes > memory
         gain = depth.gain if best is None else tried.images_per_s / best.images_per_s
+        grown = 0 if before is None else 3 * tried.peak_bytes - 2 * before.peak_bytes
+        before = tried
         if best is None or (gain > GAIN and not too_large):
             best = tried
         size *= 2
@@ -103,6 +109,8 @@ def measure(
             break
         if gain < depth.gain or seconds > depth.seconds:
             break
+        if torch.device(device).type == "cpu" and tried.peak_bytes <= depth.bytes < grown:
+            break  # twice the images take twice what these took more than half of them
         if settings.shard_size is not None and settings.shard_size % size:
             break  # no batch crosses a shard
     return trial.settle(best)
